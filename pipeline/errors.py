@@ -1,0 +1,55 @@
+"""Every error that volseg raises on purpose.
+
+    VolsegError
+    ├── ConfigError            a config file or a --set value
+    ├── ManifestError          a manifest, or the dataset that it describes
+    ├── VolumeError            a volume's file or content (also a ValueError; defined in transforms.errors)
+    │   ├── GeometryMismatch   two volumes that must share a voxel grid do not
+    │   └── DicomError         a damaged, ambiguous or unhandled DICOM series
+    ├── PlanError              a plan that cannot be made, or settings that contradict it
+    ├── BundleError            a model bundle that is damaged, foreign or does not fit the input
+    ├── RunError               a run folder that cannot be started, resumed or read
+    └── ExportError            an export that cannot be written, or that did not read back the same
+"""
+
+from __future__ import annotations
+
+from transforms.errors import DicomError, GeometryMismatch, VolsegError, VolumeError
+
+
+class ConfigError(VolsegError):
+    """A config file or a --set value that does not fit the schema."""
+
+
+class ManifestError(VolsegError):
+    """A manifest, or the dataset that it describes, is wrong."""
+
+
+class PlanError(VolsegError):
+    """A plan cannot be made, or a setting contradicts what the network needs."""
+
+
+class BundleError(VolsegError):
+    """A model bundle is damaged, of another format, or does not fit its input."""
+
+
+class RunError(VolsegError):
+    """A run folder cannot be started, resumed or read."""
+
+
+class ExportError(VolsegError):
+    """An export cannot be written, or did not read back the same."""
+
+
+__all__ = [
+    "BundleError",
+    "ConfigError",
+    "DicomError",
+    "ExportError",
+    "GeometryMismatch",
+    "ManifestError",
+    "PlanError",
+    "RunError",
+    "VolsegError",
+    "VolumeError",
+]

@@ -1,0 +1,1 @@
+"""One module a format; each export is read back and compared before it is called done."""
