@@ -1,0 +1,350 @@
+"""The schema of configs/*.yaml. Every key has its meaning here; `reference()` prints them all.
+
+A config says what the plan cannot derive. Sections are handed to the stages one by one, never the whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from pipeline.errors import ConfigError
+
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    """A frozen part of a config; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Where the cases are."""
+
+    manifest: Path = Field(
+        description="manifest, MSD dataset.json or nnU-Net raw folder; relative to this file"
+    )
+    root: Path | None = Field(
+        None, description="folder that the manifest's paths start from; default: its own root"
+    )
+    cache: Path | None = Field(
+        None, description="preprocessed cases; default: `cache` in the folder of the runs"
+    )
+
+
+class FoldsConfig(Section):
+    """How cases are split; a manifest that fixes folds itself wins over `count`."""
+
+    count: int = Field(5, ge=2, description="number of folds")
+    seed: int = Field(0, ge=0, description="seed of the split")
+
+
+class PlanConfig(Section):
+    """What the planner may spend, and what is fixed by hand (the rest is derived from the data)."""
+
+    memory_gb: float | None = Field(
+        None, gt=0, description="memory for a training step; default: by the device"
+    )
+    patch_shape: tuple[int, int, int] | None = Field(None, description="patch in voxels (I, J, K)")
+    spacing_mm: tuple[float, float, float] | None = Field(None, description="target spacing in mm (I, J, K)")
+    batch_size: int | None = Field(None, ge=1, description="patches in a step")
+    features: tuple[int, ...] | None = Field(None, description="channels of each resolution, finest first")
+
+
+class NetworkConfig(Section):
+    """The network's choices; its sizes come from the plan."""
+
+    name: str = Field("unet", description="builder in pipeline.models.registry")
+    dimensions: Literal[2, 3] = Field(3, description="3, or 2 to train on slices along the coarsest axis")
+    block: Literal["plain", "residual"] = Field("plain", description="block of every stage")
+    normalisation: Literal["instance", "batch", "group", "none"] = Field(
+        "instance", description="in every block"
+    )
+    skip: Literal["concatenate", "attention"] = Field("concatenate", description="how skips join the decoder")
+    upsampling: Literal["transposed", "interpolated"] = Field(
+        "transposed", description="how the decoder gets finer"
+    )
+    deep_supervision: bool = Field(False, description="losses at coarser resolutions as well")
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="gradient checkpointing: less memory, more time, the same result; auto: when memory asks",
+    )
+
+
+class TrainConfig(Section):
+    """The loop. One of `budget_minutes` and `steps` ends it; `steps` wins."""
+
+    budget_minutes: float | None = Field(
+        60.0, gt=0, description="wall time of the training, validation included"
+    )
+    steps: int | None = Field(None, ge=1, description="number of updates; exactly repeatable")
+    seed: int = Field(0, ge=0, description="seed of weights, patches and augmentation")
+    optimiser: Literal["adamw", "sgd"] = Field(
+        "adamw", description="AdamW, or SGD with Nesterov momentum 0.99"
+    )
+    learning_rate: float = Field(3e-3, gt=0, description="peak of the schedule")
+    weight_decay: float = Field(1e-2, ge=0, description="decoupled for AdamW, L2 for SGD")
+    warmup: float = Field(0.05, ge=0, lt=1, description="part of the steps over which the rate rises")
+    loss: str = Field("dice_ce", description="entry of pipeline.losses: dice_ce, dice, tversky, ce")
+    gradient_norm: float = Field(12.0, gt=0, description="gradients are clipped to this norm")
+    weight_average: float = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights that are kept; 0: none"
+    )
+    foreground_share: float = Field(
+        0.5, ge=0, le=1, description="part of the patches centred on a labelled voxel"
+    )
+    validations: int = Field(
+        4, ge=1, description="whole-volume validations, evenly spaced, the last at the end"
+    )
+    validation_cases: int = Field(8, ge=1, description="cases in those before the last, which takes all")
+    checkpoint_minutes: float = Field(2.0, gt=0, description="a resumable checkpoint at least this often")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto", description="auto: by what the device can do"
+    )
+
+
+class AugmentConfig(Section):
+    """Random changes of training patches: probability per patch and strength."""
+
+    rotation_probability: float = Field(0.3, ge=0, le=1, description="of a rotation")
+    rotation_degrees: float = Field(20.0, ge=0, le=180, description="largest angle about each axis")
+    scaling_probability: float = Field(0.3, ge=0, le=1, description="of a change of size")
+    scaling_range: tuple[float, float] = Field((0.8, 1.25), description="smallest and largest factor")
+    elastic_probability: float = Field(0.1, ge=0, le=1, description="of an elastic deformation")
+    elastic_mm: float = Field(3.0, ge=0, description="standard deviation of its control points, mm")
+    mirror_axes: Literal["auto"] | tuple[int, ...] = Field(
+        "auto",
+        description="RAS axes that may be mirrored; auto: those that the labels' twins and the data allow",
+    )
+    noise_probability: float = Field(0.15, ge=0, le=1, description="of Gaussian noise")
+    noise_deviation: float = Field(
+        0.1, ge=0, description="largest standard deviation, of normalised intensity"
+    )
+    blur_probability: float = Field(0.1, ge=0, le=1, description="of a Gaussian blur")
+    blur_voxels: tuple[float, float] = Field((0.5, 1.0), description="range of its sigma, voxels")
+    brightness_probability: float = Field(0.15, ge=0, le=1, description="of a brightness factor")
+    brightness_range: tuple[float, float] = Field((0.75, 1.25), description="range of the factor")
+    contrast_probability: float = Field(0.15, ge=0, le=1, description="of a contrast change about the mean")
+    contrast_range: tuple[float, float] = Field((0.75, 1.25), description="range of the factor")
+    gamma_probability: float = Field(0.2, ge=0, le=1, description="of a gamma curve")
+    gamma_range: tuple[float, float] = Field((0.7, 1.5), description="range of the exponent")
+    low_resolution_probability: float = Field(0.1, ge=0, le=1, description="of a simulated low resolution")
+    low_resolution_range: tuple[float, float] = Field((0.5, 1.0), description="range of the zoom")
+
+
+class PredictConfig(Section):
+    """Sliding-window inference."""
+
+    mirror: bool = Field(True, description="average over mirrored passes along the axes used in training")
+    tile_step: float = Field(0.5, gt=0, le=1, description="distance of tiles, as part of the patch")
+
+
+class EvaluateConfig(Section):
+    """How results are summed up."""
+
+    bootstrap_samples: int = Field(2000, ge=100, description="resamples of patients for the 95 % intervals")
+    seed: int = Field(0, ge=0, description="seed of the resampling")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="track runs at all")
+    uri: str | None = Field(
+        None, description="MLflow server or store; default: mlflow.db in the folder of the runs"
+    )
+    experiment: str | None = Field(None, description="experiment's name; default: the config's name")
+
+
+class Config(Section):
+    """One recipe."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="names the runs")
+    runs: Path = Field(Path("runs"), description="folder of the runs; relative to where volseg is started")
+    data: DataConfig
+    folds: FoldsConfig = FoldsConfig()
+    plan: PlanConfig = PlanConfig()
+    network: NetworkConfig = NetworkConfig()
+    train: TrainConfig = TrainConfig()
+    augment: AugmentConfig = AugmentConfig()
+    predict: PredictConfig = PredictConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_sections(cls, value: Any) -> Any:
+        """`train:` with nothing below it means all defaults."""
+        return {k: ({} if v is None else v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    @property
+    def experiment(self) -> str:
+        """MLflow experiment."""
+        return self.tracking.experiment or self.name
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of preprocessed cases."""
+        return self.data.cache or self.runs / "cache"
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `section.key=value` overrides (values are YAML).
+
+    `data.manifest`, `data.root` and `data.cache` in the file are relative to the file, those in overrides to the
+    working directory.
+
+    Raises:
+        ConfigError: unreadable, not YAML, an unknown key (the nearest is named) or a value that does not fit.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file; see configs/ for examples") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({type(error).__name__})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(document).__name__}")
+    _anchor_paths(document, path.parent)
+    for override in overrides:
+        _apply(document, override)
+    return parse_config(document, source=str(path))
+
+
+def parse_config(document: dict[str, Any], *, source: str) -> Config:
+    """Check a mapping against the schema; `source` names it in errors.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named) or a value that does not fit.
+    """
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+
+
+def config_to_yaml(config: Config) -> str:
+    """The resolved config, every key written out; `load_config` reads it back the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: Config) -> dict[str, str]:
+    """`section.key` to value as text, for trackers."""
+    rows = {}
+    for key, _, value in _leaves(config):
+        rows[key] = str(value)
+    return rows
+
+
+def reference() -> str:
+    """Every key with its type, default and meaning, as a Markdown table."""
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in _fields(Config):
+        default = "required" if field.is_required() else f"`{_plain(field.default)}`"
+        kind = _type_name(field.annotation).replace("|", "\\|")
+        lines.append(f"| `{key}` | {kind} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, value
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(a) for a in arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in arguments if a is not type(None))
+    if origin is tuple:
+        count = "any number of" if Ellipsis in arguments else str(len(arguments))
+        return f"{count} {_type_name(arguments[0])}"
+    return {"str": "text", "Path": "path"}.get(annotation.__name__, str(annotation.__name__))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return str(list(value))
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else str(value)
+    )
+
+
+def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
+    data = document.get("data")
+    if isinstance(data, dict):
+        for key in ("manifest", "root", "cache"):
+            if isinstance(data.get(key), str):
+                data[key] = str(folder / Path(data[key]).expanduser())
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    *sections, last = key.strip().split(".")
+    target = document
+    for name in sections:
+        below = target.setdefault(name, {})
+        if below is None:
+            below = target[name] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override}: '{name}' is not a section")
+        target = below
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors())
+
+
+def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
+    key = ".".join(str(part) for part in location)
+    known = [name for name, _ in _fields(Config)] + sorted(
+        {n.split(".")[0] for n, _ in _fields(Config) if "." in n}
+    )
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(_siblings(key, known))}"
+        return f"unknown key '{key}'; {hint}"
+    if kind == "missing":
+        return f"the key '{key}' is missing"
+    return f"{key}: {message[0].lower()}{message[1:]}, found {found!r}"
+
+
+def _siblings(key: str, known: list[str]) -> list[str]:
+    section = key.rpartition(".")[0]
+    return [k for k in known if k.rpartition(".")[0] == section]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,135 @@
+"""What the numbers in a label map mean: names, colours, codes, twins."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_LABEL_ID = 65535
+_UNKNOWN_CLASS = 65535
+
+
+class CodedConcept(BaseModel):
+    """A coded concept (DICOM PS3.3 section 8.8): SNOMED CT unless another scheme is named."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: str
+    meaning: str
+    scheme: str = "SCT"
+
+
+TISSUE = CodedConcept(value="85756007", meaning="Tissue")
+"""Segmented property type and category when a schema names none."""
+
+
+class Label(BaseModel):
+    """One structure: `id` is the voxel value in files, `twin` the name of its left/right counterpart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: int = Field(ge=1, le=MAX_LABEL_ID)
+    name: str = Field(min_length=1)
+    colour: tuple[int, int, int]
+    code: CodedConcept = TISSUE
+    category: CodedConcept = TISSUE
+    twin: str | None = None
+
+
+class LabelSchema(BaseModel):
+    """The structures of a dataset in order. Class 0 is background; class c is `labels[c - 1]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: tuple[Label, ...] = Field(min_length=1, max_length=_UNKNOWN_CLASS - 1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for what, values in (("id", [x.id for x in self.labels]), ("name", [x.name for x in self.labels])):
+            repeated = sorted({str(v) for v in values if values.count(v) > 1})
+            if repeated:
+                raise ValueError(f"label {what} {', '.join(repeated)} stands more than once")
+        by_name = {label.name: label for label in self.labels}
+        for label in self.labels:
+            if label.twin is None:
+                continue
+            if label.twin == label.name or label.twin not in by_name:
+                raise ValueError(
+                    f"label '{label.name}': its twin '{label.twin}' is not another label of the schema"
+                )
+            if by_name[label.twin].twin != label.name:
+                raise ValueError(f"label '{label.twin}' does not name '{label.name}' as its twin in return")
+        return self
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Voxel values in files, background left out."""
+        return tuple(label.id for label in self.labels)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in class order, background left out."""
+        return tuple(label.name for label in self.labels)
+
+    @property
+    def class_count(self) -> int:
+        """Background included."""
+        return len(self.labels) + 1
+
+    @property
+    def twin_classes(self) -> tuple[int, ...]:
+        """Per class, the class that it becomes when left and right are exchanged."""
+        classes = {label.name: c for c, label in enumerate(self.labels, start=1)}
+        return (0, *(classes[label.twin or label.name] for label in self.labels))
+
+    def unknown_ids(self, ids: npt.NDArray[Any]) -> list[int]:
+        """The values among `ids` that are neither 0 nor in the schema, sorted."""
+        return sorted({int(i) for i in ids} - {0, *self.ids})
+
+    def classes_from_ids(self, label_map: npt.NDArray[Any]) -> npt.NDArray[np.uint8 | np.uint16]:
+        """Voxel values of a file (any integer type) to classes 0..n.
+
+        Raises:
+            ValueError: a value is not in the schema.
+        """
+        highest = max(self.ids)
+        in_range = not label_map.size or (int(label_map.min()) >= 0 and int(label_map.max()) <= highest)
+        table = np.full(highest + 1, _UNKNOWN_CLASS, dtype=np.uint16)
+        table[[0, *self.ids]] = range(self.class_count)
+        classes = table[label_map] if in_range else None
+        if classes is None or bool((classes == _UNKNOWN_CLASS).any()):
+            outside = self.unknown_ids(np.unique(label_map))
+            raise ValueError(f"label values {outside} are not in the schema, which knows {list(self.ids)}")
+        return classes.astype(np.uint8 if self.class_count <= 256 else np.uint16, copy=False)
+
+    def ids_from_classes(self, classes: npt.NDArray[Any]) -> npt.NDArray[np.uint8 | np.uint16]:
+        """Classes 0..n to the voxel values of files."""
+        dtype = np.uint8 if max(self.ids) <= 255 else np.uint16
+        return np.asarray((0, *self.ids), dtype=dtype)[classes]
+
+    def matches(self, other: LabelSchema) -> bool:
+        """True when both give the same ids to the same names."""
+        return [(x.id, x.name) for x in self.labels] == [(x.id, x.name) for x in other.labels]
+
+
+PALETTE: tuple[tuple[int, int, int], ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+    (153, 153, 153),
+)
+"""Okabe and Ito's colours, told apart by most colour-blind readers (jfly.uni-koeln.de/color, 2008)."""
+
+
+def schema_from_names(ids_and_names: dict[int, str]) -> LabelSchema:
+    """A schema with palette colours, for datasets that only name their labels."""
+    rows = sorted((i, n) for i, n in ids_and_names.items() if i != 0)
+    labels = tuple(Label(id=i, name=n, colour=PALETTE[k % len(PALETTE)]) for k, (i, n) in enumerate(rows))
+    return LabelSchema(labels=labels)
