@@ -1,0 +1,73 @@
+# Every task of this project. `make` alone lists them; each sets up .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest --no-skips --durations=10
+
+# What `make check` and .ci/run do, in this order.
+CHECKS := lint types walls test slow wheel-check demo
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo $(CHECKS) check list-checks format bench clean
+
+help: ## list the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## set up .venv with the pinned versions (every task does it when needed)
+
+# pip is made last in a new environment, so one that was cut short is made again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "volseg needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## the whole way on real data, in minutes
+	$(BIN)/python -m pipeline.demo
+
+test: $(INSTALLED) ## the tests, but for those marked slow; a skipped test is a failure
+	$(PYTEST) -m "not slow"
+
+slow: $(INSTALLED) ## the tests marked slow
+	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+lint: $(INSTALLED) ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED) ## static types
+	$(BIN)/mypy
+
+walls: $(INSTALLED) ## which module may import which
+	$(BIN)/lint-imports --no-logo
+
+wheel-check: $(INSTALLED) ## build the wheel, install it into an empty environment, use it outside the checkout
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python -m build --outdir "$$folder/dist" && \
+	$(PYTHON) -m venv "$$folder/venv" && \
+	"$$folder/venv/bin/python" -m pip --disable-pip-version-check install --constraint constraints.txt "$$folder"/dist/*.whl && \
+	cd "$$folder" && \
+	venv/bin/volseg --version && \
+	venv/bin/volseg --help && \
+	venv/bin/volseg check "$(CURDIR)/data_manifests/hippocampus_demo.json"
+
+check: $(CHECKS) ## everything that CI runs
+
+list-checks:
+	@echo $(CHECKS)
+
+format: $(INSTALLED) ## format the code and apply the fixes that are safe
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## the quick measurements; benchmarks/LOG.md has the long ones
+	$(BIN)/python benchmarks/help_time.py
+
+clean: ## remove caches and build outputs; .venv, runs/ and demo_out/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find transforms pipeline tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
