@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class UNetSpec(BaseModel):
-    """Every choice of the U-Net. Stage 0 works at full resolution; stage s+1 is coarser by `strides[s+1]`."""
+    """Every choice of the U-Net. Stage 0 works at full resolution; stage s+1 is coarser by `strides[s+1]`.
+
+    Every tuple is indexed by stage, finest first; `decoder_blocks[s]` is at the resolution of stage s.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,3 +66,63 @@ class UNetSpec(BaseModel):
         if any(s != 1 for s in self.strides[0]):
             raise ValueError("strides: the first stage works at full resolution, so its stride is 1")
         return self
+
+    @model_validator(mode="after")
+    def _numbers_make_sense(self) -> Self:
+        counts = {
+            "in_channels": [self.in_channels],
+            "out_channels": [self.out_channels],
+            "features": self.features,
+            "strides": [s for row in self.strides for s in row],
+            "kernel_shapes": [k for row in self.kernel_shapes for k in row],
+            "encoder_blocks": self.encoder_blocks,
+            "decoder_blocks": self.decoder_blocks,
+        }
+        for name, numbers in counts.items():
+            if any(number < 1 for number in numbers):
+                raise ValueError(f"{name}: found {min(numbers)}, every number must be at least 1")
+        if any(k % 2 == 0 for k in counts["kernel_shapes"]):
+            raise ValueError(
+                "kernel_shapes: found an even number, a kernel needs a middle voxel: use 1, 3 or 5"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _valid_padding_keeps_registration(self) -> Self:
+        if self.padding == "same":
+            return self
+        if self.deep_supervision:
+            raise ValueError(
+                "deep_supervision: needs padding 'same', since valid convolutions make every "
+                "output cover another field of view"
+            )
+        pairs = zip(self.strides, self.kernel_shapes, strict=True)
+        overhang = any(s > k for row_s, row_k in pairs for s, k in zip(row_s, row_k, strict=True))
+        if self.downsampling == "strided" and overhang:
+            raise ValueError(
+                "strides: with padding 'valid' a strided kernel must be at least as long as its "
+                "stride; use longer kernels or downsampling 'max_pool'"
+            )
+        return self
+
+
+def unet_2015() -> UNetSpec:
+    """Ronneberger, Fischer and Brox (MICCAI 2015), figure 1: 572x572 in, 388x388 out, 64 to 1024 features.
+
+    The dropout that the paper mentions at the end of its contracting path is left out.
+    """
+    return UNetSpec(
+        dimensions=2,
+        in_channels=1,
+        out_channels=2,
+        features=(64, 128, 256, 512, 1024),
+        strides=((1, 1), (2, 2), (2, 2), (2, 2), (2, 2)),
+        kernel_shapes=((3, 3),) * 5,
+        encoder_blocks=(2,) * 5,
+        decoder_blocks=(2,) * 4,
+        normalisation="none",
+        activation="relu",
+        padding="valid",
+        downsampling="max_pool",
+        upsampling="transposed",
+    )
