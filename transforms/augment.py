@@ -1,0 +1,335 @@
+"""Random changes of training patches: first drawn as a value, then applied, so that each can be replayed.
+
+`RandPatchd` cuts a patch out of a volume through one resampling that holds rotation, scaling, elastic deformation
+and mirroring at once, so that no border of a rotated patch is ever empty where the volume goes on.
+`RandIntensityd` changes intensities. Both are MONAI transforms; their randomness comes from `set_random_state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from monai.transforms import Randomizable, Transform
+from torch import Tensor
+
+from transforms.patches import draw_centre
+
+Range = tuple[float, float]
+
+ELASTIC_CONTROL_VOXELS = 12
+"""Distance of the control points of an elastic deformation."""
+
+
+@dataclass(frozen=True)
+class SpatialSettings:
+    """Probabilities and strengths; the meanings are those of `augment.*` in a config."""
+
+    rotation_probability: float = 0.0
+    rotation_degrees: float = 0.0
+    scaling_probability: float = 0.0
+    scaling_range: Range = (1.0, 1.0)
+    elastic_probability: float = 0.0
+    elastic_mm: float = 0.0
+    mirror_axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class IntensitySettings:
+    """Probabilities and strengths; the meanings are those of `augment.*` in a config."""
+
+    noise_probability: float = 0.0
+    noise_deviation: float = 0.0
+    blur_probability: float = 0.0
+    blur_voxels: Range = (0.5, 1.0)
+    brightness_probability: float = 0.0
+    brightness_range: Range = (1.0, 1.0)
+    contrast_probability: float = 0.0
+    contrast_range: Range = (1.0, 1.0)
+    gamma_probability: float = 0.0
+    gamma_range: Range = (1.0, 1.0)
+    low_resolution_probability: float = 0.0
+    low_resolution_range: Range = (1.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchDraw:
+    """A patch: `centre_ijk` (3,), `matrix` (3, 3) from patch offsets to volume offsets in voxels, `elastic` the
+    control points' displacements (3, a, b, c) in voxels or None, `mirrored` axes."""
+
+    centre_ijk: npt.NDArray[np.float64]
+    matrix: npt.NDArray[np.float64]
+    elastic: npt.NDArray[np.float64] | None
+    mirrored: tuple[int, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """True when the patch is a box of voxels, mirrored at most."""
+        return self.elastic is None and bool(np.array_equal(self.matrix, np.eye(3)))
+
+
+@dataclass(frozen=True)
+class IntensityDraw:
+    """What happens to one channel; None or 1 means nothing does."""
+
+    blur_voxels: float | None
+    low_resolution: float | None
+    brightness: float
+    contrast: float
+    gamma: float
+    noise_deviation: float | None
+    noise_seed: int
+
+
+def draw_patch(
+    random: np.random.RandomState,
+    centre_ijk: npt.NDArray[np.float64],
+    patch_shape: Sequence[int],
+    *,
+    spacing_mm: Sequence[float],
+    settings: SpatialSettings,
+) -> PatchDraw:
+    """Draw rotation, scaling, elastic deformation and mirroring for a patch about `centre_ijk`."""
+    matrix_mm = np.eye(3)
+    if random.random_sample() < settings.rotation_probability:
+        matrix_mm = _rotation(random.uniform(-1, 1, 3) * np.deg2rad(settings.rotation_degrees), patch_shape)
+    if random.random_sample() < settings.scaling_probability:
+        # A factor above 1 enlarges what is seen, so the patch reaches less far.
+        matrix_mm = matrix_mm / _log_uniform(random, settings.scaling_range)
+    spacing = np.asarray(spacing_mm, dtype=np.float64)
+    matrix = matrix_mm * spacing[None, :] / spacing[:, None]
+    elastic = None
+    if random.random_sample() < settings.elastic_probability:
+        points = [max(2, n // ELASTIC_CONTROL_VOXELS + 1) if n > 1 else 1 for n in patch_shape]
+        elastic = random.standard_normal((3, *points)) * settings.elastic_mm / spacing[:, None, None, None]
+    mirrored = tuple(a for a in settings.mirror_axes if random.random_sample() < 0.5)
+    return PatchDraw(centre_ijk, matrix, elastic, mirrored)
+
+
+def cut_patch(
+    volume: Tensor, draw: PatchDraw, patch_shape: Sequence[int], *, is_label: bool, fill: float = 0.0
+) -> Tensor:
+    """The drawn patch (C, *patch_shape) out of (C, I, J, K).
+
+    Images are interpolated linearly and end in `fill`; labels keep their dtype, take the nearest voxel and end in 0.
+    """
+    end = 0.0 if is_label else fill
+    if draw.is_plain:
+        patch = _cut_box(volume, np.rint(draw.centre_ijk - (np.asarray(patch_shape) - 1) / 2), patch_shape, end)
+    else:
+        patch = _cut_warped(volume, draw, patch_shape, nearest=is_label, fill=end)
+    return patch.flip([a + 1 for a in draw.mirrored]) if draw.mirrored else patch
+
+
+def exchange_twins(classes: Tensor, twin_classes: Sequence[int]) -> Tensor:
+    """Class map with each class replaced by its left/right twin, as mirroring along x demands."""
+    table = torch.as_tensor(twin_classes, dtype=classes.dtype, device=classes.device)
+    return table[classes.long()]
+
+
+def draw_intensity(random: np.random.RandomState, settings: IntensitySettings) -> IntensityDraw:
+    """Draw the changes of one channel; the number of draws is always the same."""
+    s = settings
+
+    def happens(probability: float) -> bool:
+        return bool(random.random_sample() < probability)
+
+    blur = random.uniform(*s.blur_voxels) if happens(s.blur_probability) else None
+    low = random.uniform(*s.low_resolution_range) if happens(s.low_resolution_probability) else None
+    brightness = random.uniform(*s.brightness_range) if happens(s.brightness_probability) else 1.0
+    contrast = random.uniform(*s.contrast_range) if happens(s.contrast_probability) else 1.0
+    gamma = _log_uniform(random, s.gamma_range) if happens(s.gamma_probability) else 1.0
+    noise = random.uniform(0, s.noise_deviation) if happens(s.noise_probability) else None
+    return IntensityDraw(blur, low, brightness, contrast, gamma, noise, int(random.randint(2**31 - 1)))
+
+
+def change_intensity(channel: Tensor, draw: IntensityDraw) -> Tensor:
+    """One channel (I, J, K) float32 after the drawn changes, in a new tensor."""
+    changed = channel
+    if draw.blur_voxels is not None:
+        changed = _blur(changed, draw.blur_voxels)
+    if draw.low_resolution is not None:
+        changed = _low_resolution(changed, draw.low_resolution)
+    if draw.brightness != 1.0:
+        changed = changed * draw.brightness
+    if draw.contrast != 1.0:
+        low, high, mean = changed.min(), changed.max(), changed.mean()
+        changed = ((changed - mean) * draw.contrast + mean).clamp(low, high)
+    if draw.gamma != 1.0:
+        changed = _gamma(changed, draw.gamma)
+    if draw.noise_deviation is not None:
+        generator = torch.Generator(device=changed.device).manual_seed(draw.noise_seed)
+        noise = torch.randn(changed.shape, generator=generator, device=changed.device, dtype=changed.dtype)
+        changed = changed + noise * draw.noise_deviation
+    return changed
+
+
+class RandPatchd(Randomizable, Transform):
+    """Cut one augmented training patch: `image` and `label` (C, I, J, K) on one grid become (C, *patch_shape).
+
+    `positions` in the data (see `transforms.patches.class_positions`) makes the sampling class-aware. When the
+    first axis (x, left to right in RAS) is mirrored, left and right labels are exchanged.
+    """
+
+    def __init__(
+        self,
+        patch_shape: Sequence[int],
+        spacing_mm: Sequence[float],
+        *,
+        settings: SpatialSettings,
+        twin_classes: Sequence[int],
+        foreground_share: float,
+    ) -> None:
+        self.patch_shape = tuple(patch_shape)
+        self.spacing_mm = tuple(spacing_mm)
+        self.settings = settings
+        self.twin_classes = tuple(twin_classes)
+        self.foreground_share = foreground_share
+
+    def draw(self, shape: Sequence[int], positions: npt.NDArray[np.int32]) -> PatchDraw:
+        """The next patch of a volume of `shape`."""
+        centre = draw_centre(
+            self.R, shape, self.patch_shape, positions=positions, foreground_share=self.foreground_share
+        )
+        return draw_patch(self.R, centre, self.patch_shape, spacing_mm=self.spacing_mm, settings=self.settings)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Data with `image` and `label` replaced by the patch and `positions` taken out."""
+        image, label = data["image"], data["label"]
+        draw = self.draw(image.shape[1:], data.get("positions", np.empty((0, 4), np.int32)))
+        patch = cut_patch(label, draw, self.patch_shape, is_label=True)
+        if 0 in draw.mirrored and self.twin_classes != tuple(range(len(self.twin_classes))):
+            patch = exchange_twins(patch, self.twin_classes)
+        fill = data.get("fill", 0.0)
+        rest = {k: v for k, v in data.items() if k not in ("image", "label", "positions", "fill")}
+        return {
+            **rest,
+            "image": cut_patch(image, draw, self.patch_shape, is_label=False, fill=fill),
+            "label": patch,
+        }
+
+
+class RandIntensityd(Randomizable, Transform):
+    """Change each channel of `image` (C, I, J, K) by its own draw."""
+
+    def __init__(self, settings: IntensitySettings) -> None:
+        self.settings = settings
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Data with `image` changed."""
+        image = data["image"]
+        channels = [change_intensity(channel, draw_intensity(self.R, self.settings)) for channel in image]
+        return {**data, "image": torch.stack(channels)}
+
+
+def _rotation(angles: npt.NDArray[np.float64], patch_shape: Sequence[int]) -> npt.NDArray[np.float64]:
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        if sum(n > 1 for a, n in enumerate(patch_shape) if a != axis) < 2:
+            continue  # a slice turns in its own plane only
+        a, b = [x for x in range(3) if x != axis]
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix
+
+
+def _log_uniform(random: np.random.RandomState, limits: Range) -> float:
+    return float(np.exp(random.uniform(np.log(limits[0]), np.log(limits[1]))))
+
+
+def _cut_box(volume: Tensor, start: npt.NDArray[np.float64], patch_shape: Sequence[int], fill: float) -> Tensor:
+    first = start.astype(int)
+    low = np.maximum(first, 0)
+    high = np.minimum(first + np.asarray(patch_shape), volume.shape[1:])
+    inside = volume[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+    if tuple(inside.shape[1:]) == tuple(patch_shape):
+        return inside.clone()
+    patch = torch.full((volume.shape[0], *patch_shape), fill, dtype=volume.dtype, device=volume.device)
+    if (high > low).all():
+        into, upto = low - first, high - first
+        patch[:, into[0] : upto[0], into[1] : upto[1], into[2] : upto[2]] = inside
+    return patch
+
+
+def _cut_warped(volume: Tensor, draw: PatchDraw, patch_shape: Sequence[int], *, nearest: bool, fill: float) -> Tensor:
+    points = _source_points(draw, patch_shape, volume.device)
+    box, first = _box_around(volume, points)
+    size = torch.tensor(box.shape[1:], dtype=torch.float32, device=volume.device)
+    offset = torch.as_tensor(first, dtype=torch.float32, device=volume.device)
+    # grid_sample wants (x, y, z) = (k, j, i) in [-1, 1] with the ends on voxel faces (align_corners=False).
+    grid = ((points - offset + 0.5) * (2.0 / size) - 1.0).flip(-1)[None]
+    source = box[None].to(torch.float32)
+    mode = "nearest" if nearest else "bilinear"
+    patch = F.grid_sample(source - fill, grid, mode=mode, padding_mode="zeros", align_corners=False)[0]
+    return patch.to(volume.dtype) if nearest else patch + fill
+
+
+def _source_points(draw: PatchDraw, patch_shape: Sequence[int], device: torch.device) -> Tensor:
+    """(I, J, K, 3) indices in the volume of the patch's voxels."""
+    matrix = torch.as_tensor(draw.matrix, dtype=torch.float32, device=device)
+    centre = torch.as_tensor(draw.centre_ijk, dtype=torch.float32, device=device)
+    points = centre.expand(*patch_shape, 3)
+    for axis, side in enumerate(patch_shape):
+        offsets = torch.arange(side, dtype=torch.float32, device=device) - (side - 1) / 2
+        points = points + (offsets[:, None] * matrix[:, axis]).reshape(
+            [side if a == axis else 1 for a in range(3)] + [3]
+        )
+    if draw.elastic is not None:
+        control = torch.as_tensor(draw.elastic, dtype=torch.float32, device=device)[None]
+        field = F.interpolate(control, size=tuple(patch_shape), mode="trilinear", align_corners=True)[0]
+        points = points + field.permute(1, 2, 3, 0)
+    return points
+
+
+def _box_around(volume: Tensor, points: Tensor) -> tuple[Tensor, list[int]]:
+    """The part of the volume that the points need, so that memory-mapped volumes are read no farther."""
+    flat = points.reshape(-1, 3)
+    low, high = flat.amin(dim=0).floor().tolist(), flat.amax(dim=0).ceil().tolist()
+    first = [int(min(max(x, 0), n - 1)) for x, n in zip(low, volume.shape[1:], strict=True)]
+    last = [int(min(max(x + 1, f + 1), n)) for x, f, n in zip(high, first, volume.shape[1:], strict=True)]
+    return volume[:, first[0] : last[0], first[1] : last[1], first[2] : last[2]], first
+
+
+def _blur(channel: Tensor, sigma_voxels: float) -> Tensor:
+    reach = max(1, int(np.ceil(3 * sigma_voxels)))
+    offsets = torch.arange(-reach, reach + 1, dtype=channel.dtype, device=channel.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma_voxels) ** 2)
+    kernel = kernel / kernel.sum()
+    blurred = channel
+    for axis, side in enumerate(channel.shape):
+        if side > 1:
+            blurred = _convolve_axis(blurred, kernel, axis)
+    return blurred
+
+
+def _convolve_axis(channel: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """Sum of shifted copies: for a handful of taps faster on a CPU than a one-channel convolution."""
+    reach = len(kernel) // 2
+    size = channel.shape[axis]
+    places = torch.arange(-reach, size + reach, device=channel.device).clamp(0, size - 1)
+    padded = channel.index_select(axis, places)
+    result = padded.narrow(axis, 0, size) * kernel[0]
+    for tap in range(1, len(kernel)):
+        result.add_(padded.narrow(axis, tap, size), alpha=float(kernel[tap]))
+    return result
+
+
+def _low_resolution(channel: Tensor, zoom: float) -> Tensor:
+    small = [max(1, round(n * zoom)) for n in channel.shape]
+    coarse = F.interpolate(channel[None, None], size=small, mode="nearest-exact")
+    return F.interpolate(coarse, size=tuple(channel.shape), mode="trilinear", align_corners=False)[0, 0]
+
+
+def _gamma(channel: Tensor, exponent: float) -> Tensor:
+    """A power of the intensities between their extremes; mean and deviation are kept, as in nnU-Net."""
+    low, high = channel.min(), channel.max()
+    mean, deviation = channel.mean(), channel.std()
+    curved = ((channel - low) / (high - low).clamp_min(1e-7)).pow(exponent)
+    return (curved - curved.mean()) / curved.std().clamp_min(1e-7) * deviation + mean
