@@ -57,6 +57,20 @@ def fitting_shapes(spec: UNetSpec, input_shape: Shape) -> tuple[Shape | None, Sh
     return below, tuple(side for side in larger if side is not None)
 
 
+def output_margin(spec: UNetSpec) -> Shape:
+    """Voxels of the input, per axis, before the first voxel of the output: zero with same padding."""
+    strided = spec.downsampling == "strided"
+    return tuple(_axis_border(spec, 0, axis) * strided + _axis_margin(spec, 0, axis) for axis in range(spec.dimensions))
+
+
+def skip_margin(spec: UNetSpec, stage: int) -> Shape:
+    """Voxels per axis that a skip of `stage` loses at its low end, to lie where the upsampled features lie.
+
+    A coarse voxel upsampled begins at the middle of the strided kernel that made it, as with same padding.
+    """
+    return tuple(_axis_skip_margin(spec, stage, axis) for axis in range(spec.dimensions))
+
+
 def parameter_count(spec: UNetSpec) -> int:
     """Number of trainable values."""
     _, smallest = fitting_shapes(spec, (1,) * spec.dimensions)
@@ -159,9 +173,7 @@ def _encoder_stage(spec: UNetSpec, index: int, shape: Shape) -> _Stage:
         other_bytes = channels * math.prod(shape) * (FLOAT_BYTES + POOL_INDEX_BYTES)
         stride = (1,) * spec.dimensions
     count = spec.encoder_blocks[index]
-    layers, pooled_bytes, shape = _blocks(
-        spec, index, channels=channels, shape=shape, stride=stride, count=count
-    )
+    layers, pooled_bytes, shape = _blocks(spec, index, channels=channels, shape=shape, stride=stride, count=count)
     if spec.stages == 1:
         layers.append(_head(spec, index, shape))
     return _Stage(tuple(layers), other_bytes + pooled_bytes, spec.features[index], shape, feeds_another=True)
@@ -244,7 +256,7 @@ def _residual_block(
     layers += second
     if channels == features:
         return layers, 0
-    pooled = tuple(side // s for side, s in zip(shape, stride, strict=True))
+    pooled = layers[0].shape
     normalised = spec.normalisation != "none"
     projection = _Convolution(
         channels, features, ones, pooled, biased=not normalised, normalised=normalised, kept=int(normalised)
@@ -303,6 +315,26 @@ def _axis_trace(spec: UNetSpec, axis: int, side: int) -> tuple[int, int] | None:
         if side < 1:
             return None
     return bottleneck, side
+
+
+def _axis_border(spec: UNetSpec, stage: int, axis: int) -> int:
+    """What one convolution of `stage` loses at either end."""
+    return spec.kernel_shapes[stage][axis] // 2 if spec.padding == "valid" else 0
+
+
+def _axis_skip_margin(spec: UNetSpec, stage: int, axis: int) -> int:
+    entry = _axis_border(spec, stage + 1, axis) if spec.downsampling == "strided" else 0
+    return entry + spec.strides[stage + 1][axis] * _axis_margin(spec, stage + 1, axis)
+
+
+def _axis_margin(spec: UNetSpec, stage: int, axis: int) -> int:
+    """Its own voxels that a stage loses at the low end, between its downsampling and its decoded features."""
+    strided = spec.downsampling == "strided"
+    lost = spec.encoder_blocks[stage] * _convolutions_per_block(spec) - strided
+    if stage == spec.stages - 1:
+        return lost * _axis_border(spec, stage, axis)
+    lost += spec.decoder_blocks[stage] * _convolutions_per_block(spec)
+    return lost * _axis_border(spec, stage, axis) + _axis_skip_margin(spec, stage, axis)
 
 
 def _nearest_side(spec: UNetSpec, axis: int, sides: Iterable[int]) -> int | None:

@@ -82,9 +82,7 @@ class UNetSpec(BaseModel):
             if any(number < 1 for number in numbers):
                 raise ValueError(f"{name}: found {min(numbers)}, every number must be at least 1")
         if any(k % 2 == 0 for k in counts["kernel_shapes"]):
-            raise ValueError(
-                "kernel_shapes: found an even number, a kernel needs a middle voxel: use 1, 3 or 5"
-            )
+            raise ValueError("kernel_shapes: found an even number, a kernel needs a middle voxel: use 1, 3 or 5")
         return self
 
     @model_validator(mode="after")
@@ -96,13 +94,12 @@ class UNetSpec(BaseModel):
                 "deep_supervision: needs padding 'same', since valid convolutions make every "
                 "output cover another field of view"
             )
-        pairs = zip(self.strides, self.kernel_shapes, strict=True)
-        overhang = any(s > k for row_s, row_k in pairs for s, k in zip(row_s, row_k, strict=True))
-        if self.downsampling == "strided" and overhang:
-            raise ValueError(
-                "strides: with padding 'valid' a strided kernel must be at least as long as its "
-                "stride; use longer kernels or downsampling 'max_pool'"
-            )
+        for strides, kernel in zip(self.strides, self.kernel_shapes, strict=True):
+            if self.downsampling == "strided" and any(k < 2 * s - 1 for s, k in zip(strides, kernel, strict=True)):
+                raise ValueError(
+                    "strides: with padding 'valid' and downsampling 'strided' a stride s needs a kernel of 2s-1 "
+                    f"or more, found {strides} with {kernel}: use longer kernels or downsampling 'max_pool'"
+                )
         return self
 
 

@@ -1,6 +1,5 @@
-"""The U-Net, with every choice of it as a value of `UNetSpec`. In this order:
-
-blocks, attention gate, encoder and decoder stages, gradient checkpointing, the network, its initial weights.
+"""The U-Net, with every choice of it as a value of `UNetSpec`. From top to bottom: blocks, attention gate,
+encoder and decoder stages, gradient checkpointing, the network, its initial weights.
 
 Sources: Ronneberger et al. 2015 (arXiv 1505.04597), Çiçek et al. 2016 (1606.06650), He et al. 2015 and 2016
 (1502.01852, 1512.03385), Oktay et al. 2018 (1804.03999), Chen et al. 2016 (checkpointing, 1604.06174).
@@ -21,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.shape import Shape, output_shape
+from pipeline.models.shape import Shape, output_shape, skip_margin
 from pipeline.models.spec import UNetSpec, unet_2015
 
 __all__ = ["UNet", "unet_2015"]
@@ -69,21 +68,18 @@ def _activation(spec: UNetSpec) -> nn.Module:
     return nn.ReLU(inplace=True) if spec.activation == "relu" else nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
 
 
-def _cropped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The middle of `tensor` (B,C,...) in the spatial shape `shape`; a view."""
-    for axis, side in enumerate(shape, start=2):
-        excess = tensor.shape[axis] - side
-        if excess:
-            tensor = tensor.narrow(axis, excess // 2, side)
+def _cropped(tensor: Tensor, shape: Sequence[int], margin: Shape) -> Tensor:
+    """The part of `tensor` (B,C,...) from voxel `margin` on, in the spatial shape `shape`; a view."""
+    for axis, (side, start) in enumerate(zip(shape, margin, strict=True), start=2):
+        if side != tensor.shape[axis]:
+            tensor = tensor.narrow(axis, start, side)
     return tensor
 
 
 class PlainBlock(nn.Module):
     """Convolution, normalisation, activation."""
 
-    def __init__(
-        self, spec: UNetSpec, stage: int, *, in_channels: int, stride: Shape, activated: bool = True
-    ) -> None:
+    def __init__(self, spec: UNetSpec, stage: int, *, in_channels: int, stride: Shape, activated: bool = True) -> None:
         super().__init__()
         channels, kernel = spec.features[stage], spec.kernel_shapes[stage]
         bias = spec.normalisation == "none"
@@ -105,6 +101,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, spec: UNetSpec, stage: int, *, in_channels: int, stride: Shape) -> None:
         super().__init__()
         channels, ones = spec.features[stage], (1,) * spec.dimensions
+        self.stride = stride
+        self.border = tuple(k // 2 if spec.padding == "valid" else 0 for k in spec.kernel_shapes[stage])
         self.first = PlainBlock(spec, stage, in_channels=in_channels, stride=stride)
         self.second = PlainBlock(spec, stage, in_channels=channels, stride=ones, activated=False)
         self.shortcut = nn.Sequential()
@@ -117,8 +115,11 @@ class ResidualBlock(nn.Module):
         self.activation = _activation(spec)
 
     def forward(self, features: Tensor) -> Tensor:
-        change: Tensor = self.second(self.first(features))
-        result: Tensor = self.activation(change + _cropped(self.shortcut(features), change.shape[2:]))
+        halfway = self.first(features)
+        change: Tensor = self.second(halfway)
+        covered = [side * s for side, s in zip(halfway.shape[2:], self.stride, strict=True)]
+        shortcut = self.shortcut(_cropped(features, covered, self.border))
+        result: Tensor = self.activation(change + _cropped(shortcut, change.shape[2:], self.border))
         return result
 
 
@@ -137,8 +138,7 @@ class AttentionGate(nn.Module):
         channels, coarse_channels = spec.features[stage], spec.features[stage + 1]
         stride = spec.strides[stage + 1]
         inner = max(channels // 2, 1)
-        make = CONVOLUTION[spec.dimensions]
-        self.skip = make(channels, inner, stride, stride=stride, bias=False)
+        self.skip = CONVOLUTION[spec.dimensions](channels, inner, stride, stride=stride, bias=False)
         self.gate = _pointwise(spec, coarse_channels, inner)
         self.score = _pointwise(spec, inner, 1)
         self.mode = LINEAR[spec.dimensions]
@@ -197,6 +197,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         channels, coarse_channels = spec.features[stage], spec.features[stage + 1]
         self.stride = spec.strides[stage + 1]
+        self.margin = skip_margin(spec, stage)
         self.upsampling: nn.Module = InterpolatedUpsampling(spec, stage)
         if spec.upsampling == "transposed":
             make = TRANSPOSED[spec.dimensions]
@@ -214,7 +215,8 @@ class DecoderStage(nn.Module):
 
     def cropped(self, skip: Tensor, coarse: Tensor) -> Tensor:
         """The part of `skip` that `coarse` covers; all of it with same padding."""
-        return _cropped(skip, [side * s for side, s in zip(coarse.shape[2:], self.stride, strict=True)])
+        covered = [side * s for side, s in zip(coarse.shape[2:], self.stride, strict=True)]
+        return _cropped(skip, covered, self.margin)
 
 
 class _SpareRunningStatistics(AbstractContextManager[None]):
@@ -230,9 +232,7 @@ class _SpareRunningStatistics(AbstractContextManager[None]):
         self._originals: list[tuple[_BatchNorm, str, Tensor]] = []
 
     def __enter__(self) -> None:
-        self._originals = [
-            (layer, name, getattr(layer, name)) for layer in self._layers for name in self.NAMES
-        ]
+        self._originals = [(bn, name, getattr(bn, name)) for bn in self._layers for name in self.NAMES]
         for layer, name, original in self._originals:
             setattr(layer, name, original.clone())
 
@@ -299,13 +299,9 @@ class UNet(nn.Module):
             ValueError: the network has no attention gates or is in training mode, or `image` does not fit.
         """
         if self.spec.skip != "attention":
-            raise ValueError(
-                f"found skip '{self.spec.skip}', expected 'attention': there are no maps to read"
-            )
+            raise ValueError(f"found skip '{self.spec.skip}', expected 'attention': there are no maps")
         if self.training:
-            raise ValueError(
-                "found a network in training mode: call eval() first, so that reading changes nothing"
-            )
+            raise ValueError("found training mode: call eval() first, so that reading changes nothing")
         skips = self._encode(image)
         features = skips.pop()
         maps = []

@@ -1,0 +1,184 @@
+"""Every network that can be trained, by name: our U-Net, and others from MONAI built from the same numbers.
+
+The others take dimensions and channels from the spec; DynUNet and Attention U-Net its features and strides
+too, DynUNet its kernels and blocks besides. All else that they are is written here. MONAI is imported inside
+their builders: that takes seconds, and our own network does not need it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import PlanError
+from pipeline.models.shape import Shape, output_shape
+from pipeline.models.spec import UNetSpec
+from pipeline.models.unet import UNet
+
+
+def build_network(
+    name: str, spec: UNetSpec, patch_shape: Shape, *, generator: torch.Generator | None = None
+) -> nn.Module:
+    """The network called `name` in `NETWORKS`, with weights drawn from `generator` (or torch's global one).
+
+    Raises:
+        PlanError: no such network, one that cannot do what the spec asks, or a patch that does not fit it.
+    """
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name, NETWORKS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise PlanError(f"network '{name}' is not known: {hint}known are {', '.join(NETWORKS)}")
+    network = NETWORKS[name]
+    network.check(name, spec, patch_shape)
+    if generator is None:
+        return network.build(spec)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return network.build(spec)
+
+
+def _unet(spec: UNetSpec) -> nn.Module:
+    return UNet(spec)
+
+
+def _segresnet(spec: UNetSpec) -> nn.Module:
+    """Myronenko 2018 (arXiv 1810.11654), without its variational branch."""
+    from monai.networks.nets.segresnet import SegResNet
+
+    return SegResNet(
+        spatial_dims=spec.dimensions,
+        in_channels=spec.in_channels,
+        out_channels=spec.out_channels,
+        init_filters=16,
+        blocks_down=(1, 2, 2, 4),
+        blocks_up=(1, 1, 1),
+    )
+
+
+def _swin_unetr(spec: UNetSpec) -> nn.Module:
+    """Hatamizadeh et al. 2022 (arXiv 2201.01266)."""
+    from monai.networks.nets.swin_unetr import SwinUNETR
+
+    return SwinUNETR(
+        spatial_dims=spec.dimensions,
+        in_channels=spec.in_channels,
+        out_channels=spec.out_channels,
+        feature_size=24,
+        use_checkpoint=spec.checkpointing,
+    )
+
+
+def _dynunet(spec: UNetSpec) -> nn.Module:
+    """Isensee et al. 2021 (nnU-Net's network, arXiv 1904.08128), with MONAI's own layers."""
+    from monai.networks.nets.dynunet import DynUNet
+
+    return DynUNet(
+        spatial_dims=spec.dimensions,
+        in_channels=spec.in_channels,
+        out_channels=spec.out_channels,
+        kernel_size=spec.kernel_shapes,
+        strides=spec.strides,
+        upsample_kernel_size=spec.strides[1:],
+        filters=spec.features,
+        res_block=spec.block == "residual",
+    )
+
+
+def _attention_unet(spec: UNetSpec) -> nn.Module:
+    """Oktay et al. 2018 (arXiv 1804.03999); kernels are 3 along every axis."""
+    from monai.networks.nets.attentionunet import AttentionUnet
+
+    # MONAI hands a stride on to layers that take one per axis; its annotation says an int.
+    strides: list[Any] = list(spec.strides[1:])
+    return AttentionUnet(
+        spatial_dims=spec.dimensions,
+        in_channels=spec.in_channels,
+        out_channels=spec.out_channels,
+        channels=spec.features,
+        strides=strides,
+    )
+
+
+def _mednext(spec: UNetSpec) -> nn.Module:
+    """Roy et al. 2023 (arXiv 2303.09975), size S with kernels of 3."""
+    from monai.networks.nets.mednext import create_mednext
+
+    return create_mednext(
+        "S",
+        spatial_dims=spec.dimensions,
+        in_channels=spec.in_channels,
+        out_channels=spec.out_channels,
+        kernel_size=3,
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to build a network, and what it asks for.
+
+    `divisor`: what each side of a patch must be divisible by, where the spec's strides do not say it.
+    `least_stages`: of the spec, where the network is built from its stages.
+    """
+
+    build: Callable[[UNetSpec], nn.Module]
+    ours: bool = False
+    divisor: int | None = None
+    least_stages: int = 1
+    needs_package: str | None = None
+
+    def check(self, name: str, spec: UNetSpec, patch_shape: Shape) -> None:
+        """Raise PlanError if the network cannot be built for `spec` or run on `patch_shape`."""
+        if self.needs_package and importlib.util.find_spec(self.needs_package) is None:
+            raise PlanError(
+                f"network '{name}' needs the package {self.needs_package}: pip install {self.needs_package}"
+            )
+        if self.ours:
+            _check_unet(patch_shape, spec)
+            return
+        if spec.deep_supervision or spec.padding == "valid":
+            raise PlanError(
+                f"network '{name}' has same padding and no deep supervision: change the plan, or use 'unet'"
+            )
+        if spec.stages < self.least_stages:
+            raise PlanError(f"network '{name}': found {spec.stages} stages, expected at least {self.least_stages}")
+        _check_divisible(name, patch_shape, self._divisors(spec))
+
+    def _divisors(self, spec: UNetSpec) -> Shape:
+        return spec.downsampling_factor if self.divisor is None else (self.divisor,) * spec.dimensions
+
+
+def _check_unet(patch_shape: Shape, spec: UNetSpec) -> None:
+    try:
+        output_shape(spec, patch_shape)
+    except ValueError as error:
+        raise PlanError(f"network 'unet': {error}") from error
+
+
+def _check_divisible(name: str, patch_shape: Shape, divisors: Shape) -> None:
+    if len(patch_shape) != len(divisors):
+        raise PlanError(f"network '{name}': patch {patch_shape} has {len(patch_shape)} axes, expected {len(divisors)}")
+    larger = tuple(max(-(-side // d), 1) * d for side, d in zip(patch_shape, divisors, strict=True))
+    if larger != patch_shape:
+        raise PlanError(
+            f"network '{name}': patch {patch_shape} is not divisible by {divisors}; the next one is {larger}"
+        )
+    if math.prod(patch_shape) == math.prod(divisors):
+        raise PlanError(f"network '{name}': patch {patch_shape} leaves one voxel at the bottleneck; use a larger one")
+
+
+NETWORKS: dict[str, Network] = {
+    "unet": Network(_unet, ours=True),
+    "segresnet": Network(_segresnet, divisor=8),
+    "swin_unetr": Network(_swin_unetr, divisor=32, needs_package="einops"),
+    "dynunet": Network(_dynunet, least_stages=3),
+    "attention_unet": Network(_attention_unet, least_stages=2),
+    "mednext": Network(_mednext, divisor=16),
+}
