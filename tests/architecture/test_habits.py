@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
-    path
-    for folder in ("transforms", "pipeline", "tests", "benchmarks")
-    for path in ROOT.glob(f"{folder}/**/*.py")
+    path for folder in ("transforms", "pipeline", "tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")
 )
 MOST_FUNCTION_LINES = 60
 MOST_FILE_LINES = 500

@@ -191,8 +191,6 @@ def test_what_is_allowed_is_let_through(rule: Rule, source: str) -> None:
 def test_import_is_light(module: str) -> None:
     """What the command line reads at its start brings in nothing that takes long to load."""
     source = f"import sys, {module}; print(*sorted(set({HEAVY}) & set(sys.modules)))"
-    run = subprocess.run(
-        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
