@@ -1,16 +1,40 @@
-"""A dataset as a value: its channels, labels and cases. Paths, never voxels; pseudonyms, never identities."""
+"""A dataset as a value: its channels, labels and cases. Paths, never voxels; pseudonyms, never identities.
+
+`load_dataset` reads a volseg manifest, and the dataset.json of MSD and nnU-Net as they are.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, Self
+import difflib
+import json
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from transforms.labels import LabelSchema
+from pipeline.errors import ManifestError
+from pipeline.files import sha256_of_json, write_json
+from pipeline.manifest_formats import FOREIGN_FORMATS, foreign_format
+from transforms.labels import CodedConcept, Label, LabelSchema
 
 Modality = Literal["CT", "MR", "PT", "NM", "US"]
 """DICOM's codes (PS3.3 C.7.3.1.1.1) of the volumes that can be planned for; a closed list on purpose."""
+
+_ERRORS_SHOWN = 5
+
+
+def _inside_root(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or "\\" in path or parts[0] == "/" or PureWindowsPath(path).drive:
+        raise ValueError(f"'{path}' is not a path relative to the root, written with '/'")
+    if ".." in parts:
+        raise ValueError(f"'{path}' leaves the root; move the root up instead")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside_root)]
+"""A file, or a folder of DICOM files, below the dataset's root."""
 
 
 class Frozen(BaseModel):
@@ -29,10 +53,11 @@ class Channel(Frozen):
 class Case(Frozen):
     """One study to segment. `images` maps each channel's name to a path relative to the manifest's root."""
 
-    case_id: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    # It becomes part of file names, so it can neither hide a file nor climb out of a folder.
+    case_id: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
     patient_id: str = Field(min_length=1)
-    images: dict[str, str]
-    label: str | None = None
+    images: dict[str, RelativePath]
+    label: RelativePath | None = None
     fold: int | None = Field(None, ge=0)
 
 
@@ -47,20 +72,23 @@ class Manifest(Frozen):
     channels: tuple[Channel, ...] = Field(min_length=1)
     labels: LabelSchema
     root: str = "."
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        ids = [case.case_id for case in self.cases]
-        repeated = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
-        if repeated:
-            raise ValueError(f"case_id {', '.join(repeated)} stands more than once")
+        if repeated := _repeated([channel.name for channel in self.channels]):
+            raise ValueError(f"channel {', '.join(repeated)} stands more than once")
+        # Results are named after the case, and some file systems do not tell A from a.
+        if repeated := _repeated([case.case_id.casefold() for case in self.cases]):
+            raise ValueError(f"case_id {', '.join(repeated)} stands more than once (capitals ignored)")
         names = {channel.name for channel in self.channels}
         for case in self.cases:
             if set(case.images) != names:
                 raise ValueError(
                     f"case '{case.case_id}' has images {sorted(case.images)}, expected {sorted(names)}"
                 )
+            if repeated := _repeated([*case.images.values(), case.label or ""]):
+                raise ValueError(f"case '{case.case_id}' names the file {repeated[0]} twice")
         return self
 
 
@@ -77,3 +105,152 @@ class Dataset(Frozen):
     def label_path(self, case: Case) -> Path | None:
         """None when the case is not annotated."""
         return None if case.label is None else self.root / case.label
+
+
+def load_dataset(path: Path, root: Path | None = None) -> Dataset:
+    """Read a volseg manifest, an MSD or nnU-Net `dataset.json`, or the folder that holds the latter.
+
+    The paths of the cases start from `root` if it is given; otherwise from the manifest's own `root`, which
+    is relative to the manifest's folder, or from the folder of `dataset.json`. Only the JSON is opened.
+
+    Raises:
+        ManifestError: no such file, not one of the formats, a key or value that does not fit, a path that
+            leaves the root, or a root that holds none of the images.
+    """
+    file = _description_file(path)
+    document = _read_document(file)
+    kind = foreign_format(document)
+    if kind is None:
+        manifest = parse_manifest(document, source=str(file))
+        folder = file.parent / manifest.root if root is None else root
+    else:
+        folder = file.parent if root is None else root
+        manifest = parse_manifest(FOREIGN_FORMATS[kind](document, folder, str(file)), source=str(file))
+    dataset = Dataset(manifest=manifest, root=folder.resolve())
+    _require_some_image(dataset, file)
+    return dataset
+
+
+def parse_manifest(document: dict[str, Any], *, source: str) -> Manifest:
+    """Check a JSON document against the schema; `source` names it in errors.
+
+    Raises:
+        ManifestError: an unknown key (the nearest is named) or a value that does not fit.
+    """
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        raise ManifestError(f"{source}: {_explain(error)}") from error
+    if PurePosixPath(manifest.root).is_absolute() or PureWindowsPath(manifest.root).is_absolute():
+        raise ManifestError(
+            f"{source}: root is an absolute path, which is another on each machine; "
+            "write it relative to the manifest's folder, or leave it out and give --root"
+        )
+    return manifest
+
+
+def save_manifest(dataset: Dataset, path: Path) -> None:
+    """Write the manifest atomically, with its root relative to `path`; `load_dataset` reads it back the same.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    root = os.path.relpath(dataset.root.resolve(), path.parent.resolve())
+    manifest = dataset.manifest.model_copy(update={"root": Path(root).as_posix()})
+    write_json(path, manifest.model_dump(mode="json", exclude_none=True))
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """Hex SHA-256 of everything but the root, which is another on each machine."""
+    return sha256_of_json(manifest.model_dump(mode="json", exclude={"root"}))
+
+
+def _description_file(path: Path) -> Path:
+    file = path / "dataset.json" if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.is_dir():
+        raise ManifestError(
+            f"{path}: this folder has no dataset.json (MSD, nnU-Net); name a manifest, "
+            "or make one with `volseg manifest build`"
+        )
+    raise ManifestError(f"{path}: no such manifest; see data_manifests/ for examples")
+
+
+def _read_document(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{file}: cannot be read as text ({type(error).__name__})") from error
+    except json.JSONDecodeError as error:
+        raise ManifestError(
+            f"{file}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{file}: {error}") from error
+    if not isinstance(document, dict):
+        raise ManifestError(f"{file}: a manifest is a JSON object, found {type(document).__name__}")
+    return document
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets the last of two equal keys win; in a label table that would lose a label silently."""
+    if repeated := _repeated([key for key, _ in pairs]):
+        raise ValueError(f"the key '{repeated[0]}' stands more than once in one object")
+    return dict(pairs)
+
+
+def _repeated(values: list[str]) -> list[str]:
+    if len(set(values)) == len(values):
+        return []
+    return sorted({value for value in values if values.count(value) > 1})
+
+
+def _require_some_image(dataset: Dataset, file: Path) -> None:
+    if not dataset.root.is_dir():
+        raise ManifestError(
+            f"{file}: its root {dataset.root} is not a folder; give the right one with --root"
+        )
+    if not any(path.exists() for case in dataset.manifest.cases for path in dataset.image_paths(case)):
+        first = dataset.image_paths(dataset.manifest.cases[0])[0]
+        raise ManifestError(
+            f"{file}: none of its {len(dataset.manifest.cases)} cases is below {dataset.root} "
+            f"(looked for {first.relative_to(dataset.root)} first); give the right folder with --root"
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    lines = [_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors()]
+    more = len(lines) - _ERRORS_SHOWN
+    return "; ".join(lines[:_ERRORS_SHOWN]) + (f"; and {more} more of this kind" if more > 0 else "")
+
+
+def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
+    key = ".".join(str(part) for part in location)
+    last = str(location[-1]) if location else ""
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'; {_nearest(last, _KEYS)}"
+    if kind == "missing":
+        return f"the key '{key}' is missing"
+    if last == "modality":
+        return f"{key}: unknown modality {found!r}; {_nearest(str(found), get_args(Modality))}"
+    text = message.removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {text}" if key else text
+    return f"{key}: {text[:1].lower()}{text[1:]}, found {found!r}"
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    by_folded = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.5)
+    hint = f"did you mean '{by_folded[near[0]]}'? " if near else ""
+    return f"{hint}known: {', '.join(known)}"
+
+
+_KEYS = tuple(
+    dict.fromkeys(
+        name
+        for model in (Manifest, Channel, Case, LabelSchema, Label, CodedConcept)
+        for name in model.model_fields
+    )
+)
