@@ -128,9 +128,7 @@ class Geometry:
     def axis_codes(self) -> str:
         """Where i, j and k point, to the nearest patient axis, as in 'RAS' or 'LPS'."""
         axes, signs = _closest_axes(self.direction_ras)
-        return "".join(
-            (_POSITIVE_CODES if s > 0 else _NEGATIVE_CODES)[a] for a, s in zip(axes, signs, strict=True)
-        )
+        return "".join((_POSITIVE_CODES if s > 0 else _NEGATIVE_CODES)[a] for a, s in zip(axes, signs, strict=True))
 
     def ras_from_ijk(self, points_ijk: npt.ArrayLike) -> Floats:
         """(N, 3) voxel indices, fractions allowed, to (N, 3) RAS+ mm."""
@@ -195,11 +193,10 @@ class Geometry:
         affine[:3, 3] = self.ras_from_ijk([first_ijk])[0]
         return Geometry(_triple(shape), affine)
 
-    def difference(self, other: Geometry) -> str | None:
+    def difference(self, other: Geometry, *, tolerance_voxels: float = SAME_GRID_VOXELS) -> str | None:
         """None when both are the same grid; otherwise one line that shows how they differ."""
-        if self.shape == other.shape and self._corner_gap_mm(other) <= SAME_GRID_VOXELS * min(
-            self.spacing_mm
-        ):
+        allowed_mm = tolerance_voxels * min(self.spacing_mm)
+        if self.shape == other.shape and self._corner_gap_mm(other) <= allowed_mm:
             return None
         return f"{self.describe()} against {other.describe()}"
 
@@ -230,9 +227,7 @@ class Geometry:
         return AxisMap(axes, (scales[0], scales[1], scales[2]), (offsets[0], offsets[1], offsets[2]))
 
     def _corner_gap_mm(self, other: Geometry) -> float:
-        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), axis=-1).reshape(
-            -1, 3
-        )
+        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), axis=-1).reshape(-1, 3)
         gaps = self.ras_from_ijk(corners) - other.ras_from_ijk(corners)
         # A single-voxel axis has no second corner, so its direction is compared as well.
         columns = self.affine_ras[:3, :3] - other.affine_ras[:3, :3]

@@ -1,0 +1,195 @@
+"""NRRD and MetaImage (.mha, .mhd) files -> voxels and their grid, through SimpleITK.
+
+Both formats have a text header. It is read here first: SimpleITK fills what is missing with guesses (no origin is 0,
+no direction is the identity), reports damage on the terminal, and allocates memory before it knows how long the file
+is. A file must say in which patient frame its grid lies (NRRD: `space`; MetaImage is LPS by definition) and where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+
+from transforms.errors import VolumeError
+from transforms.geometry import Geometry
+from transforms.sanity import finite_float32, integral_labels, refuse_oversize, refuse_short_file
+
+_HEADER_LIMIT = 1 << 16
+_NRRD_MAGIC = b"NRRD000"
+_META_KEYS = (b"ObjectType", b"NDims")
+_NRRD_FRAMES = {
+    "left-posterior-superior",
+    "lps",
+    "right-anterior-superior",
+    "ras",
+    "left-anterior-superior",
+    "las",
+}
+_NRRD_PLACE = (("space directions",), ("space origin",))
+_META_PLACE = (
+    ("transformmatrix", "rotation", "orientation"),
+    ("offset", "position", "origin"),
+    ("elementspacing", "elementsize"),
+)
+_LOCAL = ("", "local")
+_BYTES = {
+    sitk.sitkInt8: 1,
+    sitk.sitkUInt8: 1,
+    sitk.sitkInt16: 2,
+    sitk.sitkUInt16: 2,
+    sitk.sitkInt32: 4,
+    sitk.sitkUInt32: 4,
+    sitk.sitkFloat32: 4,
+    sitk.sitkInt64: 8,
+    sitk.sitkUInt64: 8,
+    sitk.sitkFloat64: 8,
+}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """`fields` have lower-case keys; `end` is where local voxels begin."""
+
+    image_io: str
+    fields: dict[str, str]
+    end: int
+
+    @property
+    def data_file(self) -> str:
+        """The file that holds the voxels, empty or 'local' for this one."""
+        named = (self.fields.get(key, "") for key in ("data file", "datafile", "elementdatafile"))
+        return next((name for name in named if name), "")
+
+    @property
+    def packed(self) -> bool:
+        """Whether the voxels are compressed."""
+        packed = self.fields.get("compresseddata", "false").lower() == "true"
+        return packed or self.fields.get("encoding", "raw").lower() in ("gzip", "gz", "bzip2", "bz2")
+
+
+def is_itk(path: Path) -> bool:
+    """Whether the content begins as NRRD or MetaImage files do."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    return head.startswith(_NRRD_MAGIC) or _is_meta(head)
+
+
+def read_itk(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geometry]:
+    """Voxels (I, J, K) and their grid: float32 for images, the narrowest integer type for labels.
+
+    Raises:
+        VolumeError: cut short or damaged, not three axes, not one number a voxel, no place in the patient, NaN or
+            infinite voxels, labels that are not whole.
+    """
+    header = _header(path)
+    _refuse_unplaced(header, path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(header.image_io)
+    reader.SetFileName(str(path))
+    with _quiet_itk(path):
+        reader.ReadImageInformation()
+    shape = _shape(reader, path)
+    _refuse_short(header, int(np.prod(shape, dtype=np.int64)) * _BYTES[reader.GetPixelID()], path)
+    with _quiet_itk(path):
+        image = reader.Execute()
+    voxels = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
+    return (integral_labels if labels else finite_float32)(voxels, path), _geometry(image, shape, path)
+
+
+def _is_meta(head: bytes) -> bool:
+    return any(line.partition(b"=")[0].strip() in _META_KEYS and b"=" in line for line in head.splitlines()[:4])
+
+
+def _header(path: Path) -> _Header:
+    with path.open("rb") as file:
+        content = file.read(_HEADER_LIMIT)
+    if content.startswith(_NRRD_MAGIC):
+        text, gap, _ = content.replace(b"\r\n", b"\n").partition(b"\n\n")
+        crlf = content.count(b"\r\n", 0, len(text) + len(gap))
+        return _Header("NrrdImageIO", _fields(text, ":"), len(text) + len(gap) + crlf)
+    text, key, rest = content.partition(b"ElementDataFile")
+    last = rest.split(b"\n", 1)[0]
+    return _Header("MetaImageIO", _fields(text + key + last, "="), len(text) + len(key) + len(last) + 1)
+
+
+def _fields(text: bytes, separator: str) -> dict[str, str]:
+    lines = text.decode("ascii", errors="replace").splitlines()
+    pairs = (line.partition(separator) for line in lines if not line.startswith("#"))
+    return {key.strip().lower(): value.strip() for key, found, value in pairs if found}
+
+
+def _refuse_unplaced(header: _Header, path: Path) -> None:
+    is_nrrd = header.image_io == "NrrdImageIO"
+    frame = header.fields.get("space", "none").lower()
+    if is_nrrd and frame not in _NRRD_FRAMES:
+        raise VolumeError(
+            f"{path}: NRRD space is '{frame}', which does not say where left and front are; expected "
+            "left-posterior-superior or right-anterior-superior: convert it again from its source"
+        )
+    for keys in _NRRD_PLACE if is_nrrd else _META_PLACE:
+        if not any(header.fields.get(key) for key in keys):
+            raise VolumeError(
+                f"{path}: no '{keys[0]}' in the header, so its voxels have no place in the patient; convert it again"
+            )
+    units = header.fields.get("space units", "").replace('"', "").lower().split()
+    if any(unit != "mm" for unit in units):
+        raise VolumeError(f"{path}: NRRD space units are {' '.join(units)}; expected mm")
+
+
+def _shape(reader: sitk.ImageFileReader, path: Path) -> tuple[int, int, int]:
+    sizes = tuple(reader.GetSize())
+    if len(sizes) != 3:
+        shown = "x".join(str(n) for n in sizes)
+        raise VolumeError(f"{path}: {len(sizes)} axes ({shown}); expected three: write one file a channel")
+    if reader.GetNumberOfComponents() != 1 or reader.GetPixelID() not in _BYTES:
+        kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+        raise VolumeError(f"{path}: voxels are {kind}; expected one plain number: write one file a channel")
+    refuse_oversize(sizes, path)
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _refuse_short(header: _Header, needed: int, path: Path) -> None:
+    """Compare what the header promises with the length of the file that holds the voxels."""
+    name = header.data_file
+    if name.lower() in _LOCAL:
+        present = path.stat().st_size - header.end
+    elif name.upper().startswith("LIST") or "%" in name or not (path.parent / name).is_file():
+        raise VolumeError(f"{path}: its voxels are in '{name}', which is not one file beside it; write one .nrrd")
+    else:
+        present = (path.parent / name).stat().st_size
+    stored = header.fields.get("compresseddatasize", "")
+    if header.packed and stored.isdecimal():
+        refuse_short_file(int(stored), present, path)
+    if header.fields.get("encoding", "raw").lower() not in ("bzip2", "bz2"):
+        refuse_short_file(needed, present, path, packed=header.packed)
+
+
+def _geometry(image: sitk.Image, shape: tuple[int, int, int], path: Path) -> Geometry:
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    try:
+        return Geometry.from_lps(shape, affine)
+    except ValueError as fault:
+        raise VolumeError(f"{path}: {fault}; convert the file again from its source") from None
+
+
+@contextmanager
+def _quiet_itk(path: Path) -> Iterator[None]:
+    """Keep ITK's warnings from the terminal, and its many-line errors to their last line."""
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    except RuntimeError as fault:
+        lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+        raise VolumeError(f"{path}: cannot be read: {lines[-1]}; fetch or convert the file again") from None
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)

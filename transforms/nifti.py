@@ -1,0 +1,169 @@
+"""NIfTI-1 and NIfTI-2 files -> voxels and their grid, or a refusal by name.
+
+nibabel knows the header's fields; whether they make sense is judged here, because its own remarks go to the
+terminal and its fallbacks are guesses. Which affine counts: sform when its code is set, else qform when its code is
+set, else none: a file with both codes 0 does not say where its voxels lie, not even which side is left, and is
+refused. When both are set they must agree.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import IO, Any, cast
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.spatialimages import HeaderDataError
+
+from transforms.errors import VolumeError
+from transforms.geometry import Geometry
+from transforms.sanity import MAX_VOXELS, finite_float32, integral_labels, refuse_oversize, refuse_short_file
+
+FORMS_AGREE_VOXELS = 0.5
+"""sform and qform agree when no corner is farther apart than this part of a voxel: a quaternion of half a turn is
+stored no better than the square root of float32's precision, about 0.2 mm over a whole body."""
+
+_GZIP = b"\x1f\x8b"
+_HEADERS: dict[int, Any] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_SINGLE_FILE = (b"n+1\0", b"n+2\0")
+_PAIR = (b"ni1\0", b"ni2\0")
+_UNITS = {1: "metres", 3: "micrometres"}
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the content, gunzipped if it is packed, begins with a NIfTI header."""
+    try:
+        with _stream(path) as file:
+            head = file.read(540)
+    except _DAMAGED:
+        return False
+    return _magic(head) in (*_SINGLE_FILE, *_PAIR)
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether the content is packed by gzip."""
+    with path.open("rb") as file:
+        return file.read(2) == _GZIP
+
+
+def read_nifti(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geometry]:
+    """Voxels (I, J, K) and their grid: float32 for images, the narrowest integer type for labels.
+
+    Trailing axes of size 1 are dropped. `scl_slope` 0 or NaN means that values are stored as they are (NIfTI-1
+    standard, "Data scaling").
+
+    Raises:
+        VolumeError: cut short or damaged, not three axes, not one number a voxel, no grid or two that disagree,
+            NaN or infinite voxels, labels that are not whole.
+    """
+    try:
+        with _stream(path) as file:
+            header = _header(file, path)
+            shape = _shape(header, path)
+            geometry = _geometry(header, shape, path)
+            stored = _stored(file, header, shape, path)
+    except _DAMAGED:
+        raise VolumeError(f"{path}: the gzip data is cut short or damaged; fetch the file again") from None
+    measured = _scaled(stored, header, path, exact=labels)
+    return (integral_labels if labels else finite_float32)(measured, path), geometry
+
+
+def _stream(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if is_gzip(path) else path.open("rb")
+
+
+def _magic(head: bytes) -> bytes:
+    sizes = {int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")}
+    if 348 in sizes:
+        return head[344:348]
+    return head[4:8] if 540 in sizes else b""
+
+
+def _header(file: IO[bytes], path: Path) -> Any:
+    head = file.read(540)
+    magic = _magic(head)
+    if magic in _PAIR:
+        raise VolumeError(f"{path}: a header with its voxels in another file; convert it to one .nii.gz")
+    size = 540 if magic == b"n+2\0" else 348
+    if magic not in _SINGLE_FILE or len(head) < size:
+        raise VolumeError(f"{path}: holds no whole NIfTI header; it is cut short, damaged or something else")
+    return _HEADERS[size](head[:size], check=False)
+
+
+def _shape(header: Any, path: Path) -> tuple[int, int, int]:
+    dim = [int(n) for n in header["dim"]]
+    if not 1 <= dim[0] <= 7:
+        raise VolumeError(f"{path}: the header names {dim[0]} axes; it is damaged")
+    sizes = dim[1 : dim[0] + 1]
+    while len(sizes) > 3 and sizes[-1] == 1:
+        sizes.pop()
+    if len(sizes) != 3:
+        shown = "x".join(str(n) for n in sizes)
+        advice = "write one file a channel or time point" if len(sizes) > 3 else "a volume has three"
+        raise VolumeError(f"{path}: {len(sizes)} axes ({shown}); expected three: {advice}")
+    shape = sizes[0], sizes[1], sizes[2]
+    refuse_oversize(shape, path)
+    return shape
+
+
+def _geometry(header: Any, shape: tuple[int, int, int], path: Path) -> Geometry:
+    unit = _UNITS.get(int(header["xyzt_units"]) & 7)
+    if unit:
+        raise VolumeError(f"{path}: the header counts in {unit}; expected mm: rescale its affine")
+    forms = [("sform", header.get_sform), ("qform", header.get_qform)]
+    grids = [_grid(name, form, shape, path) for name, form in forms if int(header[f"{name}_code"]) > 0]
+    if not grids:
+        raise VolumeError(
+            f"{path}: neither sform nor qform is set, so nothing says where the voxels lie or which side is left; "
+            "convert it again from its source, or set the sform if you know it"
+        )
+    if len(grids) == 2 and (unlike := grids[0].difference(grids[1], tolerance_voxels=FORMS_AGREE_VOXELS)):
+        raise VolumeError(f"{path}: sform and qform disagree: {unlike}; keep the right one, set the other's code to 0")
+    return grids[0]
+
+
+def _grid(name: str, form: Any, shape: tuple[int, int, int], path: Path) -> Geometry:
+    try:
+        return Geometry(shape, form())
+    except (HeaderDataError, ValueError) as fault:
+        raise VolumeError(f"{path}: {name}: {fault}; convert the file again from its source") from None
+
+
+def _stored(file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Path) -> npt.NDArray[Any]:
+    try:
+        dtype = header.get_data_dtype()
+        kind = "iuf".find(dtype.kind)
+    except HeaderDataError:
+        kind = -1
+    if kind < 0:
+        raise VolumeError(f"{path}: data type {int(header['datatype'])} is not one plain number a voxel")
+    packed = is_gzip(path)
+    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    start = float(header["vox_offset"])
+    if not header["sizeof_hdr"] <= start < MAX_VOXELS:
+        raise VolumeError(f"{path}: the header says that voxels begin at byte {start:g}; it is damaged")
+    refuse_short_file(int(start) + needed, path.stat().st_size, path, packed=packed)
+    file.seek(int(start))
+    content = file.read(needed)
+    # At the end of a gzip stream one more read checks its sum over all that came before.
+    file.read(1)
+    if len(content) < needed:
+        raise VolumeError(f"{path}: {len(content)} of {needed} bytes of voxels; it is cut short: fetch it again")
+    return np.frombuffer(content, dtype=dtype).reshape(shape, order="F")
+
+
+def _scaled(stored: npt.NDArray[Any], header: Any, path: Path, *, exact: bool) -> npt.NDArray[Any]:
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0.0 or np.isnan(slope) or (slope == 1.0 and intercept == 0.0):
+        return stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    if not (np.isfinite(slope) and np.isfinite(intercept)):
+        raise VolumeError(f"{path}: scl_slope {slope} and scl_inter {intercept} cannot be applied")
+    narrow = stored.dtype.itemsize <= (4 if stored.dtype.kind == "f" else 2)
+    measured: npt.NDArray[Any] = stored.astype(np.float32 if narrow and not exact else np.float64)
+    np.multiply(measured, slope, out=measured)
+    np.add(measured, intercept, out=measured)
+    return measured
