@@ -90,8 +90,8 @@ def forward_flops(spec: UNetSpec, patch_shape: Shape) -> int:
 def activation_bytes(spec: UNetSpec, patch_shape: Shape, batch_size: int) -> int:
     """Float32 bytes that backward keeps at its peak, for `spec.checkpointing` on or off.
 
-    Off: every tensor that a layer saves. On: what enters each stage, plus the inner tensors of the one stage
-    that is being recomputed. Weights, the loss, gradients and passing workspace are not counted.
+    Off: every tensor that a layer saves. On: what has entered the stages so far, plus the inner tensors of the
+    one stage that is being recomputed. Weights, the loss, gradients and passing workspace are not counted.
 
     Raises:
         ValueError: the patch does not fit the network.
@@ -101,8 +101,9 @@ def activation_bytes(spec: UNetSpec, patch_shape: Shape, batch_size: int) -> int
     image = spec.in_channels * math.prod(patch_shape) * FLOAT_BYTES
     if not spec.checkpointing:
         return batch_size * (image + sum(stage.kept_bytes for stage in stages))
-    held = image + sum(stage.output_bytes for stage in stages if stage.feeds_another)
-    return batch_size * (held + max(stage.kept_bytes for stage in stages))
+    # Backward takes the stages in reverse, so that what later ones were given is gone by then.
+    entered = itertools.accumulate((stage.output_bytes for stage in stages), initial=image)
+    return batch_size * max(held + stage.kept_bytes for held, stage in zip(entered, stages, strict=False))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,6 @@ class _Stage:
     other_bytes: int
     output_channels: int
     output_shape: Shape
-    feeds_another: bool
 
     @property
     def kept_bytes(self) -> int:
@@ -176,7 +176,7 @@ def _encoder_stage(spec: UNetSpec, index: int, shape: Shape) -> _Stage:
     layers, pooled_bytes, shape = _blocks(spec, index, channels=channels, shape=shape, stride=stride, count=count)
     if spec.stages == 1:
         layers.append(_head(spec, index, shape))
-    return _Stage(tuple(layers), other_bytes + pooled_bytes, spec.features[index], shape, feeds_another=True)
+    return _Stage(tuple(layers), other_bytes + pooled_bytes, spec.features[index], shape)
 
 
 def _decoder_stage(spec: UNetSpec, index: int, shape: Shape, *, skip_shape: Shape) -> _Stage:
@@ -205,7 +205,7 @@ def _decoder_stage(spec: UNetSpec, index: int, shape: Shape, *, skip_shape: Shap
     layers += layers_of_blocks
     if index == 0 or spec.deep_supervision:
         layers.append(_head(spec, index, shape))
-    return _Stage(tuple(layers), other_bytes, fine, shape, feeds_another=index > 0)
+    return _Stage(tuple(layers), other_bytes, fine, shape)
 
 
 def _head(spec: UNetSpec, index: int, shape: Shape) -> _Convolution:

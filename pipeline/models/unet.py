@@ -327,8 +327,8 @@ class UNet(nn.Module):
         return features, self.heads[stage](features) if wanted else None
 
     def _run(self, module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-        """`function(*inputs)`, checkpointed if the spec asks for it and there will be a backward pass."""
-        if self.spec.checkpointing and self.training and torch.is_grad_enabled():
+        """`function(*inputs)`, checkpointed in training if the spec asks for it."""
+        if self.spec.checkpointing and self.training:
             return _checkpointed(module, function, *inputs)
         return function(*inputs)
 
