@@ -84,9 +84,7 @@ class Manifest(Frozen):
         names = {channel.name for channel in self.channels}
         for case in self.cases:
             if set(case.images) != names:
-                raise ValueError(
-                    f"case '{case.case_id}' has images {sorted(case.images)}, expected {sorted(names)}"
-                )
+                raise ValueError(f"case '{case.case_id}' has images {sorted(case.images)}, expected {sorted(names)}")
             if repeated := _repeated([*case.images.values(), case.label or ""]):
                 raise ValueError(f"case '{case.case_id}' names the file {repeated[0]} twice")
         return self
@@ -208,9 +206,7 @@ def _repeated(values: list[str]) -> list[str]:
 
 def _require_some_image(dataset: Dataset, file: Path) -> None:
     if not dataset.root.is_dir():
-        raise ManifestError(
-            f"{file}: its root {dataset.root} is not a folder; give the right one with --root"
-        )
+        raise ManifestError(f"{file}: its root {dataset.root} is not a folder; give the right one with --root")
     if not any(path.exists() for case in dataset.manifest.cases for path in dataset.image_paths(case)):
         first = dataset.image_paths(dataset.manifest.cases[0])[0]
         raise ManifestError(
@@ -220,9 +216,13 @@ def _require_some_image(dataset: Dataset, file: Path) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = [_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors()]
+    errors = error.errors()
+    parents = {e["loc"][:depth] for e in errors for depth in range(len(e["loc"]))}
+    # A list whose items are all wrong counts as empty as well, which would only confuse.
+    told = [e for e in errors if not (e["type"] == "too_short" and e["loc"] in parents)]
+    lines = [_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in told]
     more = len(lines) - _ERRORS_SHOWN
-    return "; ".join(lines[:_ERRORS_SHOWN]) + (f"; and {more} more of this kind" if more > 0 else "")
+    return "; ".join(lines[:_ERRORS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
@@ -233,7 +233,8 @@ def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found
     if kind == "missing":
         return f"the key '{key}' is missing"
     if last == "modality":
-        return f"{key}: unknown modality {found!r}; {_nearest(str(found), get_args(Modality))}"
+        known = get_args(Modality)
+        return f"{key}: {found!r} is none of {', '.join(known)}; {_nearest(str(found), known)}"
     text = message.removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {text}" if key else text
@@ -243,14 +244,11 @@ def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found
 def _nearest(word: str, known: tuple[str, ...]) -> str:
     by_folded = {name.casefold(): name for name in known}
     near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.5)
-    hint = f"did you mean '{by_folded[near[0]]}'? " if near else ""
-    return f"{hint}known: {', '.join(known)}"
+    return f"did you mean '{by_folded[near[0]]}'?" if near else f"known: {', '.join(known)}"
 
 
 _KEYS = tuple(
     dict.fromkeys(
-        name
-        for model in (Manifest, Channel, Case, LabelSchema, Label, CodedConcept)
-        for name in model.model_fields
+        name for model in (Manifest, Channel, Case, LabelSchema, Label, CodedConcept) for name in model.model_fields
     )
 )

@@ -165,26 +165,20 @@ def _read_nnunet(document: Document, root: Path, source: str) -> Document:
     return _manifest_document(document, channels, cases, source)
 
 
-def _nnunet_listed(
-    listed: Any, channel_count: int, root: Path, source: str
-) -> dict[str, tuple[list[str], str]]:
+def _nnunet_listed(listed: Any, channel_count: int, root: Path, source: str) -> dict[str, tuple[list[str], str]]:
     if not isinstance(listed, dict):
         raise ManifestError(f"{source}: dataset is not an object of cases with images and label")
     files = {}
     for case, entry in listed.items():
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or len(images) != channel_count or "label" not in entry:
-            raise ManifestError(
-                f"{source}: dataset.{case} needs a label and {channel_count} images in a list"
-            )
+            raise ManifestError(f"{source}: dataset.{case} needs a label and {channel_count} images in a list")
         paths = [_relative(image, root, source) for image in images]
         files[str(case)] = (paths, _relative(entry["label"], root, source))
     return files
 
 
-def _nnunet_found(
-    document: Document, channel_count: int, root: Path, source: str
-) -> dict[str, tuple[list[str], str]]:
+def _nnunet_found(document: Document, channel_count: int, root: Path, source: str) -> dict[str, tuple[list[str], str]]:
     ending = document.get("file_ending")
     if not isinstance(ending, str) or not ending.startswith("."):
         raise ManifestError(f"{source}: file_ending is needed, such as '.nii.gz', found {ending!r}")
@@ -215,9 +209,7 @@ def _listing(folder: Path, ending: str, source: str) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.endswith(ending) and not p.name.startswith("."))
 
 
-def _manifest_document(
-    document: Document, channels: list[Document], cases: list[Document], source: str
-) -> Document:
+def _manifest_document(document: Document, channels: list[Document], cases: list[Document], source: str) -> Document:
     folder = Path(source).resolve().parent.name
     return {
         "name": str(document.get("name") or document.get("dataset_name") or folder),

@@ -1,0 +1,304 @@
+"""Open every file of a dataset and report every fault of every case at once.
+
+Cases are read in threads, one case a thread in memory; decompression and numpy let the threads run at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import VolsegError
+from pipeline.manifest import Case, Channel, Dataset
+from transforms.geometry import Geometry
+from transforms.labels import MAX_LABEL_ID, LabelSchema
+
+if TYPE_CHECKING:
+    from transforms.volume import Volume
+
+# "unreadable" is whatever a reader refuses: damage, NaN or infinite voxels, labels with fractions; its line says which.
+FaultKind = Literal[
+    "missing-file",
+    "unreadable",
+    "modality",
+    "constant",
+    "channel-grid",
+    "label-grid",
+    "unknown-label",
+    "empty-label",
+    "absent-label",
+    "shared-label",
+    "outlying-volume",
+    "duplicate",
+    "repeated",
+]
+Severity = Literal["error", "note"]
+
+_OUTLYING_DEVIATIONS = 6.0
+_OUTLYING_FACTOR = 3.0
+_FEWEST_TO_COMPARE = 10
+
+Visit = Callable[[Case, "Sequence[Volume]", "Volume | None"], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong. `case_id` and `file` are None where it concerns the whole dataset."""
+
+    case_id: str | None
+    file: str | None
+    kind: FaultKind
+    message: str
+    severity: Severity = "error"
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What folds need to know of a case whose files could be read and share a grid.
+
+    image_sha256: one a channel, of the voxels and nothing else (see `voxel_sha256`).
+    label_volumes_mm3: by label name, every label of the schema; None when the case is not annotated.
+    """
+
+    case_id: str
+    patient_id: str
+    fold: int | None
+    image_sha256: tuple[str, ...]
+    label_volumes_mm3: dict[str, float] | None
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> CaseFacts:
+        """The inverse of `dataclasses.asdict` through JSON."""
+        tuples = {key: tuple(value[key]) for key in ("image_sha256", "shape", "spacing_mm")}
+        return cls(**{**value, **tuples})
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The outcome of `check_dataset`: faults in the manifest's order of cases, then those of the whole."""
+
+    dataset: str
+    case_count: int
+    faults: tuple[Fault, ...]
+    facts: tuple[CaseFacts, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing but notes was found."""
+        return all(fault.severity == "note" for fault in self.faults)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as a JSON value."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def check_dataset(
+    dataset: Dataset, *, workers: int = 2, on_progress: Progress | None = None, visit: Visit | None = None
+) -> CheckReport:
+    """Read every image and label, `workers` cases at a time; one bad case never stops the rest.
+
+    `on_progress(done, total)` is called in this thread after each case. `visit(case, images, label)` is
+    called in a worker's thread for each case without an error, so that others can measure on the same pass;
+    what it raises ends the check.
+    """
+    cases = dataset.manifest.cases
+    outcomes: dict[str, _Outcome] = {}
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        futures = {pool.submit(_check_case, dataset, case, visit): case.case_id for case in cases}
+        try:
+            for future in as_completed(futures):
+                outcomes[futures[future]] = future.result()
+                if on_progress is not None:
+                    on_progress(len(outcomes), len(cases))
+        finally:
+            # Without this an interrupt would wait for every case that is still to come.
+            pool.shutdown(wait=False, cancel_futures=True)
+    ordered = [outcomes[case.case_id] for case in cases]
+    faults = [fault for outcome in ordered for fault in outcome.faults]
+    facts = tuple(outcome.facts for outcome in ordered if outcome.facts is not None)
+    faults += [*_shared_labels(cases), *_same_voxels(cases, ordered), *_outlying_volumes(cases, facts)]
+    faults += _absent_labels(dataset, ordered)
+    return CheckReport(dataset.manifest.name, len(cases), tuple(faults), facts)
+
+
+def voxel_sha256(voxels: npt.NDArray[Any]) -> str:
+    """Hex SHA-256 of shape and values, whatever the stored type and wherever the grid lies in the patient.
+
+    A copy that was flipped, resampled or rescaled is another volume to it.
+    """
+    values = np.array(voxels, dtype="<f4", order="C")
+    values += 0  # makes -0.0 and 0.0 alike
+    return hashlib.sha256(str(values.shape).encode() + values.tobytes()).hexdigest()
+
+
+@dataclass
+class _Outcome:
+    """What one case gave; filled while its files are read."""
+
+    case: Case
+    faults: list[Fault] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    label_ids: set[int] | None = None
+    facts: CaseFacts | None = None
+
+    def add(self, kind: FaultKind, file: str, message: str) -> None:
+        self.faults.append(Fault(self.case.case_id, file, kind, message))
+
+
+def _check_case(dataset: Dataset, case: Case, visit: Visit | None) -> _Outcome:
+    from transforms.volume import read_label, read_volume
+
+    outcome = _Outcome(case)
+    images = []
+    for channel in dataset.manifest.channels:
+        image = _read(dataset, case.images[channel.name], read_volume, outcome)
+        if image is not None:
+            _check_image(image, channel, outcome)
+            images.append(image)
+    label = None if case.label is None else _read(dataset, case.label, read_label, outcome)
+    _check_grids(images, label, dataset, outcome)
+    volumes_mm3 = None if label is None else _check_label(label, dataset.manifest.labels, outcome)
+    if not outcome.faults:
+        outcome.facts = _facts(outcome, images[0].geometry, volumes_mm3)
+        if visit is not None:
+            visit(case, images, label)
+    return outcome
+
+
+def _read(dataset: Dataset, file: str, reader: Callable[[Path], Volume], outcome: _Outcome) -> Volume | None:
+    path = dataset.root / file
+    if not path.exists():
+        outcome.add("missing-file", file, "no such file below the dataset's root")
+        return None
+    try:
+        return reader(path)
+    except VolsegError as error:
+        outcome.add("unreadable", file, str(error))
+    except Exception as error:  # a reader's own fault must not hide the faults of the other cases
+        outcome.add("unreadable", file, f"the reader failed with {type(error).__name__}")
+    return None
+
+
+def _check_image(image: Volume, channel: Channel, outcome: _Outcome) -> None:
+    file = outcome.case.images[channel.name]
+    outcome.digests[file] = voxel_sha256(image.voxels)
+    if image.modality is not None and image.modality != channel.modality:
+        outcome.add("modality", file, f"{image.modality} by its header, {channel.modality} by the manifest")
+    if image.voxels.min() == image.voxels.max():
+        outcome.add("constant", file, f"every voxel has the value {image.voxels.flat[0]:g}")
+
+
+def _check_grids(images: list[Volume], label: Volume | None, dataset: Dataset, outcome: _Outcome) -> None:
+    """Against the first image that could be read; each difference shows both grids."""
+    if not images:
+        return
+    reference = images[0].geometry
+    if len(images) == len(dataset.manifest.channels):
+        for channel, image in zip(dataset.manifest.channels, images, strict=True):
+            if (difference := reference.difference(image.geometry)) is not None:
+                first = dataset.manifest.channels[0].name
+                message = f"channels '{first}' and '{channel.name}' differ: {difference}"
+                outcome.add("channel-grid", outcome.case.images[channel.name], message)
+    if label is not None and (difference := reference.difference(label.geometry)) is not None:
+        outcome.add("label-grid", outcome.case.label or "", f"image and label differ: {difference}")
+
+
+def _check_label(label: Volume, schema: LabelSchema, outcome: _Outcome) -> dict[str, float]:
+    """Volume of each label of the schema."""
+    counts = _voxel_counts(label.voxels)
+    outcome.label_ids = set(counts) - {0}
+    file = outcome.case.label or ""
+    if unknown := sorted(outcome.label_ids - set(schema.ids)):
+        voxels = sum(counts[i] for i in unknown)
+        known = ", ".join(f"{x.id} {x.name}" for x in schema.labels)
+        outcome.add("unknown-label", file, f"values {unknown} in {voxels} voxels; the schema knows {known}")
+    if not outcome.label_ids:
+        outcome.add("empty-label", file, "no voxel is labelled")
+    mm3 = label.geometry.voxel_volume_mm3
+    return {x.name: counts.get(x.id, 0) * mm3 for x in schema.labels}
+
+
+def _voxel_counts(label_map: npt.NDArray[Any]) -> dict[int, int]:
+    """Voxels of each value that occurs."""
+    if label_map.min() < 0 or label_map.max() > MAX_LABEL_ID:
+        ids, counts = np.unique(label_map, return_counts=True)
+        return {int(i): int(n) for i, n in zip(ids, counts, strict=True)}
+    # Plane by plane, because bincount widens what it is given to eight bytes a voxel.
+    total = np.zeros(MAX_LABEL_ID + 1, dtype=np.int64)
+    for plane in label_map:
+        total += np.bincount(plane.ravel(), minlength=MAX_LABEL_ID + 1)
+    return {int(i): int(total[i]) for i in np.flatnonzero(total)}
+
+
+def _facts(outcome: _Outcome, geometry: Geometry, volumes_mm3: dict[str, float] | None) -> CaseFacts:
+    return CaseFacts(
+        case_id=outcome.case.case_id,
+        patient_id=outcome.case.patient_id,
+        fold=outcome.case.fold,
+        image_sha256=tuple(outcome.digests.values()),
+        label_volumes_mm3=volumes_mm3,
+        shape=geometry.shape,
+        spacing_mm=geometry.spacing_mm,
+    )
+
+
+def _shared_labels(cases: Sequence[Case]) -> Iterator[Fault]:
+    first: dict[str, str] = {}
+    for case in cases:
+        if case.label is not None and first.setdefault(case.label, case.case_id) != case.case_id:
+            message = f"also the label of case {first[case.label]}"
+            yield Fault(case.case_id, case.label, "shared-label", message)
+
+
+def _same_voxels(cases: Sequence[Case], outcomes: Sequence[_Outcome]) -> Iterator[Fault]:
+    """Each image against the first with the same voxels: an error under two patients, else a note."""
+    first: dict[str, tuple[Case, str]] = {}
+    for case, outcome in zip(cases, outcomes, strict=True):
+        for file, digest in outcome.digests.items():
+            other, other_file = first.setdefault(digest, (case, file))
+            if (other, other_file) == (case, file):
+                continue
+            message = f"the same voxels as {other_file} of case {other.case_id}"
+            if other.patient_id == case.patient_id:
+                yield Fault(case.case_id, file, "repeated", f"{message}, the same patient", "note")
+            else:
+                yield Fault(case.case_id, file, "duplicate", f"{message}, another patient")
+
+
+def _outlying_volumes(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> Iterator[Fault]:
+    """Labels many times as large or small as in the other cases, where those agree: often a wrong contour.
+
+    Judged by the robust standard deviation (1.4826 times the median deviation) of the logarithm of the volume.
+    """
+    file_of = {case.case_id: case.label for case in cases}
+    for name in {name: None for fact in facts for name in fact.label_volumes_mm3 or {}}:
+        volumes = {f.case_id: (f.label_volumes_mm3 or {}).get(name, 0.0) for f in facts}
+        present = {case_id: volume for case_id, volume in volumes.items() if volume > 0}
+        if len(present) < _FEWEST_TO_COMPARE:
+            continue
+        logs = np.log(list(present.values()))
+        middle = np.median(logs)
+        limit = _OUTLYING_DEVIATIONS * 1.4826 * np.median(np.abs(logs - middle))
+        for case_id, log in zip(present, logs, strict=True):
+            if abs(log - middle) > max(limit, np.log(_OUTLYING_FACTOR)):
+                message = f"'{name}' has {np.exp(log - middle):.2g} times the volume of the middle case"
+                yield Fault(case_id, file_of[case_id], "outlying-volume", message, "note")
+
+
+def _absent_labels(dataset: Dataset, outcomes: Sequence[_Outcome]) -> Iterator[Fault]:
+    read = [outcome.label_ids for outcome in outcomes if outcome.label_ids is not None]
+    present = set().union(*read)
+    for label in dataset.manifest.labels.labels:
+        if read and label.id not in present:
+            message = f"label {label.id} '{label.name}' occurs in none of the {len(read)} labels that were read"
+            yield Fault(None, None, "absent-label", message)
