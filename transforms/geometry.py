@@ -28,7 +28,8 @@ EXACT_MOVE_VOXELS = 1e-3
 """A grid lies on another's voxel centres when no index is farther from an integer than this."""
 
 AXIS_ALIGNED = 1e-3
-"""Direction cosines within this of a signed permutation count as one (between two grids)."""
+"""Direction cosines within this of a signed permutation count as one (between two grids), as long as what is
+ignored moves no corner by more than `SAME_GRID_VOXELS`."""
 
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NEGATIVE_CODES, _POSITIVE_CODES = "LPI", "RAS"
@@ -41,13 +42,18 @@ class AxisMap:
     source_axes: Triple
     scales: tuple[float, float, float]
     offsets: tuple[float, float, float]
+    target_shape: Triple
 
     @property
     def is_exact(self) -> bool:
         """True when every target voxel centre is a source voxel centre (flips, permutations, crops, pads)."""
-        steps = np.abs(np.abs(self.scales) - 1.0)
-        shifts = np.abs(np.asarray(self.offsets) - np.rint(self.offsets))
-        return bool((steps < EXACT_MOVE_VOXELS).all() and (shifts < EXACT_MOVE_VOXELS).all())
+        first = np.asarray(self.offsets)
+        ideal = np.rint(first)
+        steps = np.asarray(self.target_shape) - 1
+        # The last index is judged as well as the first: a small error of scale grows along the axis.
+        last = first + np.asarray(self.scales) * steps
+        ideal_last = ideal + np.sign(self.scales) * steps
+        return bool(max(np.abs(first - ideal).max(), np.abs(last - ideal_last).max()) < EXACT_MOVE_VOXELS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +69,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
-        if len(shape) != 3 or min(shape) < 1:
+        if len(shape) != 3 or min(shape) < 1 or shape != tuple(self.shape):
             raise ValueError(f"a grid has three positive sizes, found {tuple(self.shape)}")
         affine = np.array(self.affine_ras, dtype=np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
@@ -149,7 +155,9 @@ class Geometry:
         return Geometry(_triple([self.shape[a] for a in order]), affine)
 
     def flipped(self, axis: int) -> Geometry:
-        """The same voxels with one axis counted from its other end."""
+        """The same voxels with one axis (0, 1 or 2) counted from its other end."""
+        if axis not in (0, 1, 2):
+            raise ValueError(f"an axis is 0, 1 or 2, found {axis}")
         affine = self.affine_ras.copy()
         affine[:3, 3] += (self.shape[axis] - 1) * affine[:3, axis]
         affine[:3, axis] *= -1
@@ -162,11 +170,11 @@ class Geometry:
             ValueError: `axis_codes` does not name each patient axis once.
         """
         wanted_axes, wanted_signs = _parse_codes(axis_codes)
-        axes, _ = _closest_axes(self.direction_ras)
-        geometry = self.permuted([axes.index(a) for a in wanted_axes])
-        _, signs = _closest_axes(geometry.direction_ras)
-        for axis in range(3):
-            if signs[axis] != wanted_signs[axis]:
+        axes, signs = _closest_axes(self.direction_ras)
+        order = [axes.index(a) for a in wanted_axes]
+        geometry = self.permuted(order)
+        for axis, old_axis in enumerate(order):
+            if signs[old_axis] != wanted_signs[axis]:
                 geometry = geometry.flipped(axis)
         return geometry
 
@@ -220,11 +228,13 @@ class Geometry:
         axes, signs = _closest_axes(steps)
         ideal = np.zeros((3, 3))
         ideal[list(axes), range(3)] = signs
-        if np.abs(steps - ideal).max() > AXIS_ALIGNED:
+        # What a small rotation moves the far corner by, in voxels of this grid.
+        sideways = np.abs(matrix[:3, :3] * (ideal == 0)) @ (np.asarray(target.shape) - 1)
+        if np.abs(steps - ideal).max() > AXIS_ALIGNED or sideways.max() > SAME_GRID_VOXELS:
             raise ValueError(f"the grids are not parallel: {self.describe()} against {target.describe()}")
         scales = [float(matrix[a, t]) for t, a in enumerate(axes)]
         offsets = [float(matrix[a, 3]) for a in axes]
-        return AxisMap(axes, (scales[0], scales[1], scales[2]), (offsets[0], offsets[1], offsets[2]))
+        return AxisMap(axes, (scales[0], scales[1], scales[2]), (offsets[0], offsets[1], offsets[2]), target.shape)
 
     def _corner_gap_mm(self, other: Geometry) -> float:
         corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), axis=-1).reshape(-1, 3)
