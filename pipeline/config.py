@@ -29,15 +29,9 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the cases are."""
 
-    manifest: Path = Field(
-        description="manifest, MSD dataset.json or nnU-Net raw folder; relative to this file"
-    )
-    root: Path | None = Field(
-        None, description="folder that the manifest's paths start from; default: its own root"
-    )
-    cache: Path | None = Field(
-        None, description="preprocessed cases; default: `cache` in the folder of the runs"
-    )
+    manifest: Path = Field(description="manifest, MSD dataset.json or nnU-Net raw folder; relative to this file")
+    root: Path | None = Field(None, description="folder that the manifest's paths start from; default: its own root")
+    cache: Path | None = Field(None, description="preprocessed cases; default: `cache` in the folder of the runs")
 
 
 class FoldsConfig(Section):
@@ -50,9 +44,7 @@ class FoldsConfig(Section):
 class PlanConfig(Section):
     """What the planner may spend, and what is fixed by hand (the rest is derived from the data)."""
 
-    memory_gb: float | None = Field(
-        None, gt=0, description="memory for a training step; default: by the device"
-    )
+    memory_gb: float | None = Field(None, gt=0, description="memory for a training step; default: by the device")
     patch_shape: tuple[int, int, int] | None = Field(None, description="patch in voxels (I, J, K)")
     spacing_mm: tuple[float, float, float] | None = Field(None, description="target spacing in mm (I, J, K)")
     batch_size: int | None = Field(None, ge=1, description="patches in a step")
@@ -65,13 +57,9 @@ class NetworkConfig(Section):
     name: str = Field("unet", description="builder in pipeline.models.registry")
     dimensions: Literal[2, 3] = Field(3, description="3, or 2 to train on slices along the coarsest axis")
     block: Literal["plain", "residual"] = Field("plain", description="block of every stage")
-    normalisation: Literal["instance", "batch", "group", "none"] = Field(
-        "instance", description="in every block"
-    )
+    normalisation: Literal["instance", "batch", "group", "none"] = Field("instance", description="in every block")
     skip: Literal["concatenate", "attention"] = Field("concatenate", description="how skips join the decoder")
-    upsampling: Literal["transposed", "interpolated"] = Field(
-        "transposed", description="how the decoder gets finer"
-    )
+    upsampling: Literal["transposed", "interpolated"] = Field("transposed", description="how the decoder gets finer")
     deep_supervision: bool = Field(False, description="losses at coarser resolutions as well")
     checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -82,34 +70,22 @@ class NetworkConfig(Section):
 class TrainConfig(Section):
     """The loop. One of `budget_minutes` and `steps` ends it; `steps` wins."""
 
-    budget_minutes: float | None = Field(
-        60.0, gt=0, description="wall time of the training, validation included"
-    )
+    budget_minutes: float | None = Field(60.0, gt=0, description="wall time of the training, validation included")
     steps: int | None = Field(None, ge=1, description="number of updates; exactly repeatable")
     seed: int = Field(0, ge=0, description="seed of weights, patches and augmentation")
-    optimiser: Literal["adamw", "sgd"] = Field(
-        "adamw", description="AdamW, or SGD with Nesterov momentum 0.99"
-    )
+    optimiser: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum 0.99")
     learning_rate: float = Field(3e-3, gt=0, description="peak of the schedule")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled for AdamW, L2 for SGD")
     warmup: float = Field(0.05, ge=0, lt=1, description="part of the steps over which the rate rises")
     loss: str = Field("dice_ce", description="entry of pipeline.losses: dice_ce, dice, tversky, ce")
     gradient_norm: float = Field(12.0, gt=0, description="gradients are clipped to this norm")
-    weight_average: float = Field(
-        0.999, ge=0, lt=1, description="decay of the averaged weights that are kept; 0: none"
-    )
-    foreground_share: float = Field(
-        0.5, ge=0, le=1, description="part of the patches centred on a labelled voxel"
-    )
-    validations: int = Field(
-        4, ge=1, description="whole-volume validations, evenly spaced, the last at the end"
-    )
+    weight_average: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are kept; 0: none")
+    foreground_share: float = Field(0.5, ge=0, le=1, description="part of the patches centred on a labelled voxel")
+    validations: int = Field(4, ge=1, description="whole-volume validations, evenly spaced, the last at the end")
     validation_cases: int = Field(8, ge=1, description="cases in those before the last, which takes all")
     checkpoint_minutes: float = Field(2.0, gt=0, description="a resumable checkpoint at least this often")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
-    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
-        "auto", description="auto: by what the device can do"
-    )
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field("auto", description="auto: by what the device can do")
 
 
 class AugmentConfig(Section):
@@ -126,9 +102,7 @@ class AugmentConfig(Section):
         description="RAS axes that may be mirrored; auto: those that the labels' twins and the data allow",
     )
     noise_probability: float = Field(0.15, ge=0, le=1, description="of Gaussian noise")
-    noise_deviation: float = Field(
-        0.1, ge=0, description="largest standard deviation, of normalised intensity"
-    )
+    noise_deviation: float = Field(0.1, ge=0, description="largest standard deviation, of normalised intensity")
     blur_probability: float = Field(0.1, ge=0, le=1, description="of a Gaussian blur")
     blur_voxels: tuple[float, float] = Field((0.5, 1.0), description="range of its sigma, voxels")
     brightness_probability: float = Field(0.15, ge=0, le=1, description="of a brightness factor")
@@ -159,9 +133,7 @@ class TrackingConfig(Section):
     """MLflow."""
 
     enabled: bool = Field(True, description="track runs at all")
-    uri: str | None = Field(
-        None, description="MLflow server or store; default: mlflow.db in the folder of the runs"
-    )
+    uri: str | None = Field(None, description="MLflow server or store; default: mlflow.db in the folder of the runs")
     experiment: str | None = Field(None, description="experiment's name; default: the config's name")
 
 
@@ -329,9 +301,7 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
     key = ".".join(str(part) for part in location)
-    known = [name for name, _ in _fields(Config)] + sorted(
-        {n.split(".")[0] for n, _ in _fields(Config) if "." in n}
-    )
+    known = [name for name, _ in _fields(Config)] + sorted({n.split(".")[0] for n, _ in _fields(Config) if "." in n})
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(_siblings(key, known))}"

@@ -1,15 +1,15 @@
 """Every error that volseg raises on purpose.
 
-    VolsegError
-    ├── ConfigError            a config file or a --set value
-    ├── ManifestError          a manifest, or the dataset that it describes
-    ├── VolumeError            a volume's file or content (also a ValueError; defined in transforms.errors)
-    │   ├── GeometryMismatch   two volumes that must share a voxel grid do not
-    │   └── DicomError         a damaged, ambiguous or unhandled DICOM series
-    ├── PlanError              a plan that cannot be made, or settings that contradict it
-    ├── BundleError            a model bundle that is damaged, foreign or does not fit the input
-    ├── RunError               a run folder that cannot be started, resumed or read
-    └── ExportError            an export that cannot be written, or that did not read back the same
+VolsegError
+├── ConfigError            a config file or a --set value
+├── ManifestError          a manifest, or the dataset that it describes
+├── VolumeError            a volume's file or content (also a ValueError; defined in transforms.errors)
+│   ├── GeometryMismatch   two volumes that must share a voxel grid do not
+│   └── DicomError         a damaged, ambiguous or unhandled DICOM series
+├── PlanError              a plan that cannot be made, or settings that contradict it
+├── BundleError            a model bundle that is damaged, foreign or does not fit the input
+├── RunError               a run folder that cannot be started, resumed or read
+└── ExportError            an export that cannot be written, or that did not read back the same
 """
 
 from __future__ import annotations

@@ -18,6 +18,10 @@ from pipeline.errors import RunError
 
 _BLOCK_BYTES = 1 << 20
 
+# Asked once: the only way to read it changes it for a moment, which other threads would see.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -34,7 +38,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(target)
     except OSError as error:
         raise explain_os_error(error, target) from error
@@ -56,7 +60,7 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".writing-{target.name}-", dir=target.parent))
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~_UMASK)
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
@@ -106,6 +110,7 @@ def explain_os_error(error: OSError, target: Path) -> RunError:
         errno.EACCES: "the folder cannot be written; choose another one or change its permissions",
         errno.EPERM: "the folder cannot be written; choose another one or change its permissions",
         errno.EROFS: "the file system is read-only; choose another folder",
+        errno.EEXIST: "a file stands where a folder is needed; choose another folder",
         errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
     }
     reason = reasons.get(error.errno or 0, (error.strerror or str(error)).lower())
@@ -115,9 +120,3 @@ def explain_os_error(error: OSError, target: Path) -> RunError:
 def _sync(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

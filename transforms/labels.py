@@ -48,8 +48,8 @@ class LabelSchema(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for what, values in (("id", [x.id for x in self.labels]), ("name", [x.name for x in self.labels])):
-            repeated = sorted({str(v) for v in values if values.count(v) > 1})
+        for what, values in (("id", [str(x.id) for x in self.labels]), ("name", [x.name for x in self.labels])):
+            repeated = sorted({v for v in values if values.count(v) > 1})
             if repeated:
                 raise ValueError(f"label {what} {', '.join(repeated)} stands more than once")
         by_name = {label.name: label for label in self.labels}
@@ -57,9 +57,7 @@ class LabelSchema(BaseModel):
             if label.twin is None:
                 continue
             if label.twin == label.name or label.twin not in by_name:
-                raise ValueError(
-                    f"label '{label.name}': its twin '{label.twin}' is not another label of the schema"
-                )
+                raise ValueError(f"label '{label.name}': its twin '{label.twin}' is not another label of the schema")
             if by_name[label.twin].twin != label.name:
                 raise ValueError(f"label '{label.twin}' does not name '{label.name}' as its twin in return")
         return self
@@ -103,12 +101,13 @@ class LabelSchema(BaseModel):
         if classes is None or bool((classes == _UNKNOWN_CLASS).any()):
             outside = self.unknown_ids(np.unique(label_map))
             raise ValueError(f"label values {outside} are not in the schema, which knows {list(self.ids)}")
-        return classes.astype(np.uint8 if self.class_count <= 256 else np.uint16, copy=False)
+        return np.asarray(classes, dtype=np.uint8 if self.class_count <= 256 else np.uint16)
 
     def ids_from_classes(self, classes: npt.NDArray[Any]) -> npt.NDArray[np.uint8 | np.uint16]:
         """Classes 0..n to the voxel values of files."""
         dtype = np.uint8 if max(self.ids) <= 255 else np.uint16
-        return np.asarray((0, *self.ids), dtype=dtype)[classes]
+        found: npt.NDArray[np.uint8 | np.uint16] = np.asarray((0, *self.ids), dtype=dtype)[classes]
+        return found
 
     def matches(self, other: LabelSchema) -> bool:
         """True when both give the same ids to the same names."""

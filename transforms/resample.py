@@ -16,9 +16,7 @@ Order = Literal[0, 1, 3]
 """0 nearest, 1 linear, 3 exact cubic B-spline."""
 
 
-def move(
-    voxels: Tensor, source: Geometry, target: Geometry, *, order: Order = 1, fill: float = 0.0
-) -> Tensor:
+def move(voxels: Tensor, source: Geometry, target: Geometry, *, order: Order = 1, fill: float = 0.0) -> Tensor:
     """Voxels (C, I, J, K) on `source` to (C, I', J', K') on `target`.
 
     Where every target centre is a source centre (flip, permute, crop, pad) values are copied, of any dtype.
@@ -49,9 +47,7 @@ def move_classes(classes: Tensor, source: Geometry, target: Geometry, *, class_c
     return _winner(shares, classes.dtype, lambda share: move(share, source, target, order=1))
 
 
-def move_argmax(
-    scores: Tensor, source: Geometry, target: Geometry, *, dtype: torch.dtype = torch.uint8
-) -> Tensor:
+def move_argmax(scores: Tensor, source: Geometry, target: Geometry, *, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Class scores (C, I, J, K) on `source` to the winning class (1, I', J', K') on `target`.
 
     One class at a time is interpolated (linearly), so no more than two volumes of scores exist at full size.
@@ -59,9 +55,7 @@ def move_argmax(
     """
     if source.axis_map(target).is_exact:
         return move(scores.argmax(dim=0, keepdim=True).to(dtype), source, target)
-    return _winner(
-        (s[None] for s in scores), dtype, lambda s: move(s, source, target, order=1, fill=-torch.inf)
-    )
+    return _winner((s[None] for s in scores), dtype, lambda s: move(s, source, target, order=1, fill=-torch.inf))
 
 
 def _winner(volumes: Iterable[Tensor], dtype: torch.dtype, place: Callable[[Tensor], Tensor]) -> Tensor:
@@ -86,10 +80,7 @@ def _copy(voxels: Tensor, axes: AxisMap, shape: tuple[int, int, int], fill: floa
         turned = turned.flip(flips)
     # After the flip the first target index lies at `start` of the turned source.
     sizes = turned.shape[1:]
-    starts = [
-        round(o) if s > 0 else n - 1 - round(o)
-        for o, s, n in zip(axes.offsets, axes.scales, sizes, strict=True)
-    ]
+    starts = [round(o) if s > 0 else n - 1 - round(o) for o, s, n in zip(axes.offsets, axes.scales, sizes, strict=True)]
     inside = [(max(0, a), min(n, a + m)) for a, n, m in zip(starts, sizes, shape, strict=True)]
     if all(a == 0 and n == m for a, n, m in zip(starts, sizes, shape, strict=True)):
         return turned.contiguous()

@@ -1,0 +1,153 @@
+"""A trained model as a folder: weights (safetensors), plan, labels, config, provenance. Checked on loading."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from pipeline.errors import BundleError
+from pipeline.files import atomic_folder, sha256_of_file, write_json, write_text
+from pipeline.models.registry import build_network
+from pipeline.models.slices import as_volume_network
+from pipeline.plan import Plan
+from transforms.labels import LabelSchema
+
+INDEX = "bundle.json"
+WEIGHTS, PLAN, LABELS, CONFIG = "weights.safetensors", "plan.json", "labels.json", "config.yaml"
+
+
+class BundleIndex(BaseModel):
+    """What `bundle.json` holds. `sha256` has one entry a file of the bundle."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["volseg-bundle-1"] = "volseg-bundle-1"
+    name: str
+    fold: int | None
+    mirror: bool
+    tile_step: float
+    provenance: dict[str, Any]
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelBundle:
+    """A model that is ready to predict: `network` maps (B, C, I, J, K) to logits and is in evaluation mode."""
+
+    index: BundleIndex
+    plan: Plan
+    schema: LabelSchema
+    network: nn.Module
+    digest: str
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What `save_bundle` writes beside the weights."""
+
+    name: str
+    fold: int | None
+    mirror: bool
+    tile_step: float
+    plan: Plan
+    schema: LabelSchema
+    config_yaml: str
+    provenance: dict[str, Any]
+
+
+def save_bundle(folder: Path, weights: dict[str, Tensor], facts: BundleFacts) -> None:
+    """Write a bundle as a whole, replacing an older one of the same place."""
+    with atomic_folder(folder, force=True) as temporary:
+        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
+        write_text(temporary / PLAN, facts.plan.model_dump_json(indent=2) + "\n")
+        write_text(temporary / LABELS, facts.schema.model_dump_json(indent=2) + "\n")
+        write_text(temporary / CONFIG, facts.config_yaml)
+        index = BundleIndex(
+            name=facts.name,
+            fold=facts.fold,
+            mirror=facts.mirror,
+            tile_step=facts.tile_step,
+            provenance=facts.provenance,
+            sha256={n: sha256_of_file(temporary / n) for n in (WEIGHTS, PLAN, LABELS, CONFIG)},
+        )
+        write_json(temporary / INDEX, index.model_dump(mode="json"))
+
+
+def is_bundle(folder: Path) -> bool:
+    """True when the folder says that it is one."""
+    return (folder / INDEX).is_file()
+
+
+def find_bundles(model: Path) -> list[Path]:
+    """The bundles that a path stands for: itself, a run's, or those of all folds of a cross-validation.
+
+    Raises:
+        BundleError: there is none, with what was looked for.
+    """
+    if is_bundle(model):
+        return [model]
+    if is_bundle(model / "bundle"):
+        return [model / "bundle"]
+    folds = sorted(p.parent for p in model.glob(f"fold_*/bundle/{INDEX}"))
+    if folds:
+        return folds
+    if not model.exists():
+        raise BundleError(f"{model}: no such model; give a bundle or a run folder")
+    raise BundleError(f"{model}: neither a model bundle nor a run folder with a finished training (no {INDEX} in it)")
+
+
+def load_bundle(folder: Path, device: torch.device | None = None) -> ModelBundle:
+    """Read and check a bundle.
+
+    Raises:
+        BundleError: a file is missing, was changed, or does not fit the others.
+    """
+    index = _read_index(folder)
+    for name in (WEIGHTS, PLAN, LABELS, CONFIG):
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder}: {name} is missing from the bundle; copy the whole folder again")
+        if sha256_of_file(folder / name) != index.sha256.get(name):
+            raise BundleError(f"{folder / name}: not the file that was saved (its hash differs); copy it again")
+    try:
+        plan = Plan.model_validate_json((folder / PLAN).read_bytes())
+        schema = LabelSchema.model_validate_json((folder / LABELS).read_bytes())
+    except ValidationError as error:
+        raise BundleError(f"{folder}: {error.errors()[0]['msg']}; it was made by another version of volseg") from error
+    network = as_volume_network(build_network(plan.network, plan.unet, _network_shape(plan)), plan.slice_axis)
+    _fill(network, folder)
+    return ModelBundle(index, plan, schema, network.to(device or torch.device("cpu")).eval(), index.sha256[WEIGHTS])
+
+
+def _read_index(folder: Path) -> BundleIndex:
+    try:
+        return BundleIndex.model_validate(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder}: not a model bundle (no {INDEX} in it)") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{folder / INDEX}: cannot be read ({type(error).__name__})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{folder / INDEX}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _network_shape(plan: Plan) -> tuple[int, ...]:
+    return tuple(n for axis, n in enumerate(plan.patch_shape) if axis != plan.slice_axis)
+
+
+def _fill(network: nn.Module, folder: Path) -> None:
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BundleError(f"{folder / WEIGHTS}: not a safetensors file; copy the bundle again") from error
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise BundleError(f"{folder / WEIGHTS}: the weights are not those of the plan's network") from error

@@ -1,0 +1,262 @@
+"""The command line: one command, a subcommand a stage. Turns errors into one clear line; no arithmetic.
+
+Everything heavy is imported inside the subcommand that needs it, so that `volseg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.cli_console import TerminalConsole
+    from pipeline.config import Config
+
+app = typer.Typer(
+    name="volseg",
+    help="3D medical volume segmentation: check, plan, train, cross-validate, predict, evaluate, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+manifest_app = typer.Typer(help="Datasets described as JSON.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(manifest_app, name="manifest")
+
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a config value.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file as in configs/.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: RUNS/NAME of the config.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")]
+Formats = Annotated[str, typer.Option("--as", metavar="FORMAT,...", help="seg (DICOM), nifti, overlay (PNG).")]
+SeriesUid = Annotated[str | None, typer.Option("--series", help="Which series, where a DICOM folder holds several.")]
+
+
+@app.callback(invoke_without_command=True)
+def _volseg(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"volseg {installed('volseg')}")
+        raise typer.Exit
+
+
+@manifest_app.command("build")
+def manifest_build(
+    images: Annotated[Path, typer.Argument(help="Folder of images (or of one DICOM folder a case).")],
+    name: Annotated[str, typer.Option("--name", help="Name of the dataset.")],
+    out: Annotated[Path, typer.Option("--out", help="The manifest to write.")],
+    channel: Annotated[
+        list[str], typer.Option("--channel", metavar="NAME:MODALITY", help="A channel and its modality, as T1:MR.")
+    ],
+    labels: Annotated[Path | None, typer.Option("--labels", help="Folder of label maps.")] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", metavar="ID:NAME", help="A label's name.")] = None,
+    patient_pattern: Annotated[
+        str | None, typer.Option("--patient-pattern", help="Regular expression; its group 1 is the patient id.")
+    ] = None,
+    patient_table: Annotated[Path | None, typer.Option("--patient-table", help="CSV: case_id,patient_id.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,
+) -> None:
+    """Make a manifest from folders of images and labels."""
+    from pipeline.cli_stages import build
+
+    build(images, labels, name=name, channels=channel, names=label or [], target=out, force=force,
+          patients=(patient_pattern, patient_table))  # fmt: skip
+
+
+@app.command()
+def check(
+    manifest: Annotated[Path, typer.Argument(help="Manifest, MSD dataset.json or nnU-Net raw folder.")],
+    root: Root = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything found as JSON.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Cases read at a time.")] = 2,
+) -> None:
+    """Open every file of a dataset and report every fault of every case; exit code 1 if there is any."""
+    from pipeline.cli_stages import check_manifest
+
+    if not check_manifest(manifest, root, json_file=json_file, workers=workers, console=_console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the plan as JSON.")] = None,
+) -> None:
+    """Measure the training cases and derive every size, each with its reason."""
+    from pipeline.cli_stages import show_plan
+
+    show_plan(_load(config, sets), out, _console())
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    fold: Annotated[int, typer.Option("--fold", min=0, help="The fold to hold out.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
+    out: RunFolder = None,
+    sets: Sets = None,
+) -> None:
+    """Train on all folds but one, then predict and score the one held out."""
+    from pipeline.cli_stages import train_one_fold
+
+    train_one_fold(_load(config, sets), out, fold=fold, resume=resume, console=_console())
+
+
+@app.command()
+def crossval(
+    config: ConfigFile,
+    folds: Annotated[str | None, typer.Option("--folds", metavar="0,1,...", help="Which folds; default: all.")] = None,
+    out: RunFolder = None,
+    sets: Sets = None,
+) -> None:
+    """Run the folds that aren't finished yet and score all out-of-fold predictions together."""
+    from pipeline.cli_stages import run_folds
+
+    run_folds(_load(config, sets), out, folds=_numbers(folds), console=_console())
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model bundle or a run folder (its folds are averaged).")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, DICOM folders, manifests.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results, each named after its input.")],
+    mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="Average over mirrored passes.")] = None,
+    formats: Formats = "nifti",
+    series: SeriesUid = None,
+    root: Root = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
+) -> None:
+    """Segment volumes; results lie on the grid of their source."""
+    from pipeline.cli_stages import Prediction, predict_inputs
+
+    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force)
+    if not predict_inputs(model, inputs, out, wanted, _console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PRED", help="A label map, or a folder of them.")],
+    references: Annotated[Path, typer.Argument(metavar="REF", help="A label map, a folder, or a manifest.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row a case and label.")] = None,
+    root: Root = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Score what is there.")] = False,
+) -> None:
+    """Dice per case and label, with means, worst cases and bootstrap 95 % intervals."""
+    from pipeline.cli_stages import evaluate_paths
+
+    files = (json_file, csv_file)
+    if not evaluate_paths(predictions, references, root, files=files, allow_missing=allow_missing, console=_console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    labels: Annotated[Path, typer.Argument(metavar="LABELS", help="A label map on the grid of its source.")],
+    source: Annotated[Path, typer.Option("--source", help="The image, or the DICOM folder, that was segmented.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results.")],
+    formats: Formats = "seg",
+    schema: Annotated[
+        Path | None, typer.Option("--schema", help="Manifest or labels.json; default: labels.json beside LABELS.")
+    ] = None,
+    series: SeriesUid = None,
+) -> None:
+    """Write a label map in other formats; each is read back and compared before it is called done."""
+    from pipeline.cli_stages import export_labels
+
+    export_labels(labels, source, out, formats=_names(formats), schema=schema, series=series)
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A volume, a DICOM folder, a manifest, a model or a run.")],
+) -> None:
+    """Say what a file or folder is."""
+    from pipeline.cli_stages import describe
+
+    describe(path)
+
+
+@app.command("config")
+def config_reference() -> None:
+    """Print every key that a config may have, with its default and meaning."""
+    from pipeline.config import reference
+
+    print(reference(), end="")
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 an error in one line, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:
+        app([a for a in arguments if a != "--debug"])
+        return
+    from pipeline.errors import VolsegError
+
+    try:
+        app(arguments)
+    except VolsegError as error:
+        _fail(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished parts are kept, and an unfinished training goes on with --resume", 130)
+    except BrokenPipeError:
+        _fail("", 1)
+    except OSError as error:
+        _fail(f"error: {error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1)
+    except MemoryError:
+        _fail("error: not enough memory; close other programs, or lower plan.memory_gb for a training", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _close_console()
+    if message:
+        print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+_open_consoles: list[TerminalConsole] = []
+
+
+def _console() -> TerminalConsole:
+    from pipeline.cli_console import TerminalConsole
+
+    _open_consoles.append(TerminalConsole())
+    return _open_consoles[-1]
+
+
+def _close_console() -> None:
+    for console in _open_consoles:
+        console.close()
+
+
+def _load(config: Path, sets: Sequence[str] | None) -> Config:
+    from pipeline.config import load_config
+
+    return load_config(config, sets or ())
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not all(part.isdigit() for part in _names(text)) or not _names(text):
+        raise typer.BadParameter(f"'{text}' is not a list of folds, as 0,1,2", param_hint="--folds")
+    return [int(part) for part in _names(text)]
+
+
+if __name__ == "__main__":
+    main()

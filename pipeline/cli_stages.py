@@ -1,0 +1,298 @@
+"""What each subcommand does: call its stage, show its values. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pipeline.cli_console import TerminalConsole, show_table
+from pipeline.errors import ConfigError, ManifestError, VolumeError
+from pipeline.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.plan import Plan
+    from pipeline.report import Report
+    from pipeline.runs import Run
+
+
+def build(
+    images: Path,
+    labels: Path | None,
+    *,
+    name: str,
+    channels: Sequence[str],
+    names: Sequence[str],
+    target: Path,
+    patients: tuple[str | None, Path | None],
+    force: bool,
+) -> None:
+    """`volseg manifest build`."""
+    from pipeline.manifest import Channel, Modality, save_manifest
+    from pipeline.manifest_build import PatientRule, build_manifest, read_patient_table
+
+    if target.exists() and not force:
+        raise ManifestError(f"{target} exists already; give --force to replace it, or another --out")
+    pairs = [_pair(text, "--channel", "NAME:MODALITY") for text in channels]
+    for channel, modality in pairs:
+        if modality not in get_args(Modality):
+            known = ", ".join(get_args(Modality))
+            raise ManifestError(f"--channel {channel}:{modality}: the modality is one of {known}")
+    labelled = {_whole(i): n for i, n in (_pair(text, "--label", "ID:NAME") for text in names)} or None
+    pattern, table = patients
+    rule = PatientRule(pattern=pattern, table=read_patient_table(table) if table else None)
+    dataset = build_manifest(
+        images,
+        labels,
+        name=name,
+        channels=[Channel.model_validate({"name": n, "modality": m}) for n, m in pairs],
+        label_names=labelled,
+        patients=rule if pattern or table else None,
+    )
+    save_manifest(dataset, target)
+    print(f"{len(dataset.manifest.cases)} cases written to {target}; run `volseg check {target}` next")
+
+
+def check_manifest(
+    manifest: Path, root: Path | None, *, json_file: Path | None, workers: int, console: TerminalConsole
+) -> bool:
+    """`volseg check`; True when nothing is wrong."""
+    from pipeline.checks import check_dataset
+    from pipeline.manifest import load_dataset
+
+    dataset = load_dataset(manifest, root)
+    report = check_dataset(
+        dataset, workers=workers, on_progress=lambda done, total: console.progress("checking", done, total)
+    )
+    console.close()
+    rows = [
+        {"": f.severity, "case": f.case_id or "(all)", "file": f.file or "", "fault": f.kind, "what": f.message}
+        for f in report.faults
+    ]
+    show_table(f"{report.dataset}: faults", rows)
+    if json_file:
+        write_json(json_file, report.to_json())
+    errors = sum(f.severity == "error" for f in report.faults)
+    print(f"{report.dataset}: {report.case_count} cases, {_count(errors, 'error')}, "
+          f"{_count(len(report.faults) - errors, 'note')}")  # fmt: skip
+    return report.ok
+
+
+def show_plan(config: Config, out: Path | None, console: TerminalConsole) -> None:
+    """`volseg plan`."""
+    from pipeline.runs import plan_dataset
+
+    _, report, _, plan = plan_dataset(config, console)
+    console.close()
+    for fault in report.faults:
+        if fault.severity == "error":
+            console.note(f"not planned with: {fault.case_id or 'dataset'}: {fault.message}")
+    show_table(f"plan for {report.dataset}", _plan_rows(plan))
+    for warning in plan.warnings:
+        print(f"warning: {warning}")
+    if out:
+        write_text(out, plan.model_dump_json(indent=2) + "\n")
+        print(f"written to {out}")
+
+
+def train_one_fold(config: Config, out: Path | None, *, fold: int, resume: bool, console: TerminalConsole) -> None:
+    """`volseg train`."""
+    from pipeline.crossval import train_fold
+    from pipeline.runs import open_run, open_run_tracker, read_done
+
+    run = open_run(config, out or config.runs / config.name, console)
+    _require_fold(run, fold)
+    folder = run.fold_folder(fold)
+    if run.is_done(fold):
+        console.note(f"fold {fold} is finished already ({read_done(folder)['steps']} steps); choose another --out")
+    else:
+        with open_run_tracker(run, console, fold=None):
+            report = train_fold(run, fold, console, resume=resume)
+        console.close()
+        _show_report(f"fold {fold}, held-out cases", report)
+    print(f"model: {folder / 'bundle'}\nreport: {folder / 'report.json'}")
+    _show_tracking(config)
+
+
+def run_folds(config: Config, out: Path | None, *, folds: list[int] | None, console: TerminalConsole) -> None:
+    """`volseg crossval`."""
+    from pipeline.crossval import cross_validate
+    from pipeline.runs import open_run
+
+    run = open_run(config, out or config.runs / config.name, console)
+    wanted = list(range(run.folds.count)) if folds is None else folds
+    for fold in wanted:
+        _require_fold(run, fold)
+    report = cross_validate(run, wanted, console)
+    console.close()
+    _show_report("out of fold", report)
+    print(f"model: {run.folder} (its folds are averaged by `volseg predict`)\nreport: {run.folder / 'report.json'}")
+    _show_tracking(config)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The options of `volseg predict`."""
+
+    formats: tuple[str, ...]
+    mirror: bool | None
+    series: str | None
+    root: Path | None
+    device: str
+    force: bool
+
+
+def predict_inputs(
+    model_path: Path, inputs: Sequence[Path], out: Path, wanted: Prediction, console: TerminalConsole
+) -> bool:
+    """`volseg predict`; True when no study was set aside."""
+    from pipeline.bundle import find_bundles, load_bundle
+    from pipeline.config import TrainConfig
+    from pipeline.device import choose_hardware
+    from pipeline.export import check_formats
+    from pipeline.predict import Model
+    from pipeline.segment import SegmentSettings, find_studies, segment_studies
+
+    check_formats(wanted.formats)
+    if wanted.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {wanted.device}: expected auto, cpu or cuda")
+    device = choose_hardware(TrainConfig.model_validate({"device": wanted.device})).torch_device()
+    model = Model(tuple(load_bundle(path, device) for path in find_bundles(model_path)))
+    studies = find_studies(inputs, channel_count=len(model.plan.channels), root=wanted.root)
+    settings = SegmentSettings(wanted.formats, wanted.mirror, wanted.series, wanted.force)
+    written, failures = segment_studies(model, studies, out, settings=settings, console=console)
+    console.close()
+    for file in written:
+        verified = "" if file.verification is None else "  (read back and compared: the same)"
+        print(f"{file.path}{verified}")
+    if len(failures) == len(studies) == 1:
+        raise VolumeError(failures[0].reason)
+    for failure in failures:
+        console.note(f"set aside {failure.case_id}: {failure.reason}")
+    if failures:
+        console.note(f"{len(failures)} of {len(studies)} studies were set aside, the others are done")
+    return not failures
+
+
+def evaluate_paths(
+    predictions: Path,
+    references: Path,
+    root: Path | None,
+    *,
+    files: tuple[Path | None, Path | None],
+    allow_missing: bool,
+    console: TerminalConsole,
+) -> bool:
+    """`volseg evaluate`; True when every case could be scored."""
+    from pipeline.evaluate import evaluate_files
+    from pipeline.manifest import load_dataset
+
+    report = evaluate_files(
+        predictions,
+        references if root is None else load_dataset(references, root),
+        allow_missing=allow_missing,
+        progress=lambda done, total: console.progress("scoring", done, total),
+    )
+    console.close()
+    json_file, csv_file = files
+    if json_file:
+        write_json(json_file, report.to_json())
+    if csv_file:
+        write_text(csv_file, report.to_csv())
+    _show_report(str(predictions), report)
+    for failure in report.failures:
+        console.note(f"not scored: {failure.case_id}: {failure.reason}")
+    return not report.failures
+
+
+def export_labels(
+    labels: Path, source: Path, out: Path, *, formats: Sequence[str], schema: Path | None, series: str | None
+) -> None:
+    """`volseg export`."""
+    import numpy as np
+
+    from pipeline.export import export
+    from pipeline.manifest_formats import volume_stem
+    from pipeline.segment import read_source, schema_for
+    from pipeline.segmentation import Algorithm, Segmentation
+    from transforms.labels import schema_from_names
+    from transforms.volume import read_label
+
+    found = read_label(labels)
+    known = schema_for(labels, schema)
+    if known is None:
+        known = schema_from_names({int(i): f"label {i}" for i in np.unique(found.voxels) if i != 0} or {1: "label 1"})
+    given = read_source(source, series=series)
+    dtype = np.uint8 if max(known.ids) <= 255 else np.uint16
+    segmentation = Segmentation(
+        found.voxels.astype(dtype), found.geometry, known, Algorithm("label map given to volseg export", "")
+    )
+    for file in export(segmentation, formats=formats, out=out, name=volume_stem(labels), source=given):
+        print(file.path)
+
+
+def describe(path: Path) -> None:
+    """`volseg info`."""
+    from pipeline.describe import facts_of
+
+    title, rows = facts_of(path)
+    show_table(title, rows)
+
+
+def _require_fold(run: Run, fold: int) -> None:
+    if fold >= run.folds.count:
+        raise ConfigError(f"fold {fold}: there are folds 0 to {run.folds.count - 1} (folds.count)")
+
+
+def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    unet = plan.unet
+    values: dict[str, str] = {
+        "median_shape": "",
+        "spacing_mm": _times(plan.spacing_mm),
+        "patch_shape": _times(plan.patch_shape),
+        "batch_size": str(plan.batch_size),
+        "stages": str(unet.stages),
+        "features": ", ".join(map(str, unet.features)),
+        "checkpointing": "on" if unet.checkpointing else "off",
+        "mirror_axes": ", ".join("xyz"[a] for a in plan.mirror_axes),
+    }
+    rows = [{"what": key, "value": values.get(key, ""), "why": reason} for key, reason in plan.reasons.items()]
+    seen = f"largest labels reach {_times(plan.largest_label_extent_mm)} mm"
+    rows.append({"what": "bottleneck sees", "value": f"{_times(plan.receptive_field_mm)} mm", "why": seen})
+    cost = f"{plan.patch_gflop:g} GFLOP forward a patch"
+    return [*rows, {"what": "memory", "value": f"{plan.memory_gb:.2f} GB", "why": f"estimated for a step; {cost}"}]
+
+
+def _show_report(title: str, report: Report) -> None:
+    show_table(f"Dice, {title}", report.rows_for_table())
+
+
+def _show_tracking(config: Config) -> None:
+    from pipeline.runs import tracking_uri
+    from pipeline.tracking import page_command
+
+    if config.tracking.enabled:
+        print(f"runs in MLflow: {page_command(tracking_uri(config))}")
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    first, separator, second = text.partition(":")
+    if not (first and separator and second):
+        raise ManifestError(f"{option} {text}: expected {form}")
+    return first, second
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise ManifestError(f"--label {text}: a label's id is a whole number")
+    return int(text)
+
+
+def _times(values: Sequence[float]) -> str:
+    return " x ".join(f"{v:g}" for v in values)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

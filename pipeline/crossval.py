@@ -1,0 +1,252 @@
+"""Folds -> runs -> out-of-fold report. A finished fold isn't run again; one that fails doesn't stop the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.bundle import BundleFacts, load_bundle, save_bundle
+from pipeline.config import config_to_yaml
+from pipeline.console import Console
+from pipeline.dataset import Failure
+from pipeline.errors import RunError, VolsegError
+from pipeline.evaluate import SCHEMA_FILE, evaluate_files, summarise
+from pipeline.export import Source, export
+from pipeline.files import write_json, write_text
+from pipeline.manifest import Case, Dataset
+from pipeline.predict import Model, predict
+from pipeline.provenance import provenance_tags
+from pipeline.report import CaseFailure, CaseScores, Report, dice_distribution, learning_curves
+from pipeline.runs import (
+    DONE,
+    Run,
+    open_run_tracker,
+    read_done,
+    run_fold_cases,
+    tell_set_aside,
+    track_data,
+)
+from pipeline.segmentation import Segmentation
+from pipeline.tracking import Tracker
+from pipeline.train import CHECKPOINT, HISTORY, TrainingResult, TrainingTask, read_history, train
+from transforms.volume import Volume, read_label, read_volume
+
+BUNDLE, VALIDATION, REPORT_JSON, REPORT_CSV = "bundle", "validation", "report.json", "report.csv"
+
+
+def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
+    """Train the folds that aren't finished, then score the out-of-fold predictions of all finished ones together.
+
+    Raises:
+        RunError: at least one fold failed; the others were done first.
+    """
+    failed: list[str] = []
+    with open_run_tracker(run, console, fold=None) as tracker:
+        for fold in folds:
+            if run.is_done(fold):
+                console.note(f"fold {fold} is finished already, kept")
+                continue
+            try:
+                train_fold(run, fold, console, resume=True)
+            except VolsegError as error:
+                failed.append(f"fold {fold}: {error}")
+                console.note(f"fold {fold} failed: {error}")
+        finished = [fold for fold in range(run.folds.count) if run.is_done(fold)]
+        if not finished:
+            raise RunError(f"no fold was finished; {failed[0] if failed else 'none was asked for'}")
+        report = out_of_fold_report(run, finished)
+        _write_report(run.folder, report)
+        dice_distribution(report, run.folder / "dice.png")
+        tracker.metrics(_headline(report), step=0)
+        for name in (REPORT_JSON, REPORT_CSV, "dice.png", "plan.json", "folds.json", "config.yaml", "fingerprint.json"):
+            tracker.artifact(run.folder / name)
+        if failed:
+            raise RunError(f"{len(failed)} of {len(folds)} folds failed, the others are done; {failed[0]}")
+    return report
+
+
+def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report:
+    """One fold: preprocess, train, save the bundle, predict the held-out cases on their own grids, score them.
+
+    Raises:
+        RunError: an unfinished training is here and `resume` is off; see also `train`.
+        KeyboardInterrupt: after a checkpoint was written.
+    """
+    folder = run.fold_folder(fold)
+    if not resume and (folder / CHECKPOINT).exists():
+        raise RunError(f"{folder}: an unfinished training is here; give --resume, or another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_run_tracker(run, console, fold=fold) as tracker:
+        training, validation = run_fold_cases(run, fold, console)
+        track_data(tracker, run, training, validation)
+        task = TrainingTask(
+            plan=run.plan,
+            schema=run.dataset.manifest.labels,
+            training=training,
+            validation=validation,
+            settings=run.config.train,
+            augment=run.config.augment,
+            tile_step=run.config.predict.tile_step,
+            folder=folder,
+        )
+        console.note(f"fold {fold}: {len(training)} cases to train on, {len(validation)} held out")
+        result = train(task, run.hardware, _Observer(console, tracker, fold), resume=resume)
+        _save(run, fold, result)
+        report = score_fold(run, fold, [case.case_id for case in validation], console)
+        _finish(run, fold, result, report, tracker)
+    return report
+
+
+def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
+    """Predict held-out cases with the fold's bundle on their own grids, write the label maps and score them."""
+    folder = run.fold_folder(fold)
+    model = Model((load_bundle(folder / BUNDLE, run.hardware.torch_device()),))
+    cases = [case for case in run.dataset.manifest.cases if case.case_id in set(case_ids)]
+    target = folder / VALIDATION
+    shutil.rmtree(target, ignore_errors=True)
+    failures = []
+    for done, case in enumerate(cases, start=1):
+        try:
+            _predict_case(run, model, case, target)
+        except RunError:
+            raise
+        except VolsegError as error:
+            failures.append(Failure(case.case_id, str(error)))
+        console.progress("predicting held-out cases", done, len(cases))
+    if failures:
+        tell_set_aside(folder / "set_aside_predictions.json", failures, console)
+    write_text(target / SCHEMA_FILE, run.dataset.manifest.labels.model_dump_json(indent=2) + "\n")
+    report = evaluate_files(target, _part(run, fold, case_ids), settings=run.config.evaluate, allow_missing=True)
+    _write_report(folder, report)
+    _draw_cases(run, folder, report)
+    return report
+
+
+def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
+    """Every case scored by the model that never saw it, all folds together."""
+    cases: list[CaseScores] = []
+    failures: list[CaseFailure] = []
+    for fold in folds:
+        report = Report.from_json(json.loads((run.fold_folder(fold) / REPORT_JSON).read_bytes()))
+        cases += report.cases
+        failures += report.failures
+    return summarise(cases, settings=run.config.evaluate, failures=failures)
+
+
+class _Observer:
+    """Passes what training tells to the console and the tracker."""
+
+    def __init__(self, console: Console, tracker: Tracker, fold: int) -> None:
+        self._console, self._tracker, self._fold = console, tracker, fold
+
+    def progress(self, step: int, steps: int, loss: float) -> None:
+        self._console.progress(f"training fold {self._fold}", step, steps, f"loss {loss:.3f}")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._tracker.metrics(values, step)
+        dice = {k.removeprefix("dice/"): v for k, v in values.items() if k.startswith("dice/")}
+        if dice:
+            self._console.note(f"step {step}: Dice " + ", ".join(f"{k} {v:.3f}" for k, v in dice.items()))
+
+    def note(self, message: str) -> None:
+        self._console.note(message)
+
+
+def _save(run: Run, fold: int, result: TrainingResult) -> None:
+    facts = BundleFacts(
+        name=run.config.name,
+        fold=fold,
+        mirror=run.config.predict.mirror,
+        tile_step=run.config.predict.tile_step,
+        plan=run.plan,
+        schema=run.dataset.manifest.labels,
+        config_yaml=config_to_yaml(run.config),
+        provenance={**provenance_tags(), "steps": result.steps, "seconds": round(result.elapsed_s, 1)},
+    )
+    save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)
+
+
+def _predict_case(run: Run, model: Model, case: Case, target: Path) -> None:
+    volumes = [read_volume(path) for path in run.dataset.image_paths(case)]
+    segmentation = predict(model, volumes, mirror=model.mirror, device=run.hardware.torch_device())
+    export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=Source(volumes[0]))
+    # The figures of reading back are for results that leave the house.
+    (target / f"{case.case_id}.verification.json").unlink(missing_ok=True)
+
+
+def _part(run: Run, fold: int, case_ids: Sequence[str]) -> Dataset:
+    """The dataset with the held-out cases alone, each told its fold."""
+    wanted = set(case_ids)
+    cases = tuple(c.model_copy(update={"fold": fold}) for c in run.dataset.manifest.cases if c.case_id in wanted)
+    return run.dataset.model_copy(update={"manifest": run.dataset.manifest.model_copy(update={"cases": cases})})
+
+
+def _draw_cases(run: Run, folder: Path, report: Report) -> None:
+    """Overlays of the worst and the best case, with the reference's outline."""
+    ranked = sorted((_case_mean(case), case.case_id) for case in report.cases)
+    chosen = {"worst": ranked[0][1], "best": ranked[-1][1]} if ranked else {}
+    for which, case_id in chosen.items():
+        _draw_case(run, folder, case_id, folder / f"overlay_{which}.png")
+
+
+def _draw_case(run: Run, folder: Path, case_id: str, target: Path) -> None:
+    from pipeline.export.overlay import write_overlay
+
+    case = next(c for c in run.dataset.manifest.cases if c.case_id == case_id)
+    label_path = run.dataset.label_path(case)
+    if label_path is None:
+        return
+    image = read_volume(run.dataset.image_paths(case)[0])
+    prediction = read_label(folder / VALIDATION / f"{case_id}.nii.gz")
+    bundle = load_bundle(folder / BUNDLE)
+    algorithm = Model((bundle,)).algorithm
+    found, expected = (_segmentation(v, run, algorithm=algorithm) for v in (prediction, read_label(label_path)))
+    write_overlay(target, found, image, reference=expected)
+
+
+def _segmentation(volume: Volume, run: Run, *, algorithm: object) -> Segmentation:
+    return Segmentation(volume.voxels, volume.geometry, run.dataset.manifest.labels, algorithm)  # type: ignore[arg-type]
+
+
+def _case_mean(case: CaseScores) -> float:
+    scored = [score.dice for score in case.labels if score.dice is not None]
+    return sum(scored) / len(scored) if scored else 0.0
+
+
+def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker: Tracker) -> None:
+    folder = run.fold_folder(fold)
+    learning_curves(read_history(folder / HISTORY), folder / "curves.png")
+    tracker.metrics(_headline(report), step=result.steps)
+    for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
+        tracker.artifact(folder / name)
+    for name in ("overlay_worst.png", "overlay_best.png"):
+        if (folder / name).exists():
+            tracker.artifact(folder / name, "overlays")
+    tracker.model(
+        folder / BUNDLE,
+        input_shape=run.plan.patch_shape,
+        channel_count=len(run.plan.channels),
+        class_count=run.plan.class_count,
+    )
+    write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
+    # A finished fold is never resumed, and its optimiser's state is twice the size of its weights.
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _headline(report: Report) -> dict[str, float]:
+    rows = {f"out_of_fold_dice/{x.label}": x.mean for x in report.labels} | {
+        "out_of_fold_dice/mean": report.overall.mean
+    }
+    return {k: v for k, v in rows.items() if v is not None}
+
+
+def _write_report(folder: Path, report: Report) -> None:
+    write_json(folder / REPORT_JSON, report.to_json())
+    write_text(folder / REPORT_CSV, report.to_csv())
+
+
+def fold_seconds(run: Run, fold: int) -> float:
+    """Seconds that a finished fold trained for."""
+    return float(read_done(run.fold_folder(fold))["seconds"])

@@ -1,0 +1,123 @@
+"""What a file or folder is, as a title and rows of facts; never whose it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import VolumeError
+
+Facts = tuple[str, list[dict[str, Any]]]
+
+
+def facts_of(path: Path) -> Facts:
+    """Facts of a model, a run, a manifest, a DICOM folder or a volume.
+
+    Raises:
+        VolsegError: it is none of these, or cannot be read.
+    """
+    from pipeline.bundle import is_bundle
+    from pipeline.runs import DATASET
+
+    if not path.exists():
+        raise VolumeError(f"{path}: no such file or folder")
+    kinds: list[tuple[bool, Callable[[Path], Facts]]] = [
+        (is_bundle(path), _bundle),
+        ((path / DATASET).is_file(), _run),
+        (path.suffix == ".json", _manifest),
+        (path.is_dir(), _dicom),
+    ]
+    return next((describe for is_kind, describe in kinds if is_kind), _volume)(path)
+
+
+def _bundle(path: Path) -> Facts:
+    from pipeline.bundle import load_bundle
+
+    bundle = load_bundle(path)
+    plan, index = bundle.plan, bundle.index
+    rows = {
+        "channels": ", ".join(f"{c.name} ({c.modality})" for c in plan.channels),
+        "labels": ", ".join(f"{x.id} {x.name}" for x in bundle.schema.labels),
+        "fold": "-" if index.fold is None else str(index.fold),
+        "network": f"{plan.network}, features {', '.join(map(str, plan.unet.features))}",
+        "parameters": f"{sum(p.numel() for p in bundle.network.parameters()):,}",
+        "spacing (mm, RAS axes)": " x ".join(f"{s:g}" for s in plan.spacing_mm),
+        "patch": " x ".join(map(str, plan.patch_shape)),
+        **{f"made with {k}": str(v) for k, v in index.provenance.items()},
+        "weights sha256": bundle.digest,
+    }
+    return f"model bundle '{index.name}'", _rows(rows)
+
+
+def _run(path: Path) -> Facts:
+    from pipeline.folds import read_folds
+    from pipeline.runs import DONE, FOLDS, read_done
+
+    folds = read_folds(path / FOLDS)
+    rows = {"cases": str(len(folds.cases)), "folds": str(folds.count)}
+    for fold in range(folds.count):
+        folder = path / f"fold_{fold}"
+        rows[f"fold {fold}"] = "not finished"
+        if (folder / DONE).is_file():
+            done = read_done(folder)
+            dice = ", ".join(f"{k.rpartition('/')[2]} {v:.3f}" for k, v in done["dice"].items())
+            rows[f"fold {fold}"] = f"{done['steps']} steps in {done['seconds'] / 60:.1f} minutes; Dice {dice}"
+    return f"run '{path.name}'", _rows(rows)
+
+
+def _manifest(path: Path) -> Facts:
+    from pipeline.manifest import load_dataset
+
+    dataset = load_dataset(path)
+    manifest = dataset.manifest
+    rows = {
+        "description": manifest.description,
+        "source": manifest.source,
+        "licence": manifest.licence,
+        "channels": ", ".join(f"{c.name} ({c.modality})" for c in manifest.channels),
+        "labels": ", ".join(f"{x.id} {x.name}" for x in manifest.labels.labels),
+        "cases": str(len(manifest.cases)),
+        "annotated": str(sum(case.label is not None for case in manifest.cases)),
+        "patients": str(len({case.patient_id for case in manifest.cases})),
+        "root": str(dataset.root),
+    }
+    return f"manifest '{manifest.name}'", _rows(rows)
+
+
+def _dicom(path: Path) -> Facts:
+    from transforms.dicom_index import index_series
+
+    found = index_series(path)
+    if not found:
+        raise VolumeError(f"{path}: neither a model, a run nor a folder with DICOM files")
+    rows = [
+        {
+            "no.": number,
+            "modality": series.modality,
+            "description": series.description,
+            "slices": series.slice_count,
+            "grid": series.geometry.describe() if series.geometry else "-",
+            "findings": "; ".join(f"{f.name} ({f.outcome})" for f in series.findings) or "none",
+            "series": series.series_uid,
+        }
+        for number, series in enumerate(found, start=1)
+    ]
+    return f"DICOM series in {path.name}", rows
+
+
+def _volume(path: Path) -> Facts:
+    from transforms.volume import read_volume
+
+    volume = read_volume(path)
+    rows = {
+        "grid": volume.geometry.describe(),
+        "extent": " x ".join(f"{x:.1f}" for x in volume.geometry.extent_mm) + " mm",
+        "intensities": f"{float(volume.voxels.min()):g} to {float(volume.voxels.max()):g}",
+        "modality": volume.modality or "not said by the file",
+    }
+    return f"volume {path.name}", _rows(rows)
+
+
+def _rows(values: dict[str, str]) -> list[dict[str, Any]]:
+    return [{"what": key, "value": value} for key, value in values.items()]

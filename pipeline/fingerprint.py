@@ -1,0 +1,149 @@
+"""Cases -> Fingerprint: measured on the same pass over the files as the check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import PlanError
+from pipeline.manifest import Case, Manifest
+from pipeline.plan import CaseFingerprint, ChannelFingerprint, Fingerprint
+
+if TYPE_CHECKING:
+    from transforms.geometry import Geometry
+    from transforms.labels import LabelSchema
+    from transforms.volume import Volume
+
+SAMPLES_PER_CASE = 10_000
+"""Voxels inside labels that each case adds to the pooled intensities, evenly spaced through the volume."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMeasure:
+    """One channel of one case, in the file's unit."""
+
+    inside: npt.NDArray[np.float32]
+    lowest: float
+    highest: float
+    zero_share: float
+
+
+@dataclass(frozen=True, eq=False)
+class CaseMeasure:
+    """One annotated case."""
+
+    facts: CaseFingerprint
+    channels: tuple[ChannelMeasure, ...]
+
+
+class Measuring:
+    """Collects a `CaseMeasure` for each annotated case; hand `visit` to `pipeline.checks.check_dataset`."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._measures: dict[str, CaseMeasure] = {}
+
+    def visit(self, case: Case, images: Sequence[Volume], label: Volume | None) -> None:
+        """Measure one case; cases without a label have nothing to say to the planner."""
+        if label is not None:
+            self._measures[case.case_id] = measure_case(case, images, label, schema=self._manifest.labels)
+
+    def fingerprint(self, case_ids: Sequence[str]) -> Fingerprint:
+        """What the planner needs of the named cases, in the order of their names.
+
+        Raises:
+            PlanError: none of them could be measured.
+        """
+        measures = [self._measures[i] for i in sorted(case_ids) if i in self._measures]
+        if not measures:
+            raise PlanError("there is no annotated case to plan from; run `volseg check` on the manifest")
+        schema = self._manifest.labels
+        return Fingerprint(
+            channels=tuple(
+                _pool(channel.name, channel.modality, [m.channels[c] for m in measures])
+                for c, channel in enumerate(self._manifest.channels)
+            ),
+            class_count=schema.class_count,
+            has_twins=any(label.twin is not None for label in schema.labels),
+            cases=tuple(m.facts for m in measures),
+        )
+
+
+def measure_case(case: Case, images: Sequence[Volume], label: Volume, *, schema: LabelSchema) -> CaseMeasure:
+    """Grid, labels and intensities of one case, on RAS axes."""
+    geometry = label.geometry
+    oriented = geometry.oriented("RAS")
+    boxes = _boxes_ijk(label.voxels)
+    names = {x.id: x.name for x in schema.labels}
+    extents, volumes = {}, {}
+    for label_id, (count, sides) in boxes.items():
+        volumes[names[label_id]] = count * geometry.voxel_volume_mm3
+        extents[names[label_id]] = _on_ras_axes(sides, geometry)
+    facts = CaseFingerprint(
+        case_id=case.case_id,
+        shape=oriented.shape,
+        spacing_mm=_rounded(oriented.spacing_mm),
+        label_volumes_mm3=volumes,
+        label_extents_mm=extents,
+    )
+    inside = np.flatnonzero(label.voxels)
+    thinned = inside[:: max(1, len(inside) // SAMPLES_PER_CASE)]
+    return CaseMeasure(facts, tuple(_measure_channel(image.voxels, thinned) for image in images))
+
+
+def _measure_channel(voxels: npt.NDArray[np.float32], places: npt.NDArray[np.intp]) -> ChannelMeasure:
+    return ChannelMeasure(
+        inside=voxels.reshape(-1)[places].astype(np.float32),
+        lowest=float(voxels.min()),
+        highest=float(voxels.max()),
+        zero_share=float((voxels == 0).mean()),
+    )
+
+
+def _boxes_ijk(label_map: npt.NDArray[np.integer]) -> dict[int, tuple[int, tuple[int, int, int]]]:
+    """Per label id: its number of voxels and the sides of its box."""
+    places = np.flatnonzero(label_map)
+    ids = label_map.reshape(-1)[places]
+    boxes = {}
+    for label_id in np.unique(ids):
+        i, j, k = np.unravel_index(places[ids == label_id], label_map.shape)
+        boxes[int(label_id)] = (len(i), (int(np.ptp(i)) + 1, int(np.ptp(j)) + 1, int(np.ptp(k)) + 1))
+    return boxes
+
+
+def _on_ras_axes(sides_ijk: tuple[int, int, int], geometry: Geometry) -> tuple[float, float, float]:
+    sides_mm = [n * s for n, s in zip(sides_ijk, geometry.spacing_mm, strict=True)]
+    x, y, z = (round(sides_mm[_axis_along(pair, geometry)], 4) for pair in ("RL", "AP", "SI"))
+    return x, y, z
+
+
+def _axis_along(pair: str, geometry: Geometry) -> int:
+    return next(axis for axis, code in enumerate(geometry.axis_codes) if code in pair)
+
+
+def _pool(name: str, modality: str, measures: Sequence[ChannelMeasure]) -> ChannelFingerprint:
+    inside = np.concatenate([m.inside for m in measures]).astype(np.float64)
+    low, high = np.percentile(inside, [0.5, 99.5]) if len(inside) else (0.0, 0.0)
+    return ChannelFingerprint.model_validate(
+        {
+            "name": name,
+            "modality": modality,
+            "lowest": float(np.median([m.lowest for m in measures])),
+            "highest": float(np.median([m.highest for m in measures])),
+            "zero_share": round(float(np.mean([m.zero_share for m in measures])), 6),
+            "inside_percentile_00_5": float(low),
+            "inside_percentile_99_5": float(high),
+            "inside_mean": float(inside.mean()) if len(inside) else 0.0,
+            "inside_deviation": float(inside.std()) if len(inside) else 0.0,
+        }
+    )
+
+
+def _rounded(spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Headers hold float32, so spacings that were meant alike differ in the seventh digit."""
+    i, j, k = (round(s, 5) for s in spacing_mm)
+    return i, j, k

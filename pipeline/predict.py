@@ -1,0 +1,144 @@
+"""Volumes and a model -> a Segmentation on the source's own grid. No paths, no training config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Compose
+from torch import Tensor
+
+from pipeline.bundle import ModelBundle
+from pipeline.dataset import apply_chain
+from pipeline.errors import BundleError, GeometryMismatch, VolumeError
+from pipeline.plan import ChannelPlan, Plan
+from pipeline.segmentation import Algorithm, Segmentation
+from pipeline.windows import WindowSettings, predict_windows
+from transforms.chains import placing_steps, plain
+from transforms.geometry import Geometry
+from transforms.labels import LabelSchema
+from transforms.load import as_metatensor, geometry_of
+from transforms.resample import move_argmax
+from transforms.volume import Volume
+
+AIR_HU = -500.0
+"""A CT whose lowest voxel lies above this has no air in it, so its unit is hardly HU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One bundle, or several that are averaged: the folds of a cross-validation."""
+
+    bundles: tuple[ModelBundle, ...]
+
+    def __post_init__(self) -> None:
+        if not self.bundles:
+            raise BundleError("a model is at least one bundle")
+        first = self.bundles[0]
+        for other in self.bundles[1:]:
+            if not other.schema.matches(first.schema):
+                raise BundleError("the bundles of an ensemble have different labels; give models of one training")
+            if other.plan.preprocessing() != first.plan.preprocessing():
+                raise BundleError("the bundles of an ensemble preprocess differently; give models of one training")
+
+    @property
+    def plan(self) -> Plan:
+        """The first bundle's; preprocessing is the same for all."""
+        return self.bundles[0].plan
+
+    @property
+    def schema(self) -> LabelSchema:
+        """What the voxels of a result mean."""
+        return self.bundles[0].schema
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Who is named as the author of a segmentation."""
+        index = self.bundles[0].index
+        return Algorithm(f"volseg {index.name}", str(index.provenance.get("volseg", "")))
+
+    @property
+    def mirror(self) -> bool:
+        """What was found worth it in training."""
+        return self.bundles[0].index.mirror
+
+    @property
+    def tile_step(self) -> float:
+        """Distance of tiles as part of the patch."""
+        return self.bundles[0].index.tile_step
+
+
+def predict(model: Model, channels: Sequence[Volume], *, mirror: bool, device: torch.device) -> Segmentation:
+    """Segment one study. `channels` are in the order of the model's and share a grid; so does the result.
+
+    Raises:
+        VolumeError: another number of channels, another modality, or intensities that cannot be that modality's.
+        GeometryMismatch: the channels lie on different grids.
+    """
+    check_input(model.plan, channels)
+    source = channels[0].geometry
+    image, grid = _prepare(model.plan, channels)
+    image = image.to(device)
+    total: Tensor | None = None
+    with torch.inference_mode():
+        for bundle in model.bundles:
+            scores = predict_windows(bundle.network, image, _window(bundle, mirror=mirror, step=model.tile_step))
+            total = scores if total is None else total.add_(scores)
+        if total is None:
+            raise BundleError("a model is at least one bundle")
+        classes = move_argmax(total, grid, source, dtype=torch.int32)
+    label_map = model.schema.ids_from_classes(classes[0].cpu().numpy())
+    return Segmentation(label_map, source, model.schema, model.algorithm)
+
+
+def check_input(plan: Plan, channels: Sequence[Volume]) -> None:
+    """Refuse what the model was not made for.
+
+    Raises:
+        VolumeError, GeometryMismatch: see `predict`.
+    """
+    if len(channels) != len(plan.channels):
+        names = ", ".join(f"{c.name} ({c.modality})" for c in plan.channels)
+        raise VolumeError(f"{len(channels)} channel(s) given, the model wants {len(plan.channels)}: {names}")
+    for volume, channel in zip(channels, plan.channels, strict=True):
+        _check_modality(volume, channel)
+        difference = channels[0].geometry.difference(volume.geometry)
+        if difference:
+            raise GeometryMismatch(f"channel {channel.name} lies on another grid than the first: {difference}")
+
+
+def _check_modality(volume: Volume, channel: ChannelPlan) -> None:
+    if volume.modality is not None and volume.modality != channel.modality:
+        raise VolumeError(
+            f"the input is {volume.modality}, the model's channel {channel.name} is {channel.modality}; "
+            f"choose a model that was trained on {volume.modality}"
+        )
+    lowest, highest = float(volume.voxels.min()), float(volume.voxels.max())
+    found = f"intensities from {lowest:g} to {highest:g}"
+    if channel.modality == "CT" and channel.lowest < AIR_HU <= lowest:
+        raise VolumeError(
+            f"{found} are not a CT in HU as channel {channel.name} had in training (from {channel.lowest:g}): "
+            "no voxel is air; give the CT in HU, or a model for this modality"
+        )
+    if channel.modality != "CT" and channel.lowest >= 0 and lowest <= AIR_HU:
+        raise VolumeError(
+            f"{found} look like a CT in HU, the model's channel {channel.name} is {channel.modality} "
+            f"(from {channel.lowest:g} in training); choose a model that was trained on CT"
+        )
+
+
+def _prepare(plan: Plan, channels: Sequence[Volume]) -> tuple[Tensor, Geometry]:
+    """(C, I, J, K) on the plan's grid, by the same steps as in training, and that grid."""
+    stacked = torch.from_numpy(np.stack([v.voxels for v in channels]).astype(np.float32, copy=False))
+    steps = placing_steps(["image"], [], plan.axis_codes, plan.spacing_mm, plan.normalisations)
+    data: dict[str, Any] = {"image": as_metatensor(stacked, channels[0].geometry)}
+    data = apply_chain(Compose(steps), data)
+    return plain(data["image"]), geometry_of(data["image"])
+
+
+def _window(bundle: ModelBundle, *, mirror: bool, step: float) -> WindowSettings:
+    axes = bundle.plan.mirror_axes if mirror else ()
+    return WindowSettings(bundle.plan.patch_shape, bundle.plan.factor, step, axes, bundle.schema.twin_classes)

@@ -1,0 +1,114 @@
+"""The Compose of each stage. Preprocessing is one chain, the same for training and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import Compose, MapTransform
+from torch import Tensor
+
+from transforms.augment import IntensitySettings, RandIntensityd, RandPatchd, SpatialSettings
+from transforms.intensity import NormaliseIntensityd
+from transforms.intensity_spec import Normalisation
+from transforms.labels import LabelSchema
+from transforms.load import LoadVolumed, as_metatensor, geometry_of
+from transforms.resample import move, move_classes
+
+
+class EncodeLabelsd(MapTransform):
+    """Label ids of a file to the schema's classes 0..n, uint8 or uint16."""
+
+    def __init__(self, keys: KeysCollection, schema: LabelSchema) -> None:
+        super().__init__(keys)
+        self.schema = schema
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Raises ValueError when a value is not in the schema."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            classes = self.schema.classes_from_ids(np.asarray(result[key]))
+            result[key] = as_metatensor(torch.from_numpy(classes), geometry_of(result[key]))
+        return result
+
+
+class OrientAndRespaced(MapTransform):
+    """Move `keys` to the grid that has the given axes and spacing: images cubically, class maps by share."""
+
+    def __init__(
+        self, keys: KeysCollection, *, class_keys: Sequence[str], axis_codes: str, spacing_mm: Sequence[float]
+    ) -> None:
+        super().__init__(keys)
+        self.class_keys = tuple(class_keys)
+        self.axis_codes = axis_codes
+        self.spacing_mm = tuple(spacing_mm)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Tensors on the target grid, which each carries."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            source = geometry_of(result[key])
+            target = source.oriented(self.axis_codes).respaced(self.spacing_mm)
+            voxels = result[key].as_tensor()
+            if key in self.class_keys:
+                moved = move_classes(voxels, source, target, class_count=int(voxels.max()) + 1)
+            else:
+                moved = move(voxels, source, target, order=3)
+            result[key] = as_metatensor(moved, target)
+        return result
+
+
+def preprocess_chain(
+    *,
+    axis_codes: str,
+    spacing_mm: Sequence[float],
+    normalisations: Sequence[Normalisation],
+    schema: LabelSchema | None,
+) -> Compose:
+    """Files under `image` (a list, one a channel) and, with a schema, `label`, to the plan's grid and range.
+
+    Gives MetaTensors (C, I, J, K) float32 and (1, I, J, K) classes.
+    """
+    labels = [] if schema is None else ["label"]
+    steps: list[Any] = [LoadVolumed(["image", *labels], label_keys=labels)]
+    if schema is not None:
+        steps.append(EncodeLabelsd("label", schema))
+    return Compose([*steps, *placing_steps(["image", *labels], labels, axis_codes, spacing_mm, normalisations)])
+
+
+def placing_steps(
+    keys: Sequence[str],
+    class_keys: Sequence[str],
+    axis_codes: str,
+    spacing_mm: Sequence[float],
+    normalisations: Sequence[Normalisation],
+) -> list[Any]:
+    """What follows loading: reorient, respace, normalise."""
+    return [
+        OrientAndRespaced(keys, class_keys=class_keys, axis_codes=axis_codes, spacing_mm=spacing_mm),
+        NormaliseIntensityd("image", normalisations),
+    ]
+
+
+def training_chain(
+    patch_shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    *,
+    spatial: SpatialSettings,
+    intensity: IntensitySettings,
+    twin_classes: Sequence[int],
+    foreground_share: float,
+) -> Compose:
+    """A preprocessed volume to one augmented patch; seed it with `set_random_state` before each call."""
+    cut = RandPatchd(
+        patch_shape, spacing_mm, settings=spatial, twin_classes=twin_classes, foreground_share=foreground_share
+    )
+    return Compose([cut, RandIntensityd(intensity)])
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A MetaTensor's voxels without its metadata; any other tensor as it is."""
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
