@@ -15,6 +15,9 @@ from transforms.geometry import AxisMap, Geometry
 Order = Literal[0, 1, 3]
 """0 nearest, 1 linear, 3 exact cubic B-spline."""
 
+# torch cannot flip these, so their bits are moved as signed integers.
+_AS_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def move(voxels: Tensor, source: Geometry, target: Geometry, *, order: Order = 1, fill: float = 0.0) -> Tensor:
     """Voxels (C, I, J, K) on `source` to (C, I', J', K') on `target`.
@@ -63,10 +66,10 @@ def _winner(volumes: Iterable[Tensor], dtype: torch.dtype, place: Callable[[Tens
     for index, volume in enumerate(volumes):
         placed = place(volume)
         if best is None or winner is None:
-            best, winner = placed, torch.zeros(placed.shape, dtype=dtype)
+            best, winner = placed, torch.zeros(placed.shape, dtype=dtype, device=placed.device)
             continue
         better = placed > best
-        winner[better] = index
+        winner = torch.where(better, torch.tensor(index, dtype=dtype, device=placed.device), winner)
         best = torch.where(better, placed, best)
     if winner is None:
         raise ValueError("at least one class is needed")
@@ -74,6 +77,10 @@ def _winner(volumes: Iterable[Tensor], dtype: torch.dtype, place: Callable[[Tens
 
 
 def _copy(voxels: Tensor, axes: AxisMap, shape: tuple[int, int, int], fill: float) -> Tensor:
+    if voxels.dtype in _AS_SIGNED:
+        signed = _AS_SIGNED[voxels.dtype]
+        bits = int(torch.tensor(fill).to(voxels.dtype).view(signed))
+        return _copy(voxels.view(signed), axes, shape, bits).view(voxels.dtype)
     turned = voxels.permute(0, *(a + 1 for a in axes.source_axes))
     flips = [t + 1 for t, scale in enumerate(axes.scales) if scale < 0]
     if flips:
