@@ -1,1 +1,164 @@
 """One module a format; each export is read back and compared before it is called done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import ExportError
+from pipeline.files import atomic_path, safe_name, write_json
+from pipeline.segmentation import Segmentation
+
+if TYPE_CHECKING:
+    from pipeline.export.verify import Verification
+    from transforms.dicom import DicomSeries
+    from transforms.volume import Volume
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What was segmented: the image, and the DICOM series that it came from, if it did."""
+
+    image: Volume
+    series: DicomSeries | None = None
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file that was written, and how it read back; None for pictures, which hold no label map."""
+
+    format: str
+    path: Path
+    verification: Verification | None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of file is named, written and read back."""
+
+    suffix: str
+    write: Callable[[Path, Segmentation, Source], None]
+    verify: Callable[[Path, Segmentation, Source], Verification] | None = None
+    needs_dicom: bool = False
+
+
+def export(
+    segmentation: Segmentation, *, formats: Sequence[str], out: Path, name: str, source: Source
+) -> list[ExportedFile]:
+    """Write `segmentation` as `out`/`name` in each of `formats`, and the figures of reading back beside them.
+
+    Each file is compared with the segmentation before it takes its name; files of that name are replaced.
+
+    Raises:
+        ExportError: a format is unknown or does not fit the source, the segmentation is not on the source's grid
+            or holds unknown labels, or a file did not read back the same. That file is not written.
+        RunError: the folder cannot be written.
+    """
+    check_formats(formats)
+    chosen = {key: FORMATS[key] for key in formats}
+    for key, form in chosen.items():
+        if form.needs_dicom and source.series is None:
+            raise ExportError(
+                f"format '{key}' refers to a DICOM series, and the source is none: "
+                "name the folder of the series as the source, or choose another format, as nifti"
+            )
+    _check(segmentation, source)
+    name = safe_name(name)
+    files = [_write(key, chosen[key], out / (name + chosen[key].suffix), segmentation, source) for key in chosen]
+    _write_report(out / f"{name}.verification.json", files)
+    return files
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse what no writer is known for, before anything is computed.
+
+    Raises:
+        ExportError: a format is unknown; the nearest and all others are named.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            near = get_close_matches(name, FORMATS, n=1, cutoff=0.4)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ExportError(f"no export format '{name}': {hint}The formats are {', '.join(FORMATS)}")
+
+
+def _check(segmentation: Segmentation, source: Source) -> None:
+    series_geometry = None if source.series is None else source.series.geometry
+    for what, geometry in (("image", source.image.geometry), ("series", series_geometry)):
+        difference = geometry and segmentation.geometry.difference(geometry)
+        if difference:
+            raise ExportError(f"the segmentation is not on the grid of its source {what}: {difference}")
+    try:
+        segmentation.schema.classes_from_ids(segmentation.label_map)
+    except ValueError as error:
+        raise ExportError(f"the segmentation cannot be exported: {error}") from error
+
+
+def _write(key: str, form: Format, target: Path, segmentation: Segmentation, source: Source) -> ExportedFile:
+    with atomic_path(target) as temporary:
+        form.write(temporary, segmentation, source)
+        verification = None
+        if form.verify is not None:
+            try:
+                verification = form.verify(temporary, segmentation, source)
+            except ExportError as error:
+                raise ExportError(f"{target} was not written: {error}") from error
+    return ExportedFile(key, target, verification)
+
+
+def _write_report(target: Path, files: Sequence[ExportedFile]) -> None:
+    rows = [
+        {"format": x.format, "file": x.path.name, "verification": x.verification.to_json()}
+        for x in files
+        if x.verification is not None
+    ]
+    if rows:
+        write_json(target, {"files": rows})
+
+
+def _series(source: Source) -> DicomSeries:
+    assert source.series is not None
+    return source.series
+
+
+# The libraries of a format are imported when the format is used.
+
+
+def _write_seg(target: Path, segmentation: Segmentation, source: Source) -> None:
+    from pipeline.export.dicom_seg import write_seg
+
+    write_seg(target, segmentation, _series(source))
+
+
+def _verify_seg(path: Path, segmentation: Segmentation, source: Source) -> Verification:
+    from pipeline.export.verify_seg import verify_seg
+
+    return verify_seg(path, segmentation, _series(source))
+
+
+def _write_nifti(target: Path, segmentation: Segmentation, _: Source) -> None:
+    from pipeline.export.nifti import write_nifti
+
+    write_nifti(target, segmentation)
+
+
+def _verify_nifti(path: Path, segmentation: Segmentation, _: Source) -> Verification:
+    from pipeline.export.verify_nifti import verify_nifti
+
+    return verify_nifti(path, segmentation)
+
+
+def _write_overlay(target: Path, segmentation: Segmentation, source: Source) -> None:
+    from pipeline.export.overlay import write_overlay
+
+    write_overlay(target, segmentation, source.image)
+
+
+FORMATS: dict[str, Format] = {
+    "seg": Format(".seg.dcm", _write_seg, _verify_seg, needs_dicom=True),
+    "nifti": Format(".nii.gz", _write_nifti, _verify_nifti),
+    "overlay": Format(".png", _write_overlay),
+}

@@ -1,0 +1,176 @@
+"""An exported file, read back by code that did not write it, is compared with what was to be written.
+
+A mirrored or shifted segmentation looks right to validators and viewers; only this comparison finds it. A reader
+(`verify_seg`, `verify_nifti`) shares no code with the writer: it gives the voxels of each label as points in LPS+ mm
+by the file's own numbers. Here they are placed on the source grid and compared, voxel by voxel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ExportError
+from pipeline.metrics import confusion_counts
+from pipeline.segmentation import Segmentation
+from transforms.geometry import Geometry
+
+Floats = npt.NDArray[np.float64]
+
+VOLUME_PART = 5e-3
+"""How far a volume by the file's own spacings may be off, as a part of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Voxels of one label in a file: their centres (N, 3) in LPS+ mm, and the volume of one."""
+
+    label_id: int
+    points_lps_mm: Floats
+    voxel_volume_mm3: float
+
+
+@dataclass(frozen=True)
+class LabelFigures:
+    """One label as read back. `dice` is None where it is in neither map, the distance where it is not in both."""
+
+    id: int
+    name: str
+    voxels: int
+    volume_mm3: float
+    reference_volume_mm3: float
+    dice: float | None
+    centroid_distance_mm: float | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a file reads back. `offset_voxels`: the farthest that a voxel lies from a centre of the source grid."""
+
+    reader: str
+    offset_voxels: float
+    labels: tuple[LabelFigures, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report beside the exported files."""
+        return asdict(self)
+
+
+def compare(pieces: Iterable[Piece], segmentation: Segmentation, *, reader: str, placing_voxels: float) -> Verification:
+    """Place the pieces of a file on the grid of `segmentation`, and refuse any difference.
+
+    Args:
+        pieces: all labelled voxels of the file.
+        segmentation: what was to be written.
+        reader: what read the file, for the report.
+        placing_voxels: how far a voxel may lie from a centre of the grid, in voxels, below one half.
+
+    Raises:
+        ExportError: a label, a volume or a place differs.
+    """
+    found = _place(pieces, segmentation)
+    verification = Verification(reader, found.offset_voxels, _figures(found, segmentation))
+    fault = _fault(verification, placing_voxels, min(segmentation.geometry.spacing_mm))
+    if fault:
+        raise ExportError(f"{fault}; this is a fault of volseg, please report it")
+    return verification
+
+
+def indices_of(points_lps_mm: Floats, geometry: Geometry) -> Floats:
+    """(N, 3) LPS+ mm to (N, 3) voxel indices with fractions."""
+    affine = geometry.affine_lps
+    return np.asarray(np.linalg.solve(affine[:3, :3], (points_lps_mm - affine[:3, 3]).T).T)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A file's voxels on the source grid, and per class what its own numbers say."""
+
+    label_map: npt.NDArray[Any]
+    offset_voxels: float
+    voxels: npt.NDArray[np.int64]
+    volumes_mm3: Floats
+    sums_lps_mm: Floats
+
+
+def _place(pieces: Iterable[Piece], segmentation: Segmentation) -> _Found:
+    schema, geometry = segmentation.schema, segmentation.geometry
+    label_map, offset = np.zeros_like(segmentation.label_map), 0.0
+    voxels = np.zeros(schema.class_count, dtype=np.int64)
+    volumes_mm3, sums_lps_mm = np.zeros(schema.class_count), np.zeros((schema.class_count, 3))
+    classes = {label_id: c for c, label_id in enumerate(schema.ids, start=1)}
+    for piece in pieces:
+        if piece.label_id not in classes:
+            raise ExportError(f"it holds label {piece.label_id}, which the schema does not know")
+        c, count = classes[piece.label_id], len(piece.points_lps_mm)
+        voxels[c] += count
+        volumes_mm3[c] += count * piece.voxel_volume_mm3
+        sums_lps_mm[c] += piece.points_lps_mm.sum(axis=0)
+        indices = indices_of(piece.points_lps_mm, geometry)
+        nearest = np.rint(indices).astype(np.int64)
+        offset = max(offset, float(np.abs(indices - nearest).max(initial=0.0)))
+        # What lies outside the grid, or where another label lies already, is in no voxel: it lowers the Dice.
+        inside = nearest[((nearest >= 0) & (nearest < geometry.shape)).all(axis=1)]
+        label_map[tuple(inside.T)] = piece.label_id
+    return _Found(label_map, offset, voxels, volumes_mm3, sums_lps_mm)
+
+
+def _figures(found: _Found, segmentation: Segmentation) -> tuple[LabelFigures, ...]:
+    schema, geometry = segmentation.schema, segmentation.geometry
+    reference = schema.classes_from_ids(segmentation.label_map)
+    counts = confusion_counts(schema.classes_from_ids(found.label_map), reference, schema.class_count)
+    centroids_lps_mm = _centroids_lps_mm(reference, schema.class_count, geometry)
+    figures = []
+    for c, label in enumerate(schema.labels, start=1):
+        voxels, expected = int(found.voxels[c]), int(counts.reference[c])
+        distance_mm = np.linalg.norm(found.sums_lps_mm[c] / max(voxels, 1) - centroids_lps_mm[c])
+        figures.append(
+            LabelFigures(
+                id=label.id,
+                name=label.name,
+                voxels=voxels,
+                volume_mm3=float(found.volumes_mm3[c]),
+                reference_volume_mm3=expected * geometry.voxel_volume_mm3,
+                dice=2 * int(counts.overlap[c]) / (voxels + expected) if voxels + expected else None,
+                centroid_distance_mm=float(distance_mm) if voxels and expected else None,
+            )
+        )
+    return tuple(figures)
+
+
+def _centroids_lps_mm(classes: npt.NDArray[Any], class_count: int, geometry: Geometry) -> Floats:
+    """(class_count, 3); meaningless for a class that does not occur."""
+    voxels, sums_ijk = np.zeros(class_count), np.zeros((class_count, 3))
+    for i, plane in enumerate(classes):
+        j, k = np.nonzero(plane)
+        values = plane[j, k]
+        counted = np.bincount(values, minlength=class_count)
+        voxels += counted
+        sums_ijk[:, 0] += i * counted
+        sums_ijk[:, 1] += np.bincount(values, weights=j, minlength=class_count)
+        sums_ijk[:, 2] += np.bincount(values, weights=k, minlength=class_count)
+    means_ijk = sums_ijk / np.maximum(voxels, 1)[:, None]
+    return np.asarray(means_ijk @ geometry.affine_lps[:3, :3].T + geometry.affine_lps[:3, 3])
+
+
+def _fault(verification: Verification, placing_voxels: float, voxel_side_mm: float) -> str | None:
+    """The first difference in words, or None."""
+    for label in verification.labels:
+        distance_mm = label.centroid_distance_mm or 0.0
+        if label.dice not in (None, 1.0) or distance_mm > placing_voxels * voxel_side_mm:
+            return (
+                f"label '{label.name}' reads back with Dice {label.dice:.4f} (1 expected) "
+                f"and its centre {distance_mm:.2f} mm away"
+            )
+        if abs(label.volume_mm3 - label.reference_volume_mm3) > VOLUME_PART * label.reference_volume_mm3:
+            return (
+                f"label '{label.name}' reads back with {label.volume_mm3:.1f} mm3 "
+                f"({label.reference_volume_mm3:.1f} expected)"
+            )
+    if verification.offset_voxels > placing_voxels:
+        return f"voxels read back up to {verification.offset_voxels:.2f} voxels beside the source grid"
+    return None

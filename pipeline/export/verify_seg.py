@@ -1,0 +1,136 @@
+"""Reads a DICOM SEG with pydicom alone: its links to the source, its segments, its pixels where it says they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset, dcmread
+from pydicom.pixels import iter_pixels
+
+from pipeline.errors import ExportError
+from pipeline.export.quiet import quiet
+from pipeline.export.verify import Piece, Verification, compare, indices_of
+from pipeline.segmentation import Segmentation
+from transforms.dicom import DicomSeries
+from transforms.geometry import Geometry
+from transforms.labels import CodedConcept, Label
+
+Floats = npt.NDArray[np.float64]
+
+PLACING_VOXELS = 0.45
+"""How far a pixel may lie from its voxel's centre. The grid idealises the slices' own numbers (directions made
+orthonormal, slices evenly spaced); half a voxel or more is an error."""
+
+COLOUR_STEPS = 2.0
+"""How far a colour may be off after CIELab and back, in steps of 255."""
+
+_LINKS = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "AccessionNumber",
+    "StudyInstanceUID",
+    "FrameOfReferenceUID",
+)
+
+
+def verify_seg(path: Path, segmentation: Segmentation, series: DicomSeries) -> Verification:
+    """Compare a DICOM SEG with what was to be written: links, segments, references, voxels.
+
+    Raises:
+        ExportError: anything differs.
+    """
+    with quiet():
+        dataset = dcmread(path)
+        _check_links(dataset, series)
+        label_ids = _check_segments(dataset, segmentation)
+        pieces = _pieces(dataset, label_ids, segmentation.geometry, [header.sop_uid for header in series.slices])
+        return compare(pieces, segmentation, reader="pydicom", placing_voxels=PLACING_VOXELS)
+
+
+def _check_links(dataset: Dataset, series: DicomSeries) -> None:
+    source = dcmread(series.paths[0], stop_before_pixels=True, force=True)
+    for keyword in _LINKS:
+        # The values stay out of the message: they are the patient's.
+        if str(dataset.get(keyword) or "") != str(source.get(keyword) or ""):
+            raise ExportError(f"its {keyword} is not the source's")
+    referenced = [str(item.SeriesInstanceUID) for item in dataset.ReferencedSeriesSequence]
+    if referenced != [series.series_uid]:
+        raise ExportError("it does not refer to the source series")
+
+
+def _check_segments(dataset: Dataset, segmentation: Segmentation) -> dict[int, int]:
+    """Names, codes and colours are the schema's, in its order. Gives label ids by segment number."""
+    by_name = {label.name: label for label in segmentation.schema.labels}
+    label_ids: dict[int, int] = {}
+    for item in dataset.SegmentSequence:
+        label = by_name.get(item.SegmentLabel)
+        if label is None or not _describes(item, label):
+            raise ExportError(f"segment {item.SegmentNumber} has another name, code or colour than the schema")
+        label_ids[int(item.SegmentNumber)] = label.id
+    if tuple(label_ids.values()) != segmentation.schema.ids:
+        raise ExportError("its segments are not the schema's labels in order")
+    return label_ids
+
+
+def _describes(item: Dataset, label: Label) -> bool:
+    colour = _rgb_from_lab(item.RecommendedDisplayCIELabValue)
+    return (
+        _is_code(item.SegmentedPropertyTypeCodeSequence[0], label.code)
+        and _is_code(item.SegmentedPropertyCategoryCodeSequence[0], label.category)
+        and bool(np.abs(colour - label.colour).max() <= COLOUR_STEPS)
+    )
+
+
+def _is_code(item: Dataset, concept: CodedConcept) -> bool:
+    found = (item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning)
+    return found == (concept.value, concept.scheme, concept.meaning)
+
+
+def _rgb_from_lab(scaled_lab: Iterable[int]) -> Floats:
+    """PS3.3 section C.10.7.1.1 integers to sRGB 0..255, with the D65 white that DICOM software uses."""
+    lightness, a, b = (float(v) for v in scaled_lab)
+    lightness, a, b = lightness * 100 / 65535, a * 255 / 65535 - 128, b * 255 / 65535 - 128
+    y = (lightness + 16) / 116
+    roots = np.array([y + a / 500, y, y - b / 200])
+    xyz = np.where(roots > 6 / 29, roots**3, 3 * (6 / 29) ** 2 * (roots - 4 / 29)) * (0.9505, 1.0, 1.089)
+    # IEC 61966-2-1
+    linear = np.linalg.solve([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], xyz)
+    linear = np.clip(linear, 0.0, 1.0)
+    return np.asarray(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055))
+
+
+def _pieces(
+    dataset: Dataset, label_ids: dict[int, int], geometry: Geometry, instance_uids: Sequence[str]
+) -> Iterator[Piece]:
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    measures = shared.PixelMeasuresSequence[0]
+    row_step_mm, column_step_mm = (float(v) for v in measures.PixelSpacing)
+    cosines = np.asarray(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=np.float64)
+    volume_mm3 = row_step_mm * column_step_mm * float(measures.SpacingBetweenSlices)
+    for frame, groups in zip(iter_pixels(dataset), dataset.PerFrameFunctionalGroupsSequence, strict=True):
+        corner_lps_mm = np.asarray(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=np.float64)
+        _check_reference(groups, corner_lps_mm, geometry, instance_uids)
+        rows, columns = np.nonzero(frame)
+        points_lps_mm = (
+            corner_lps_mm + columns[:, None] * column_step_mm * cosines[:3] + rows[:, None] * row_step_mm * cosines[3:]
+        )
+        # A schema of one label has its segment number among the shared groups.
+        segment = groups if "SegmentIdentificationSequence" in groups else shared
+        number = int(segment.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        yield Piece(label_ids[number], points_lps_mm, volume_mm3)
+
+
+def _check_reference(groups: Dataset, corner_lps_mm: Floats, geometry: Geometry, instance_uids: Sequence[str]) -> None:
+    """The source slice that a frame names is the one that lies where the frame does."""
+    k = round(float(indices_of(corner_lps_mm[None], geometry)[0, 2]))
+    named = [
+        str(image.ReferencedSOPInstanceUID)
+        for derivation in groups.DerivationImageSequence
+        for image in derivation.SourceImageSequence
+    ]
+    if not 0 <= k < len(instance_uids) or named != [instance_uids[k]]:
+        raise ExportError("a frame does not refer to the source slice that lies at its position")
