@@ -1,0 +1,133 @@
+"""LabelSchema: file values to classes and back, twins, and what makes a schema contradict itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from transforms.labels import MAX_LABEL_ID, PALETTE, TISSUE, Label, LabelSchema, schema_from_names
+
+
+def schema(*rows: tuple[int, str, str | None]) -> LabelSchema:
+    return LabelSchema(
+        labels=tuple(Label(id=i, name=name, colour=(i % 256, 0, 0), twin=twin) for i, name, twin in rows)
+    )
+
+
+PAROTIDS = schema((4, "LeftParotid", "RightParotid"), (9, "Mandible", None), (3, "RightParotid", "LeftParotid"))
+WIDE = schema_from_names({n: f"label {n}" for n in range(1, 301)})
+
+
+def test_order_is_the_order_of_classes() -> None:
+    assert PAROTIDS.ids == (4, 9, 3)
+    assert PAROTIDS.names == ("LeftParotid", "Mandible", "RightParotid")
+    assert PAROTIDS.class_count == 4
+    assert PAROTIDS.twin_classes == (0, 3, 2, 1)
+
+
+def test_classes_by_hand() -> None:
+    ids = np.array([[0, 3], [4, 9]], dtype=np.int64)
+    classes = PAROTIDS.classes_from_ids(ids)
+    assert classes.dtype == np.uint8
+    assert classes.tolist() == [[0, 3], [1, 2]]
+    back = PAROTIDS.ids_from_classes(classes)
+    assert back.dtype == np.uint8
+    assert back.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+def test_any_integer_type(dtype: type[np.integer]) -> None:
+    assert PAROTIDS.classes_from_ids(np.array([9, 0, 3], dtype=dtype)).tolist() == [2, 0, 3]
+
+
+def test_more_classes_than_a_byte_holds() -> None:
+    ids = np.arange(301)
+    classes = WIDE.classes_from_ids(ids)
+    assert classes.dtype == np.uint16
+    assert WIDE.ids_from_classes(classes).tolist() == ids.tolist()
+    # 255 labels and background still fit.
+    narrow = schema_from_names({n: str(n) for n in range(1, 256)})
+    assert narrow.classes_from_ids(ids[:256]).dtype == np.uint8
+
+
+def test_few_labels_of_high_numbers() -> None:
+    high = schema((MAX_LABEL_ID, "cortex", None))
+    assert high.classes_from_ids(np.array([0, MAX_LABEL_ID])).tolist() == [0, 1]
+    assert high.ids_from_classes(np.array([0, 1])).dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("values", "outside"), [([0, 3, 5], r"\[5\]"), ([-1, 0, 300], r"\[-1, 300\]"), ([2], r"\[2\]")]
+)
+def test_values_that_the_schema_does_not_know(values: list[int], outside: str) -> None:
+    with pytest.raises(ValueError, match=rf"label values {outside} are not in the schema, which knows \[4, 9, 3\]"):
+        PAROTIDS.classes_from_ids(np.array(values))
+
+
+def test_an_empty_map() -> None:
+    assert PAROTIDS.classes_from_ids(np.zeros((0, 2, 2), dtype=np.int16)).shape == (0, 2, 2)
+
+
+@given(st.dictionaries(st.integers(1, MAX_LABEL_ID), st.none(), min_size=1, max_size=20), st.data())
+def test_ids_there_and_back(numbers: dict[int, None], data: st.DataObject) -> None:
+    any_schema = schema_from_names({n: f"label {n}" for n in numbers})
+    ids = np.array(data.draw(st.lists(st.sampled_from([0, *numbers]), max_size=30)), dtype=np.int64)
+    classes = any_schema.classes_from_ids(ids)
+    assert classes.size == 0 or int(classes.max()) < any_schema.class_count
+    assert any_schema.ids_from_classes(classes).tolist() == ids.tolist()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6))
+def test_exchanging_sides_twice_changes_nothing(paired: list[bool]) -> None:
+    rows: list[tuple[int, str, str | None]] = []
+    for n, is_pair in enumerate(paired):
+        left, right = f"L{n}", f"R{n}"
+        rows += [(2 * n + 1, left, right), (2 * n + 2, right, left)] if is_pair else [(2 * n + 1, left, None)]
+    twins = np.array(schema(*rows).twin_classes)
+    assert np.array_equal(twins[twins], np.arange(len(twins)))
+    assert int((twins != np.arange(len(twins))).sum()) == 2 * sum(paired)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(1, "a", None), (1, "b", None)], "label id 1 stands more than once"),
+        ([(1, "a", None), (2, "a", None)], "label name a stands more than once"),
+        ([(1, "a", "b")], "'b' is not another label"),
+        ([(1, "a", "a")], "'a' is not another label"),
+        ([(1, "a", "b"), (2, "b", None)], "'b' does not name 'a' as its twin in return"),
+        ([(1, "a", "b"), (2, "b", "c"), (3, "c", "b")], "'b' does not name 'a'"),
+        ([(0, "background", None)], "greater than or equal to 1"),
+        ([(MAX_LABEL_ID + 1, "a", None)], "less than or equal to 65535"),
+        ([(1, "", None)], "at least 1 character"),
+        ([], "at least 1 item"),
+    ],
+)
+def test_schemas_that_contradict_themselves(rows: list[tuple[int, str, str | None]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        schema(*rows)
+
+
+def test_json_there_and_back() -> None:
+    assert LabelSchema.model_validate_json(PAROTIDS.model_dump_json()) == PAROTIDS
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        LabelSchema.model_validate({"labels": [{"id": 1, "name": "a", "colour": [1, 2, 3], "color": "red"}]})
+
+
+def test_names_alone_make_a_schema() -> None:
+    made = schema_from_names({2: "Posterior", 0: "background", 1: "Anterior"})
+    assert made.ids == (1, 2)
+    assert made.names == ("Anterior", "Posterior")
+    assert [label.colour for label in made.labels] == list(PALETTE[:2])
+    assert made.labels[0].code == TISSUE
+
+
+def test_schemas_match_by_number_and_name() -> None:
+    one = schema_from_names({1: "a", 2: "b"})
+    recoloured = LabelSchema(labels=tuple(label.model_copy(update={"colour": (9, 9, 9)}) for label in one.labels))
+    assert one.matches(recoloured)
+    assert not one.matches(schema_from_names({1: "b", 2: "a"}))
+    assert not one.matches(schema_from_names({1: "a"}))
