@@ -1,0 +1,145 @@
+"""What a run tells about itself, on disk before anyone else hears of it.
+
+`tracking.jsonl` in the run folder: one JSON line a fact, appended and synced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import RunError
+from pipeline.files import explain_os_error
+
+JOURNAL_NAME = "tracking.jsonl"
+_LOCK_NAME = ".tracking.lock"
+
+Kind = Literal["start", "resume", "params", "tags", "metrics", "dataset", "artifact", "model", "end"]
+
+
+class Busy(RunError):
+    """Another process, or another part of this one, tracks the run."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the journal. `number` counts from 1 without gaps; `time_ms` is Unix time."""
+
+    number: int
+    time_ms: int
+    kind: Kind
+    body: dict[str, Any]
+
+
+class Journal:
+    """The facts of one run folder, held by one owner at a time.
+
+    Raises:
+        Busy: someone else holds it.
+        RunError: the folder cannot be written, or the file is damaged.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self.run_folder = run_folder
+        self.path = run_folder / JOURNAL_NAME
+        self._lock = _acquire(run_folder)
+        self._writing = threading.Lock()
+        try:
+            self.facts = read_facts(run_folder)
+            self._size_bytes = _drop_torn_line(self.path)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def key(self) -> str:
+        """The id that the journal got with its first fact."""
+        return str(self.facts[0].body["key"])
+
+    def append(self, kind: Kind, body: dict[str, Any]) -> Fact:
+        """Write a fact to disk; once this returns, it is not lost.
+
+        Raises:
+            RunError: the disk is full or the folder cannot be written.
+        """
+        with self._writing:
+            fact = Fact(len(self.facts) + 1, time.time_ns() // 1_000_000, kind, body)
+            self._write(json.dumps(asdict(fact), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            self.facts.append(fact)
+            return fact
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._lock.release()
+
+    def _write(self, line: bytes) -> None:
+        try:
+            with self.path.open("ab") as stream:
+                # What a full disk left of an earlier line must not run into this one.
+                stream.truncate(self._size_bytes)
+                stream.write(line)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+        self._size_bytes += len(line)
+
+
+def read_facts(run_folder: Path) -> list[Fact]:
+    """All facts of a run folder, without a last line that a kill cut short; none where there is no journal.
+
+    Raises:
+        RunError: the journal is damaged or cannot be read.
+    """
+    path = run_folder / JOURNAL_NAME
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({type(error).__name__}); check its permissions") from error
+    lines = content.split(b"\n")[:-1]
+    return [_fact(line, number, path) for number, line in enumerate(lines, start=1)]
+
+
+def _acquire(run_folder: Path) -> FileLock:
+    # Not thread-local: the delivering thread is the one that lets go.
+    lock = FileLock(run_folder / _LOCK_NAME, thread_local=False)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise Busy(f"{run_folder}: this run is being tracked already; wait for its end or stop it") from error
+    except OSError as error:
+        raise explain_os_error(error, run_folder) from error
+    return lock
+
+
+def _drop_torn_line(path: Path) -> int:
+    """Cut what a kill left of a last line; gives the length in bytes of what stays."""
+    try:
+        whole_bytes = path.read_bytes().rfind(b"\n") + 1
+        with path.open("r+b") as stream:
+            stream.truncate(whole_bytes)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    return whole_bytes
+
+
+def _fact(line: bytes, number: int, path: Path) -> Fact:
+    try:
+        fact = Fact(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path}: line {number} is damaged; move the file aside to track anew") from error
+    if fact.number != number:
+        raise RunError(f"{path}: line {number} is numbered {fact.number}; move the file aside to track anew")
+    return fact

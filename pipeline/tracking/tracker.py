@@ -1,0 +1,183 @@
+"""What the stages of the pipeline see of tracking: `Tracker`, which writes a journal or nothing at all."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+from pipeline.files import sha256_of_file, sha256_of_json
+from pipeline.tracking.delivery import Deliverer
+from pipeline.tracking.journal import Fact, Journal, Kind
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Context = Literal["train", "validation", "test"]
+
+_PATIENCE_S = 60.0
+
+
+class Tracker(Protocol):
+    """What a run tells. Leaving its `with` ends the run: FINISHED, or FAILED or KILLED by an exception.
+
+    All of it is shown to others: nothing here may come from a patient. Of texts, `discreet` takes out what it can.
+    """
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Settings, as `pipeline.config.flatten` gives; one that a resumed run changes becomes a tag."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers at a step, `dice/Anterior` in the group `dice`; what a resumed run repeats is not told twice."""
+
+    def dataset(self, name: str, digest: str, context: Context, *, source: str, case_count: int) -> None:
+        """Data that the run reads; `digest` is a hash of its content, `source` says where it is from."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or folder inside the run folder, shown in `folder`; its content when it is sent counts."""
+
+    def model(self, bundle: Path, *, input_shape: Sequence[int], channel_count: int, class_count: int) -> None:
+        """A bundle folder inside the run folder; `input_shape` is its patch (I, J, K)."""
+
+    def finish(self, status: Status) -> None:
+        """The run is over. Waits, for a bounded time, until all is delivered."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def null_tracker() -> Tracker:
+    """Tells nobody anything."""
+    return _NullTracker()
+
+
+class JournalTracker:
+    """Writes a journal, whose facts are delivered in the background."""
+
+    def __init__(self, journal: Journal, deliverer: Deliverer) -> None:
+        self._journal = journal
+        self._deliverer = deliverer
+        self._finished = False
+        self._params: dict[str, str] = {}
+        self._points: dict[tuple[str, int], float | str] = {}
+        self._bodies: list[dict[str, Any]] = []
+        for fact in journal.facts:
+            self._remember(fact)
+
+    def params(self, values: Mapping[str, str]) -> None:
+        values = discreet(values)
+        new = {key: value for key, value in values.items() if key not in self._params}
+        changed = {key: value for key, value in values.items() if self._params.get(key, value) != value}
+        if new:
+            self._tell("params", {"values": new})
+        if changed:
+            self._tell("tags", {"tags": {f"resumed.{key}": value for key, value in changed.items()}})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        told = {key: _as_json(value) for key, value in values.items()}
+        new = {key: value for key, value in told.items() if self._points.get((key, step)) != value}
+        if new:
+            self._tell("metrics", {"step": step, "values": new})
+
+    def dataset(self, name: str, digest: str, context: Context, *, source: str, case_count: int) -> None:
+        texts = discreet({"name": name, "digest": digest, "context": context, "source": source})
+        self._tell_once("dataset", {**texts, "cases": case_count})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self._tell("artifact", {"path": self._inside(path), "folder": folder})
+
+    def model(self, bundle: Path, *, input_shape: Sequence[int], channel_count: int, class_count: int) -> None:
+        body = {
+            "name": self._journal.facts[0].body["run_name"],
+            "path": self._inside(bundle),
+            "sha256": _sha256_of_folder(bundle),
+            "patch_shape": [int(size) for size in input_shape],
+            "channel_count": channel_count,
+            "class_count": class_count,
+        }
+        self._tell_once("model", body)
+
+    def finish(self, status: Status) -> None:
+        try:
+            self._tell("end", {"status": status})
+        finally:
+            self._finished = True
+            self._deliverer.close(_PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            broken: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            self.finish("FINISHED" if error is None else broken)
+
+    def _tell_once(self, kind: Kind, body: dict[str, Any]) -> None:
+        if body not in self._bodies:
+            self._tell(kind, body)
+
+    def _tell(self, kind: Kind, body: dict[str, Any]) -> None:
+        if self._finished:
+            raise ValueError(f"this run is finished; its {kind} come too late")
+        self._remember(self._journal.append(kind, body))
+
+    def _remember(self, fact: Fact) -> None:
+        if fact.kind == "params":
+            self._params.update(fact.body["values"])
+        elif fact.kind == "metrics":
+            step = fact.body["step"]
+            self._points.update({(key, step): value for key, value in fact.body["values"].items()})
+        elif fact.kind in {"dataset", "model"}:
+            self._bodies.append(fact.body)
+
+    def _inside(self, path: Path) -> str:
+        root = self._journal.run_folder.resolve()
+        if not path.resolve().is_relative_to(root):
+            raise ValueError(f"{path} is not inside the run folder {root}")
+        return path.resolve().relative_to(root).as_posix()
+
+
+class _NullTracker:
+    def params(self, values: Mapping[str, str]) -> None: ...
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def dataset(self, name: str, digest: str, context: Context, *, source: str, case_count: int) -> None: ...
+
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+
+    def model(self, bundle: Path, *, input_shape: Sequence[int], channel_count: int, class_count: int) -> None: ...
+
+    def finish(self, status: Status) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def discreet(values: Mapping[str, str]) -> dict[str, str]:
+    """The values without passwords in addresses, and with `~` for the home folder, whose name is the user's."""
+    home = str(Path.home()).rstrip(os.sep)
+    told = {key: re.sub(r"(?<=://)[^/@\s]*@", "", value) for key, value in values.items()}
+    return {key: value.replace(home + os.sep, "~" + os.sep) if home else value for key, value in told.items()}
+
+
+def _as_json(value: float) -> float | str:
+    """JSON has no NaN and no infinity; `float` reads the words back."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _sha256_of_folder(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return sha256_of_json({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})
