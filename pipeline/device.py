@@ -11,7 +11,7 @@ from pipeline.config import PlanConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.plan import Budget
 
-CPU_GFLOPS_PER_THREAD = 30.0
+CPU_GFLOPS_PER_THREAD = 50.0
 """Sustained float32 convolution rate of a training step, per thread (measured on two EPYC cores)."""
 
 CUDA_GFLOPS = 20_000.0

@@ -27,8 +27,9 @@ MOST_FEATURES = {2: 512, 3: 320}
 WIDTHS = (32, 24, 16, 12, 8)
 """Channels at full resolution that the planner chooses among, widest first."""
 
-WANTED_PATCHES = 1000
-"""Patches that a training wants to see before a wider network pays (measured on hippocampus, benchmarks/LOG.md)."""
+WANTED_PATCHES, WANTED_ROUNDS = 1400, 20
+"""Patches in all, and patches of each case, that a training wants to see before a wider network pays
+(measured on hippocampus, benchmarks/LOG.md)."""
 
 TRAINING_SHARE = 0.85
 """Part of the time budget that is left for updates after validation and checkpoints."""
@@ -330,7 +331,10 @@ class _Sizer:
         return self.memory_gb(saving, patch, batch) <= self.budget.memory_gb
 
     def _fits_time(self, unet: UNetSpec, patch: Triple) -> bool:
-        return self._patches(unet, patch) >= WANTED_PATCHES
+        return self._patches(unet, patch) >= self._wanted()
+
+    def _wanted(self) -> int:
+        return max(WANTED_PATCHES, WANTED_ROUNDS * len(self.fingerprint.cases))
 
     def _patches(self, unet: UNetSpec, patch: Triple) -> float:
         """Patches that the time budget admits."""
@@ -355,7 +359,7 @@ class _Sizer:
         seen = "" if self.budget.minutes is None else f" give about {self._patches(unet, patch):.0f} patches; "
         reasons["features"] = (
             f"{unet.features[0]} channels at full resolution: {budget} at {self.budget.gflops:g} GFLOP/s{seen or ': '}"
-            f"the widest of {', '.join(map(str, WIDTHS))} with which {WANTED_PATCHES} patches can be seen "
+            f"the widest of {', '.join(map(str, WIDTHS))} with which {self._wanted()} patches can be seen "
             f"and {self.budget.memory_gb:g} GB suffice"
         )
 
