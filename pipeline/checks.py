@@ -138,7 +138,9 @@ def voxel_sha256(voxels: npt.NDArray[Any]) -> str:
     """
     values = np.array(voxels, dtype="<f4", order="C")
     values += 0  # makes -0.0 and 0.0 alike
-    return hashlib.sha256(str(values.shape).encode() + values.tobytes()).hexdigest()
+    digest = hashlib.sha256(str(values.shape).encode())
+    digest.update(values.data)
+    return digest.hexdigest()
 
 
 @dataclass
@@ -183,7 +185,7 @@ def _read(dataset: Dataset, file: str, reader: Callable[[Path], Volume], outcome
     try:
         return reader(path)
     except VolsegError as error:
-        outcome.add("unreadable", file, str(error))
+        outcome.add("unreadable", file, str(error).removeprefix(f"{path}: "))
     except Exception as error:  # a reader's own fault must not hide the faults of the other cases
         outcome.add("unreadable", file, f"the reader failed with {type(error).__name__}")
     return None

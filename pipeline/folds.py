@@ -323,7 +323,9 @@ def _dealing_order(groups: list[_Group], count: int) -> list[_Group]:
 def _fold_for(group: _Group, label: str | None, loads: Sequence[_Load], largest: int) -> int:
     """The fold with fewest of the label, then least like the group; none that would get too many cases."""
     fewest = min(load.cases for load in loads)
-    open_folds = [i for i, load in enumerate(loads) if load.cases + len(group.case_ids) <= fewest + largest]
+    # An empty fold comes first, so that none stays empty when a patient with many cases widens the bound.
+    bound = fewest + largest if fewest else len(group.case_ids)
+    open_folds = [i for i, load in enumerate(loads) if load.cases + len(group.case_ids) <= bound]
 
     def held(fold: int) -> tuple[int, float, int]:
         load = loads[fold]

@@ -7,6 +7,7 @@ import hmac
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def build_manifest(
     """
     source = f"{images}"
     files = _image_files(images, [channel.name for channel in channels])
-    label_of = _label_files(labels, list(files), source) if labels is not None else {}
+    label_of = _label_files(labels, set(files), source) if labels is not None else {}
     root = Path(os.path.commonpath([p.resolve() for p in (images, labels) if p is not None]))
     patient_of = _patients(files, images, patients or PatientRule())
     document = {
@@ -129,12 +130,12 @@ def read_patient_table(path: Path) -> dict[str, str]:
 def _image_files(images: Path, channels: list[str]) -> dict[str, list[Path]]:
     """Case to one path a channel, in the channels' order."""
     by_case: dict[str, dict[int, Path]] = {}
-    problems: dict[str, list[str]] = {"twice": [], "without a channel's name or number": []}
+    problems: dict[str, list[str]] = {"of a channel twice": [], "without a channel's name or number": []}
     for case, channel, path in _channel_entries(images, channels):
         if channel is None:
             problems["without a channel's name or number"].append(path.name)
         elif channel in by_case.setdefault(case, {}):
-            problems["twice"].append(case)
+            problems["of a channel twice"].append(case)
         else:
             by_case[case][channel] = path
     problems["without all of their channels"] = sorted(c for c, f in by_case.items() if len(f) < len(channels))
@@ -187,8 +188,8 @@ def _entries(folder: Path) -> list[tuple[str, Path]]:
             entries += [(_joined_stem(path.name, volume_stem(p)), p) for p in inside]
         elif any(_visible(path)):
             entries.append((path.name, path))
-    stems = [stem for stem, _ in entries]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    counts = Counter(stem for stem, _ in entries)
+    twice = sorted(stem for stem, count in counts.items() if count > 1)
     refuse_all({"names that stand for two volumes": twice}, str(folder))
     return entries
 
@@ -205,7 +206,7 @@ def _joined_stem(case: str, stem: str) -> str:
     return stem if stem.startswith(case) else f"{case}_{stem}"
 
 
-def _label_files(labels: Path, cases: list[str], source: str) -> dict[str, Path]:
+def _label_files(labels: Path, cases: set[str], source: str) -> dict[str, Path]:
     by_case: dict[str, Path] = {}
     problems: dict[str, list[str]] = {"labels that are a second one": [], "labels without an image": []}
     for stem, path in _entries(labels):
@@ -217,7 +218,7 @@ def _label_files(labels: Path, cases: list[str], source: str) -> dict[str, Path]
             problems["labels that are a second one"].append(path.name)
         else:
             by_case[case] = path
-    problems["images without a label"] = sorted(set(cases) - set(by_case))
+    problems["images without a label"] = sorted(cases - set(by_case))
     refuse_all(problems, source)
     return by_case
 
@@ -290,13 +291,17 @@ def _dicom_identity(folder: Path) -> dict[str, str]:
     import pydicom
     from pydicom.errors import InvalidDicomError
 
+    from transforms.dicom_header import PARSE_FAULTS, quiet_pydicom
+
     tags = ["PatientID", "PatientName", "PatientIdentityRemoved"]
     for path in (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")):
         try:
-            header: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-        except (InvalidDicomError, OSError, EOFError):
+            # Its remarks would quote the very values that must not be told.
+            with quiet_pydicom():
+                header: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+                return {tag: str(header.get(tag, "") or "").strip() for tag in tags}
+        except (InvalidDicomError, *PARSE_FAULTS):
             continue
-        return {tag: str(header.get(tag, "") or "").strip() for tag in tags}
     raise ManifestError(f"{folder}: no DICOM file in this folder")
 
 

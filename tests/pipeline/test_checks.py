@@ -109,6 +109,8 @@ def test_the_bundled_cases_are_sound(demo: CheckReport) -> None:
 
 def test_facts_are_what_nibabel_sees(demo: CheckReport, data_dir: Path) -> None:
     for fact in demo.facts[::8]:
+        image = nib.load(data_dir / f"hippocampus/images/{fact.case_id}.nii.gz")  # type: ignore[attr-defined]
+        assert fact.image_sha256 == (voxel_sha256(np.asarray(image.dataobj)),)
         label = nib.load(data_dir / f"hippocampus/labels/{fact.case_id}.nii.gz")  # type: ignore[attr-defined]
         voxels, voxel_mm3 = np.asarray(label.dataobj), abs(np.linalg.det(label.affine[:3, :3]))
         assert fact.shape == voxels.shape
@@ -149,6 +151,7 @@ def test_a_truncated_file(world: World, kind: str) -> None:
     (fault,) = world.faults()
     assert (fault.kind, fault.case_id, fault.file) == ("unreadable", IDS[0], f"{kind}/{IDS[0]}.nii.gz")
     assert "\n" not in fault.message
+    assert str(world.root) not in fault.message
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -297,6 +300,20 @@ def test_a_case_without_label_has_facts(world: World) -> None:
     assert report.ok
     assert report.facts[0].label_volumes_mm3 is None
     assert report.facts[1].label_volumes_mm3 is not None
+
+
+@pytest.mark.parametrize(
+    ("modality", "found"), [("MR", []), ("CT", [("modality", "MR by its header, CT by the manifest")])]
+)
+def test_a_dicom_series_tells_its_modality(data_dir: Path, modality: str, found: list[tuple[str, str]]) -> None:
+    document = {
+        "name": "dicom",
+        "channels": [{"name": "T1", "modality": modality}],
+        "labels": {"labels": [{"id": 1, "name": "a", "colour": [1, 0, 0]}]},
+        "cases": [{"case_id": "a", "patient_id": "a", "images": {"T1": "dicom_hippocrop"}}],
+    }
+    report = check_dataset(Dataset(manifest=parse_manifest(document, source="dicom"), root=data_dir))
+    assert [(f.kind, f.message) for f in report.faults] == found
 
 
 def test_progress_and_visits(world: World) -> None:

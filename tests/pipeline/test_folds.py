@@ -222,6 +222,20 @@ def test_labelled_but_empty_cases_are_dealt_too() -> None:
     assert Counter(folds.fold_of.values()) == {0: 2, 1: 2, 2: 2}
 
 
+def test_no_fold_stays_empty_beside_a_patient_with_many_cases() -> None:
+    cases = [fact("c0", "P", a=1, b=2, c=8), fact("c1", "P", c=7), fact("c2", a=7, c=1), fact("c3", b=8, c=8)]
+    folds = assign_folds(cases, count=3, seed=0)
+    assert Counter(folds.fold_of.values()) == {folds.fold_of["c0"]: 2, folds.fold_of["c2"]: 1, folds.fold_of["c3"]: 1}
+
+
+def test_no_label_outweighs_the_number_of_cases() -> None:
+    cases = [fact("c0", a=6), fact("c1", a=3, c=5), fact("c2", a=7, b=2), fact("c3", a=8, b=6)]
+    assert sorted(assign_folds(cases, count=4, seed=0).fold_of.values()) == [0, 1, 2, 3]
+    mixed = [(7, 5, 0), (0, 8, 0), (0, 0, 7), (4, 0, 0), (2, 4, 0), (3, 3, 8), (0, 1, 0), (3, 0, 2), (0, 4, 7)]
+    nine = [fact(f"c{i}", a=a, b=b, c=c) for i, (a, b, c) in enumerate(mixed)]
+    assert sorted(Counter(assign_folds(nine, count=4, seed=0).fold_of.values()).values()) == [2, 2, 2, 3]
+
+
 def test_too_few_patients_say_how_many_folds_there_can_be() -> None:
     cases = [fact("a", "p"), fact("b", "p"), fact("c", "q")]
     with pytest.raises(ManifestError, match=r"2 patients .* cannot be split into 3 folds; set folds\.count to 2"):

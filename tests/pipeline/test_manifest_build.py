@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,13 @@ def test_dicom_patients_are_hashes_with_a_salt(tmp_path: Path) -> None:
     assert "roe" not in dicom_manifest(tmp_path).manifest.model_dump_json().lower()
     assert dicom_manifest(tmp_path).manifest.cases[0].patient_id != first.patient_id
     assert dicom_manifest(tmp_path, salt="s").manifest == dicom_manifest(tmp_path, salt="s").manifest
+
+
+def test_a_real_series(tmp_path: Path, data_dir: Path) -> None:
+    (tmp_path / "study1").symlink_to(data_dir / "dicom_hippocrop")
+    (case,) = dicom_manifest(tmp_path).manifest.cases
+    assert case.images == {"T1": "study1"}
+    assert re.fullmatch(r"p[0-9a-f]{16}", case.patient_id)
 
 
 @pytest.mark.parametrize("folder", ["MRN-4711", "roe_scan", "2020_Jane"])
