@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED) ## the whole way on real data, in minutes
-	$(BIN)/python -m pipeline.demo
+	$(BIN)/python benchmarks/demo.py
 
 test: $(INSTALLED) ## the tests, but for those marked slow; a skipped test is a failure
 	$(PYTEST) -m "not slow"

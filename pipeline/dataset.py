@@ -177,7 +177,8 @@ class Patches:
 
 def prefetch(make: Callable[[int], tuple[Tensor, Tensor]], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`make(start)`, ..., `make(stop - 1)` in order, made ahead in one thread."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="patches") as pool:
+    with ThreadPoolExecutor(1, "patches") as pool:
+        _limit_to_one_core(pool)
         ahead = [pool.submit(make, n) for n in range(start, min(stop, start + PREFETCHED_BATCHES))]
         try:
             for number in range(start, stop):
@@ -188,6 +189,16 @@ def prefetch(make: Callable[[int], tuple[Tensor, Tensor]], start: int, stop: int
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _limit_to_one_core(pool: ThreadPoolExecutor) -> None:
+    """A second OpenMP team beside the network's would stall both at every barrier.
+
+    The number of threads is each thread's own, but what torch remembers of it is not: it is set back here.
+    """
+    threads = torch.get_num_threads()
+    pool.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)
 
 
 def spatial_settings(augment: AugmentConfig, plan: Plan) -> SpatialSettings:

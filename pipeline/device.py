@@ -68,7 +68,8 @@ def choose_hardware(settings: TrainConfig) -> Hardware:
 
 def budget_of(hardware: Hardware, plan: PlanConfig, train: TrainConfig) -> Budget:
     """What a training on this machine may spend."""
-    minutes = None if train.steps is not None else train.budget_minutes
+    # Also where `steps` ends the training: a run that is repeated with its recorded steps gets the same plan.
+    minutes = train.budget_minutes
     if hardware.device == "cpu":
         gflops = CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
         return Budget("cpu", plan.memory_gb or CPU_MEMORY_GB, minutes, gflops)

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -304,15 +305,16 @@ def _count_steps(task: TrainingTask, fabric: Fabric, patches: Patches, loss: Los
 
 
 def _time_updates(task: TrainingTask, fabric: Fabric, trial: _State, patches: Patches, loss: Loss) -> float:
-    """Mean seconds an update, loading included, after some to warm up."""
+    """Median seconds an update, loading included, after some to warm up; a moment's disturbance does not count."""
+    seconds = []
     stamp = time.monotonic()
-    for number, batch in enumerate(prefetch(patches.batch, 0, WARM_STEPS + TIMED_STEPS)):
+    for batch in prefetch(patches.batch, 0, WARM_STEPS + TIMED_STEPS):
         _update(task, fabric, trial, loss, _on_device(fabric, batch), 1e-6)
         if fabric.device.type == "cuda":
             torch.cuda.synchronize()
-        if number + 1 == WARM_STEPS:
-            stamp = time.monotonic()
-    return (time.monotonic() - stamp) / TIMED_STEPS
+        seconds.append(time.monotonic() - stamp)
+        stamp = time.monotonic()
+    return statistics.median(seconds[WARM_STEPS:])
 
 
 def _on_device(fabric: Fabric, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
