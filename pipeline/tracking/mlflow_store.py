@@ -143,7 +143,10 @@ class MlflowStore:
             _mlmodel(model_id, ids, fact).save(str(folder / "MLmodel"))
             client.log_model_artifacts(model_id, str(folder))
         client.finalize_logged_model(model_id, "READY")
-        client.log_outputs(ids["run"], [LoggedModelOutput(model_id, step=0)])
+        # MLflow fails where the two are tied together already.
+        outputs = client.get_run(ids["run"]).outputs
+        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+            client.log_outputs(ids["run"], [LoggedModelOutput(model_id, step=0)])
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:

@@ -1,0 +1,91 @@
+"""What tracking does without MLflow: the journal on disk, addresses, the tracker that tells nothing."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, RunError
+from pipeline.tracking import embedded_store, null_tracker, open_tracker, page_address, page_command
+from pipeline.tracking.journal import JOURNAL_NAME, Journal, read_facts
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append("start", {"key": "k"})
+    journal.release()
+    with (tmp_path / JOURNAL_NAME).open("ab") as stream:
+        stream.write(b'{"number": 2, "time_ms": 17')
+    journal = Journal(tmp_path)
+    journal.append("end", {"status": "FINISHED"})
+    journal.release()
+    assert [(fact.number, fact.kind) for fact in read_facts(tmp_path)] == [(1, "start"), (2, "end")]
+
+
+@pytest.mark.parametrize("line", [b"nonsense\n", b'{"number": 7, "time_ms": 1, "kind": "end", "body": {}}\n'])
+def test_a_damaged_journal_is_refused(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / JOURNAL_NAME).write_bytes(line)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"line 1 is (damaged|numbered 7)"):
+            Journal(tmp_path)
+
+
+def test_a_disk_that_was_full_leaves_no_half_line(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append("start", {"key": "k"})
+    with _longest_file(journal.path.stat().st_size + 20), pytest.raises(RunError, match="cannot write"):
+        journal.append("tags", {"tags": {"note": "x" * 100}})
+    journal.append("end", {"status": "FINISHED"})
+    journal.release()
+    assert [(fact.number, fact.kind) for fact in read_facts(tmp_path)] == [(1, "start"), (2, "end")]
+
+
+def test_the_null_tracker_is_silent(tmp_path: Path) -> None:
+    with null_tracker() as tracker:
+        tracker.params({"train.seed": "0"})
+        tracker.metrics({"dice/mean": 1.0}, step=1)
+        tracker.artifact(tmp_path / "no_such_file")
+        tracker.finish("FAILED")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:///", "postgres://host/db", "mlruns", "http://", "http://[1", "file:///x"])
+def test_other_places_are_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri"):
+        open_tracker(tmp_path / "run", uri=uri, experiment="e", run_name="r", tags={}, on_warning=print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_is_named_without_its_password(tmp_path: Path) -> None:
+    assert page_command("https://me:secret@server:8080/") == (
+        "https://server:8080/#/experiments?workflowType=machine_learning"
+    )
+    command = page_command(embedded_store(tmp_path))
+    assert command.startswith("MLFLOW_DISABLE_TELEMETRY=true ")
+    assert command.endswith(f"--backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+    assert page_address(embedded_store(tmp_path)).startswith("http://127.0.0.1:5000/#/")
+
+
+def test_importing_tracking_is_light() -> None:
+    source = "import sys, pipeline.tracking, pipeline.provenance; print({'mlflow', 'torch', 'numpy'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+@contextmanager
+def _longest_file(size_bytes: int) -> Iterator[None]:
+    """What a full disk does to a write: a part of it is written, then it fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
