@@ -6,24 +6,37 @@ A config says what the plan cannot derive. Sections are handed to the stages one
 from __future__ import annotations
 
 import difflib
+import os
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
 
-Positive = Field(gt=0)
+ERRORS_SHOWN = 5
+"""Faults of one config that are told at a time; the rest are counted."""
+
+
+def _rising(limits: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < limits[0] <= limits[1]:
+        raise ValueError("expected two positive numbers, the smaller first")
+    return limits
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_rising)]
+Channels = Annotated[int, Field(ge=1)]
+RasAxis = Literal[0, 1, 2]
 
 
 class Section(BaseModel):
     """A frozen part of a config; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -48,7 +61,9 @@ class PlanConfig(Section):
     patch_shape: tuple[int, int, int] | None = Field(None, description="patch in voxels (I, J, K)")
     spacing_mm: tuple[float, float, float] | None = Field(None, description="target spacing in mm (I, J, K)")
     batch_size: int | None = Field(None, ge=1, description="patches in a step")
-    features: tuple[int, ...] | None = Field(None, description="channels of each resolution, finest first")
+    features: tuple[Channels, ...] | None = Field(
+        None, min_length=1, description="channels of each resolution, finest first"
+    )
 
 
 class NetworkConfig(Section):
@@ -65,6 +80,12 @@ class NetworkConfig(Section):
         "auto",
         description="gradient checkpointing: less memory, more time, the same result; auto: when memory asks",
     )
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `on` and `off` as true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class TrainConfig(Section):
@@ -94,25 +115,25 @@ class AugmentConfig(Section):
     rotation_probability: float = Field(0.8, ge=0, le=1, description="of a rotation")
     rotation_degrees: float = Field(15.0, ge=0, le=180, description="largest angle about each axis")
     scaling_probability: float = Field(0.8, ge=0, le=1, description="of a change of size")
-    scaling_range: tuple[float, float] = Field((0.85, 1.15), description="smallest and largest factor")
+    scaling_range: Range = Field((0.85, 1.15), description="smallest and largest factor")
     elastic_probability: float = Field(0.2, ge=0, le=1, description="of an elastic deformation")
     elastic_mm: float = Field(2.0, ge=0, description="standard deviation of its control points, mm")
-    mirror_axes: Literal["auto"] | tuple[int, ...] = Field(
+    mirror_axes: Literal["auto"] | tuple[RasAxis, ...] = Field(
         "auto",
-        description="RAS axes that may be mirrored; auto: those that the labels' twins and the data allow",
+        description="RAS axes that may be mirrored, in training and prediction; auto: left to right",
     )
     noise_probability: float = Field(0.3, ge=0, le=1, description="of Gaussian noise")
     noise_deviation: float = Field(0.2, ge=0, description="largest standard deviation, of normalised intensity")
     blur_probability: float = Field(0.1, ge=0, le=1, description="of a Gaussian blur")
-    blur_voxels: tuple[float, float] = Field((0.5, 1.0), description="range of its sigma, voxels")
+    blur_voxels: Range = Field((0.5, 1.0), description="range of its sigma, voxels")
     brightness_probability: float = Field(0.3, ge=0, le=1, description="of a brightness factor")
-    brightness_range: tuple[float, float] = Field((0.75, 1.25), description="range of the factor")
+    brightness_range: Range = Field((0.75, 1.25), description="range of the factor")
     contrast_probability: float = Field(0.3, ge=0, le=1, description="of a contrast change about the mean")
-    contrast_range: tuple[float, float] = Field((0.75, 1.25), description="range of the factor")
+    contrast_range: Range = Field((0.75, 1.25), description="range of the factor")
     gamma_probability: float = Field(0.3, ge=0, le=1, description="of a gamma curve")
-    gamma_range: tuple[float, float] = Field((0.7, 1.5), description="range of the exponent")
+    gamma_range: Range = Field((0.7, 1.5), description="range of the exponent")
     low_resolution_probability: float = Field(0.1, ge=0, le=1, description="of a simulated low resolution")
-    low_resolution_range: tuple[float, float] = Field((0.5, 1.0), description="range of the zoom")
+    low_resolution_range: Range = Field((0.5, 1.0), description="range of the zoom")
 
 
 class PredictConfig(Section):
@@ -179,18 +200,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: unreadable, not YAML, an unknown key (the nearest is named) or a value that does not fit.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file; see configs/ for examples") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: a folder; a config is a YAML file as in configs/") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({type(error).__name__})") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(document, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(document).__name__}")
+        found = "nothing" if document is None else type(document).__name__
+        raise ConfigError(f"{path}: a config is a mapping of sections, found {found}")
     _anchor_paths(document, path.parent)
     for override in overrides:
         _apply(document, override)
+    _anchor_paths(document, Path())
     return parse_config(document, source=str(path))
 
 
@@ -206,9 +235,16 @@ def parse_config(document: dict[str, Any], *, source: str) -> Config:
         raise ConfigError(f"{source}: {_explain(error)}") from error
 
 
-def config_to_yaml(config: Config) -> str:
-    """The resolved config, every key written out; `load_config` reads it back the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def config_to_yaml(config: Config, folder: Path) -> str:
+    """The resolved config, every key written out, for a file in `folder`; `load_config` there reads it back the same.
+
+    Paths of `data` are written relative to `folder`, so that a file says nothing of whose machine it was made on.
+    """
+    document = config.model_dump(mode="json")
+    for key in DATA_PATHS:
+        if document["data"][key] is not None:
+            document["data"][key] = Path(os.path.relpath(document["data"][key], folder)).as_posix()
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
 def flatten(config: Config) -> dict[str, str]:
@@ -227,6 +263,9 @@ def reference() -> str:
         kind = _type_name(field.annotation).replace("|", "\\|")
         lines.append(f"| `{key}` | {kind} | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
+
+
+DATA_PATHS = ("manifest", "root", "cache")
 
 
 def _fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -252,6 +291,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(str(a) for a in arguments)
     if origin in (Union, types.UnionType):
         return " | ".join(_type_name(a) for a in arguments if a is not type(None))
+    if origin is Annotated:
+        return _type_name(arguments[0])
     if origin is tuple:
         count = "any number of" if Ellipsis in arguments else str(len(arguments))
         return f"{count} {_type_name(arguments[0])}"
@@ -271,7 +312,7 @@ def _plain(value: Any) -> str:
 def _anchor_paths(document: dict[str, Any], folder: Path) -> None:
     data = document.get("data")
     if isinstance(data, dict):
-        for key in ("manifest", "root", "cache"):
+        for key in DATA_PATHS:
             if isinstance(data.get(key), str):
                 data[key] = str(folder / Path(data[key]).expanduser())
 
@@ -296,24 +337,62 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    return "; ".join(_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors())
+    told = dict.fromkeys(_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors())
+    more = len(told) - ERRORS_SHOWN
+    return "; ".join(list(told)[:ERRORS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
     key = ".".join(str(part) for part in location)
-    known = [name for name, _ in _fields(Config)] + sorted({n.split(".")[0] for n, _ in _fields(Config) if "." in n})
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(_siblings(key, known))}"
-        return f"unknown key '{key}'; {hint}"
+        return f"unknown key '{key}'; {_nearest(key)}"
+    if kind == "missing" and isinstance(location[-1], int):
+        kinds = {name: _type_name(field.annotation) for name, field in _fields(Config)}
+        key = key.rpartition(".")[0]
+        return f"{key}: expected {kinds.get(key, 'more values')}, found {found!r}"
     if kind == "missing":
         return f"the key '{key}' is missing"
-    return f"{key}: {message[0].lower()}{message[1:]}, found {found!r}"
+    if kind == "model_type":
+        return f"{key}: a section holds keys with values, found {found!r}"
+    either = _either(".".join(str(part) for part in location[:2]))
+    if either is not None:
+        return f"{'.'.join(map(str, location[:2]))}: expected {either}"
+    text = message.removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key}: {text[0].lower()}{text[1:]}, found {found!r}"
 
 
-def _siblings(key: str, known: list[str]) -> list[str]:
+def _either(key: str) -> str | None:
+    """The type of a key that may be one of several kinds, for which pydantic has one complaint each."""
+    kinds = {name: _type_name(field.annotation) for name, field in _fields(Config) if _is_mixed(field.annotation)}
+    return kinds.get(key)
+
+
+def _is_mixed(annotation: Any) -> bool:
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return is_union and len([a for a in get_args(annotation) if a is not type(None)]) > 1
+
+
+def _nearest(key: str) -> str:
+    known = [name for name, _ in _fields(Config)]
+    known += sorted({name.partition(".")[0] for name in known if "." in name})
+    elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = elsewhere or difflib.get_close_matches(key, known, n=2, cutoff=0.8)
+    if near:
+        return f"did you mean {' or '.join(repr(name) for name in near)}?"
     section = key.rpartition(".")[0]
-    return [k for k in known if k.rpartition(".")[0] == section]
+    return f"known here: {', '.join(name for name in known if name.rpartition('.')[0] == section)}"
+
+
+def _refuse_repeated_keys(node: yaml.Node | None) -> None:
+    """YAML lets the last of two equal keys win, silently."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    keys = [key.value for key, _ in node.value]
+    repeated = next((key for key in keys if keys.count(key) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"the key '{repeated}' stands twice in one section; keep one")
+    for _, value in node.value:
+        _refuse_repeated_keys(value)
 
 
 def _one_line(error: Exception) -> str:

@@ -162,7 +162,7 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
         tile_step=run.config.predict.tile_step,
         plan=run.plan,
         schema=run.dataset.manifest.labels,
-        config_yaml=config_to_yaml(run.config),
+        config_yaml=config_to_yaml(run.config, run.fold_folder(fold) / BUNDLE),
         provenance={**provenance_tags(), "steps": result.steps, "seconds": round(result.elapsed_s, 1)},
     )
     save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)
