@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint con
 PYTEST := $(BIN)/python -m pytest --no-skips --durations=10
 
 # What `make check` and .ci/run do, in this order.
-CHECKS := lint types walls test slow wheel-check demo
+CHECKS := lint types walls test slow wheel-check demo readme
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo $(CHECKS) check list-checks format bench clean
+.PHONY: help install $(CHECKS) check list-checks format bench clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## the whole way on real data, in minutes
 	$(BIN)/python benchmarks/demo.py
+
+readme: demo ## run the README's commands on what the demo made
+	$(BIN)/python benchmarks/readme_commands.py
 
 test: $(INSTALLED) ## the tests, but for those marked slow; a skipped test is a failure
 	$(PYTEST) -m "not slow"

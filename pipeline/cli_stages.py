@@ -256,7 +256,7 @@ def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
         "stages": str(unet.stages),
         "features": ", ".join(map(str, unet.features)),
         "checkpointing": "on" if unet.checkpointing else "off",
-        "mirror_axes": ", ".join("xyz"[a] for a in plan.mirror_axes),
+        "mirror_axes": ", ".join("xyz"[a] for a in plan.mirror_axes) or "none",
     }
     rows = [{"what": key, "value": values.get(key, ""), "why": reason} for key, reason in plan.reasons.items()]
     seen = f"largest labels reach {_times(plan.largest_label_extent_mm)} mm"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 from pipeline.config import NetworkConfig, PlanConfig
 from pipeline.errors import PlanError
@@ -27,9 +29,13 @@ MOST_FEATURES = {2: 512, 3: 320}
 WIDTHS = (32, 24, 16, 12, 8)
 """Channels at full resolution that the planner chooses among, widest first."""
 
-WANTED_PATCHES, WANTED_ROUNDS = 1400, 20
+WANTED_PATCHES, WANTED_ROUNDS = 1000, 15
 """Patches in all, and patches of each case, that a training wants to see before a wider network pays
 (measured on hippocampus, benchmarks/LOG.md)."""
+
+MIRRORED_ROUNDS = 100
+"""Patches of each case from which on training on mirrored ones is expected to pay; below, it cost 0.02 Dice
+(benchmarks/LOG.md)."""
 
 TRAINING_SHARE = 0.85
 """Part of the time budget that is left for updates after validation and checkpoints."""
@@ -47,7 +53,14 @@ CPU_BATCH, CUDA_MOST_BATCH = 2, 16
 """A CPU gains nothing from larger batches; small ones take more steps."""
 
 
-def make_plan(fingerprint: Fingerprint, budget: Budget, *, settings: PlanConfig, network: NetworkConfig) -> Plan:
+def make_plan(
+    fingerprint: Fingerprint,
+    budget: Budget,
+    *,
+    settings: PlanConfig,
+    network: NetworkConfig,
+    mirror_axes: Literal["auto"] | tuple[int, ...] = "auto",
+) -> Plan:
     """Derive a plan; the same arguments give the same plan.
 
     Raises:
@@ -73,7 +86,7 @@ def make_plan(fingerprint: Fingerprint, budget: Budget, *, settings: PlanConfig,
         network=network.name,
         unet=unet,
         slice_axis=slice_axis,
-        mirror_axes=_mirror_axes(fingerprint, reasons),
+        mirror_axes=_mirror_axes(fingerprint, mirror_axes, reasons),
         receptive_field_mm=field_mm,
         largest_label_extent_mm=extent_mm,
         memory_gb=round(sizer.memory_gb(unet, patch_shape, batch_size), 3),
@@ -149,15 +162,6 @@ def _slice_axis(spacing_mm: Spacing, network: NetworkConfig, reasons: dict[str, 
     return axis
 
 
-def _mirror_axes(fingerprint: Fingerprint, reasons: dict[str, str]) -> tuple[int, ...]:
-    twins = " and exchanges the labels that are left/right twins" if fingerprint.has_twins else ""
-    reasons["mirror_axes"] = (
-        f"mirroring left to right gives another plausible patient{twins}; the other axes would give none, since "
-        "every case is brought to RAS axes first"
-    )
-    return (0,)
-
-
 @dataclass(frozen=True)
 class _Sizer:
     """Chooses network and patch within the budget."""
@@ -176,19 +180,19 @@ class _Sizer:
             return self._with_fixed_patch(self.settings.patch_shape, reasons)
         start = self._grown(self.median_shape)
         for width in self._widths():
-            patch = start
+            unet = self._topology(start, width)
+            patch = self._rounded(start, unet)
             while True:
-                unet = self._topology(patch, width)
-                patch = self._rounded(patch, unet)
                 if self._fits_memory(unet, patch) and self._fits_time(unet, patch):
                     self._explain(unet, patch, reasons)
                     return unet, patch
                 smaller = self._shrunk(patch, unet)
-                # Width gives way before a patch loses more than half of what it could see.
-                least = 0.0 if width == self._widths()[-1] else 0.5
+                # Width gives way before a patch loses more than a quarter of what it could see.
+                least = 0.0 if width == self._widths()[-1] else 0.75
                 if smaller is None or math.prod(smaller) < least * math.prod(start):
                     break
-                patch = smaller
+                unet = self._topology(smaller, width)
+                patch = self._cut(smaller, unet)
         raise PlanError(
             f"no network fits {self.budget.memory_gb:g} GB"
             f"{'' if self.budget.minutes is None else f' and {self.budget.minutes:g} minutes'}; allow more"
@@ -223,10 +227,23 @@ class _Sizer:
         reasons["checkpointing"] = f"on: {needed:.2f} GB without it, {self.budget.memory_gb:g} GB allowed"
         return saving
 
+    def mirror_axes(self, unet: UNetSpec, patch: Triple, reasons: dict[str, str]) -> tuple[int, ...]:
+        """Left to right where there is time to learn it; other axes never, since every case is brought to RAS."""
+        rounds = self._patches(unet, patch) / len(self.fingerprint.cases)
+        if rounds < MIRRORED_ROUNDS:
+            reasons["mirror_axes"] = (
+                f"none: {rounds:.0f} patches of each case are too few to learn mirrored patients as well "
+                f"(from {MIRRORED_ROUNDS} on it pays)"
+            )
+            return ()
+        twins = " and exchanges the labels that are left/right twins" if self.fingerprint.has_twins else ""
+        reasons["mirror_axes"] = f"mirroring left to right gives another plausible patient{twins}"
+        return (0,)
+
     def memory_gb(self, unet: UNetSpec, patch: Triple, batch: int) -> float:
         """Estimate of a training step's peak."""
         shape = _network_shape(patch, self.slice_axis)
-        kept = activation_bytes(unet, shape, batch) + 4 * OPTIMISER_COPIES * parameter_count(unet)
+        kept = activation_bytes(unet, shape, batch) + 4 * OPTIMISER_COPIES * _parameters(unet)
         return WORKSPACE_FACTOR * kept / 1e9
 
     def _with_fixed_patch(self, patch: Triple, reasons: dict[str, str]) -> tuple[UNetSpec, Triple]:
@@ -249,11 +266,16 @@ class _Sizer:
     def _check_divisible(self, unet: UNetSpec, patch: Triple) -> None:
         shape = _network_shape(patch, self.slice_axis)
         factor = unet.downsampling_factor
-        if all(n % f == 0 for n, f in zip(shape, factor, strict=True)):
-            return
-        below, above = fitting_shapes(unet, shape)
-        near = " and ".join(str(list(s)) for s in (below, above) if s is not None)
-        raise PlanError(f"plan.patch_shape: {list(patch)} must be divisible by {list(factor)}; the nearest are {near}")
+        if any(n % f for n, f in zip(shape, factor, strict=True)):
+            near = " and ".join(str(self._with_slice_axis(s)) for s in fitting_shapes(unet, shape) if s is not None)
+            raise PlanError(
+                f"plan.patch_shape: {list(patch)} must be divisible by {self._factors(unet)}; the nearest are {near}"
+            )
+        if shape == factor and unet.normalisation == "instance":
+            raise PlanError(
+                f"plan.patch_shape: {list(patch)} leaves one voxel at the bottleneck, which instance normalisation "
+                "turns into a constant; make at least one side twice as long"
+            )
 
     def _widths(self) -> tuple[int, ...]:
         return (self.settings.features[0],) if self.settings.features is not None else WIDTHS
@@ -306,11 +328,20 @@ class _Sizer:
         sides = [max(1, math.floor(n / f + 0.5)) * f for n, f in zip(patch, self._factors(unet), strict=True)]
         return sides[0], sides[1], sides[2]
 
+    def _cut(self, patch: Triple, unet: UNetSpec) -> Triple:
+        """Each side down to a multiple of what the strides need: a patch that shrinks never grows again."""
+        sides = [n // f * f for n, f in zip(patch, self._factors(unet), strict=True)]
+        return sides[0], sides[1], sides[2]
+
     def _factors(self, unet: UNetSpec) -> list[int]:
-        factors = list(unet.downsampling_factor)
+        return self._with_slice_axis(unet.downsampling_factor)
+
+    def _with_slice_axis(self, shape: Sequence[int]) -> list[int]:
+        """The network's axes as three, with 1 across slices."""
+        sides = list(shape)
         if self.slice_axis is not None:
-            factors.insert(self.slice_axis, 1)
-        return factors
+            sides.insert(self.slice_axis, 1)
+        return sides
 
     def _shrunk(self, patch: Triple, unet: UNetSpec) -> Triple | None:
         """One stride factor smaller on the axis that is longest in mm, or None at the end."""
@@ -353,7 +384,9 @@ class _Sizer:
             f"{unet.stages} resolutions: axes are halved while {SMALLEST_SIDE} voxels remain, coarse axes later"
         )
         if self.settings.features is not None:
-            reasons["features"] = "set by hand"
+            spare = len(self.settings.features) - unet.stages
+            left = f"; the last {spare} are left out, since no axis is long enough to halve again" if spare else ""
+            reasons["features"] = f"set by hand{left}"
             return
         budget = "no time limit" if self.budget.minutes is None else f"{self.budget.minutes:g} minutes"
         seen = "" if self.budget.minutes is None else f" give about {self._patches(unet, patch):.0f} patches; "
@@ -362,6 +395,12 @@ class _Sizer:
             f"the widest of {', '.join(map(str, WIDTHS))} with which {self._wanted()} patches can be seen "
             f"and {self.budget.memory_gb:g} GB suffice"
         )
+
+
+@lru_cache(maxsize=64)
+def _parameters(unet: UNetSpec) -> int:
+    """Asked for at every patch that is tried, and the same for all."""
+    return parameter_count(unet)
 
 
 def _next_stride(sides: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
