@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from transforms.dicom_checks import Finding, keeps_padding
+from transforms.dicom_checks import Finding, keeps_padding, syntax_name
 from transforms.dicom_header import PARSE_FAULTS, Header, quiet_pydicom
 from transforms.dicom_index import DicomSeries, choose_series, index_series
 from transforms.errors import DicomError
@@ -39,7 +39,8 @@ def read_series(folder: Path, *, series: str | None = None) -> tuple[npt.NDArray
     chosen = choose_series(index_series(folder), series=series, folder=folder)
     if chosen.problems or chosen.geometry is None:
         faults = "; ".join(str(problem) for problem in chosen.problems)
-        raise DicomError(f"{folder}: {chosen.modality} series '{chosen.description}' is not readable: {faults}")
+        kind = chosen.modality or "unnamed"
+        raise DicomError(f"{folder}: {kind} series '{chosen.description}' is not readable: {faults}")
     return read_voxels(chosen), chosen.geometry, chosen
 
 
@@ -76,10 +77,10 @@ def _stored(header: Header) -> npt.NDArray[Any]:
             _name_syntax(dataset)
             stored = dataset.pixel_array
     except PARSE_FAULTS as fault:
-        syntax = UID(header.transfer_syntax).name or "no transfer syntax named"
         raise DicomError(
-            f"{header.path}: the pixels cannot be decoded ({syntax}, {type(fault).__name__}): the file is cut short, "
-            "damaged, or of a kind without a decoder here; fetch it again or decompress it"
+            f"{header.path}: the pixels in {syntax_name(header.transfer_syntax)} cannot be decoded "
+            f"({type(fault).__name__}): cut short, damaged, or of a kind without a decoder here; fetch the file again "
+            "or decompress it"
         ) from None
     if stored.shape != (header.rows, header.columns) or stored.dtype.kind not in "iu":
         raise DicomError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
-from transforms.dicom_header import NATIVE_SYNTAXES, Header, Plane
+from transforms.dicom_header import NATIVE_SYNTAXES, Header, Plane, quiet_pydicom
 from transforms.geometry import Geometry
 from transforms.sanity import MAX_VOXELS
 
@@ -84,7 +85,7 @@ def kind_findings(headers: Headers) -> list[Finding]:
     findings: list[Finding] = []
     for check in _KIND_CHECKS:
         # What is no image needs no further faults to its name.
-        findings += check(headers) if not findings else []
+        findings += check(headers) if all(finding.outcome == "mend" for finding in findings) else []
     return findings
 
 
@@ -139,11 +140,15 @@ def keeps_padding(header: Header) -> bool:
     return min(values) < MEASURED_HU[1] and max(values) > MEASURED_HU[0]
 
 
-def names(headers: Headers) -> str:
+def names(paths: Sequence[Path]) -> str:
     """A few file names, for evidence."""
-    shown = [header.path.name for header in headers[:_NAMED]]
-    rest = len(headers) - len(shown)
+    shown = [path.name for path in paths[:_NAMED]]
+    rest = len(paths) - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _files(headers: Headers) -> str:
+    return names([header.path for header in headers])
 
 
 def _refuse(name: str, evidence: str) -> Finding:
@@ -168,7 +173,9 @@ def _distinct(headers: Headers, value: Callable[[Header], object]) -> list[str]:
 
 def _mixed(headers: Headers) -> Iterator[Finding]:
     if not headers[0].series_uid:
-        yield _refuse("no-series-uid", f"no SeriesInstanceUID in {names(headers)}; slices cannot be told apart")
+        yield _mend(
+            "no-series-uid", f"SeriesInstanceUID was removed; the {len(headers)} like files of a folder are one"
+        )
     for what, value in (
         ("StudyInstanceUID", lambda header: header.study_uid),
         ("Modality", lambda header: header.modality),
@@ -180,7 +187,7 @@ def _mixed(headers: Headers) -> Iterator[Finding]:
 
 def _no_pixels(headers: Headers) -> Iterator[Finding]:
     if empty := _where(headers, lambda header: header.rows < 1 or header.columns < 1):
-        yield _refuse("no-pixels", f"{names(empty)} holds no image")
+        yield _refuse("no-pixels", f"{_files(empty)} holds no image")
 
 
 def _segmentation(headers: Headers) -> Iterator[Finding]:
@@ -191,25 +198,25 @@ def _segmentation(headers: Headers) -> Iterator[Finding]:
 def _multi_frame(headers: Headers) -> Iterator[Finding]:
     if many := _where(headers, lambda header: header.frames > 1 or header.sop_class in _MULTI_FRAME):
         yield _refuse(
-            "multi-frame", f"{names(many)}: object of {many[0].frames} frames; only one slice a file is read so far"
+            "multi-frame", f"{_files(many)}: object of {many[0].frames} frames; only one slice a file is read so far"
         )
 
 
 def _mosaic(headers: Headers) -> Iterator[Finding]:
     if mosaics := _where(headers, lambda header: "MOSAIC" in header.image_type):
-        yield _refuse("mosaic", f"{names(mosaics)} holds many slices side by side in one picture")
+        yield _refuse("mosaic", f"{_files(mosaics)} holds many slices side by side in one picture")
 
 
 def _colour(headers: Headers) -> Iterator[Finding]:
     grey = ("MONOCHROME1", "MONOCHROME2")
     if coloured := _where(headers, lambda header: header.samples != 1 or header.photometric not in grey):
         kind = coloured[0].photometric or "no PhotometricInterpretation"
-        yield _refuse("colour", f"{names(coloured)} has {kind}; expected one grey value a pixel")
+        yield _refuse("colour", f"{_files(coloured)} has {kind}; expected one grey value a pixel")
 
 
 def _inverted(headers: Headers) -> Iterator[Finding]:
     if inverted := _where(headers, lambda header: header.photometric == "MONOCHROME1"):
-        yield _refuse("monochrome1", f"{names(inverted)} shows low values bright; what they measure is unclear")
+        yield _refuse("monochrome1", f"{_files(inverted)} shows low values bright; what they measure is unclear")
 
 
 def _pixel_format(headers: Headers) -> Iterator[Finding]:
@@ -221,7 +228,7 @@ def _pixel_format(headers: Headers) -> Iterator[Finding]:
         h = strange[0]
         yield _refuse(
             "pixel-format",
-            f"{names(strange)}: {h.bits_stored} bits stored of {h.bits_allocated} allocated, high bit {h.high_bit}",
+            f"{_files(strange)}: {h.bits_stored} bits stored of {h.bits_allocated} allocated, high bit {h.high_bit}",
         )
 
 
@@ -229,7 +236,7 @@ def _rescale(headers: Headers) -> Iterator[Finding]:
     if _where(headers, lambda header: header.has_lookup_table):
         yield _refuse("modality-lut", "values go through a lookup table (ModalityLUTSequence)")
     if broken := _where(headers, lambda header: not header.slope or header.intercept is None):
-        yield _refuse("rescale", f"RescaleSlope or RescaleIntercept of {names(broken)} is zero or no number")
+        yield _refuse("rescale", f"RescaleSlope or RescaleIntercept of {_files(broken)} is zero or no number")
         return
     slopes = sorted({header.slope or 0.0 for header in headers})
     if len(slopes) > 1:
@@ -252,12 +259,20 @@ def _padding(headers: Headers) -> Iterator[Finding]:
 def _transfer_syntax(headers: Headers) -> Iterator[Finding]:
     for uid in _distinct(headers, lambda header: header.transfer_syntax):
         if uid and not _decodable(uid):
-            yield _refuse("transfer-syntax", f"no decoder for {UID(uid).name} ({uid}) is installed")
+            yield _refuse("transfer-syntax", f"no decoder for {syntax_name(uid)} is installed")
+
+
+def syntax_name(uid: str) -> str:
+    """What a transfer syntax is called, and its identifier."""
+    with quiet_pydicom():
+        name = UID(uid).name
+    return f"{name} ({uid})" if name != uid else uid or "no transfer syntax"
 
 
 def _decodable(uid: str) -> bool:
     try:
-        return uid in NATIVE_SYNTAXES or get_decoder(UID(uid)).is_available
+        with quiet_pydicom():
+            return uid in NATIVE_SYNTAXES or get_decoder(UID(uid)).is_available
     except NotImplementedError:
         return False
 
@@ -272,14 +287,14 @@ def _size(headers: Headers) -> Iterator[Finding]:
         return header.transfer_syntax in NATIVE_SYNTAXES and header.file_bytes < needed
 
     if cut := _where(headers, short):
-        yield _refuse("truncated", f"{names(cut)} is shorter than its pixels; fetch it again")
+        yield _refuse("truncated", f"{_files(cut)} is shorter than its pixels; fetch it again")
 
 
 def _no_position(headers: Headers) -> Iterator[Finding]:
     if lost := _where(headers, lambda header: header.plane is None):
         yield _refuse(
             "no-position",
-            f"ImagePositionPatient, ImageOrientationPatient or PixelSpacing is missing or malformed in {names(lost)}",
+            f"ImagePositionPatient, ImageOrientationPatient or PixelSpacing is missing or malformed in {_files(lost)}",
         )
 
 
@@ -288,7 +303,7 @@ def _orthonormal(headers: Headers) -> Iterator[Finding]:
     worst = max(errors)
     if worst > COSINE_TOLERANCE:
         crooked = [header for header, error in zip(headers, errors, strict=True) if error > COSINE_TOLERANCE]
-        yield _refuse("not-orthonormal", f"direction cosines of {names(crooked)} are off by {worst:.2g}")
+        yield _refuse("not-orthonormal", f"direction cosines of {_files(crooked)} are off by {worst:.2g}")
     elif worst > REPORTED_COSINES:
         yield _mend("cosines-rounded", f"direction cosines were off by {worst:.2g} and made orthonormal")
 
@@ -344,7 +359,7 @@ def _same_position(ordered: Headers, repeats: npt.NDArray[np.bool_]) -> Finding:
     first = int(np.argmax(repeats))
     return _refuse(
         "same-position",
-        f"{len(ordered)} slices at {places} positions, {names(ordered[first : first + 2])} among them; {what}",
+        f"{len(ordered)} slices at {places} positions, {_files(ordered[first : first + 2])} among them; {what}",
     )
 
 
@@ -370,9 +385,9 @@ def _uneven(ordered: Headers, along_mm: Floats) -> Iterator[Finding]:
         )
     if np.abs(along_mm - step * np.arange(len(ordered))).max() <= OFF_STEP * step:
         return
-    usual = float(np.median(gaps))
+    usual = float(np.percentile(gaps, 50, method="lower"))
     multiples = np.rint(gaps / usual)
-    if (np.abs(gaps / usual - multiples) <= WHOLE_GAP).all() and multiples.min() >= 1:
+    if (np.abs(gaps / usual - multiples) <= WHOLE_GAP).all() and multiples.max() > 1:
         holes = np.flatnonzero(multiples > 1)
         where = ", ".join(f"{gaps[n]:.4g} mm after {ordered[n].path.name}" for n in holes[:_NAMED])
         missing = int((multiples - 1).sum())

@@ -7,6 +7,7 @@ strings over 16 characters, empty numbers). No tag that identifies a patient is 
 from __future__ import annotations
 
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pydicom
 from pydicom.dataelem import RawDataElement
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from transforms.errors import DicomError
 
@@ -38,6 +40,8 @@ PARSE_FAULTS = (
     RuntimeError,
     TypeError,
     ValueError,
+    BytesLengthException,
+    InvalidDicomError,
     struct.error,
     zlib.error,
 )
@@ -70,6 +74,8 @@ _KEYWORDS = [
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit"),
 ]
+_UID = re.compile(r"[0-9.]{1,64}")
+_CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
 _ENCODINGS = {"ISO_IR 192": "utf-8", "ISO_IR 100": "latin-1"}
 
 
@@ -144,21 +150,22 @@ def read_header(path: Path) -> Header | None:
     """The header of a DICOM object; None for a media directory (DICOMDIR).
 
     Raises:
-        DicomError: the file cannot be parsed, or ends before its identifying elements.
+        DicomError: the file cannot be parsed.
     """
     try:
         with quiet_pydicom():
-            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_KEYWORDS, force=True)
+            return _parse(path)
     except PARSE_FAULTS as fault:
         # The parser's own words may quote bytes of the file, so only their kind is passed on.
         raise DicomError(f"{path}: damaged DICOM header ({type(fault).__name__})") from None
+
+
+def _parse(path: Path) -> Header | None:
+    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_KEYWORDS, force=True)
     meta = _Elements(dataset.file_meta)
-    if meta.text("MediaStorageSOPClassUID") == MEDIA_DIRECTORY:
+    if meta.uid("MediaStorageSOPClassUID") == MEDIA_DIRECTORY:
         return None
-    header = _header(path, meta, _Elements(dataset))
-    if not (header.series_uid or header.sop_uid or header.sop_class):
-        raise DicomError(f"{path}: DICOM file without series, instance or class: cut short, or not an image")
-    return header
+    return _header(path, meta, _Elements(dataset))
 
 
 class _Elements:
@@ -188,6 +195,16 @@ class _Elements:
     def text(self, keyword: str) -> str:
         """The first value of a string element, or an empty string."""
         return next(iter(self.texts(keyword)), "")
+
+    def uid(self, keyword: str) -> str:
+        """A UI element; empty when it is malformed, since a damaged one may have swallowed what follows it."""
+        text = self.text(keyword)
+        return text if _UID.fullmatch(text) else ""
+
+    def code(self, keyword: str) -> str:
+        """The first value of a CS element, upper case; empty when it is malformed."""
+        text = self.text(keyword).upper()
+        return text if _CODE.fullmatch(text) else ""
 
     def numbers(self, keyword: str) -> Numbers:
         """The values of a DS or IS element, of any length; empty unless all are finite numbers."""
@@ -221,17 +238,17 @@ def _header(path: Path, meta: _Elements, elements: _Elements) -> Header:
     return Header(
         path=path,
         file_bytes=path.stat().st_size,
-        transfer_syntax=meta.text("TransferSyntaxUID"),
-        sop_class=elements.text("SOPClassUID") or meta.text("MediaStorageSOPClassUID"),
-        sop_uid=elements.text("SOPInstanceUID") or meta.text("MediaStorageSOPInstanceUID"),
-        study_uid=elements.text("StudyInstanceUID"),
-        series_uid=elements.text("SeriesInstanceUID"),
-        frame_of_reference=elements.text("FrameOfReferenceUID"),
-        modality=elements.text("Modality"),
+        transfer_syntax=meta.uid("TransferSyntaxUID"),
+        sop_class=elements.uid("SOPClassUID") or meta.uid("MediaStorageSOPClassUID"),
+        sop_uid=elements.uid("SOPInstanceUID") or meta.uid("MediaStorageSOPInstanceUID"),
+        study_uid=elements.uid("StudyInstanceUID"),
+        series_uid=elements.uid("SeriesInstanceUID"),
+        frame_of_reference=elements.uid("FrameOfReferenceUID"),
+        modality=elements.code("Modality"),
         description=elements.description(),
         series_number=None if number is None else int(number),
         image_type=tuple(part.upper() for part in elements.texts("ImageType")),
-        photometric=elements.text("PhotometricInterpretation").upper(),
+        photometric=elements.code("PhotometricInterpretation"),
         frames=int(elements.number("NumberOfFrames") or 1),
         samples=elements.integer("SamplesPerPixel") or 1,
         rows=elements.integer("Rows"),

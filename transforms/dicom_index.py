@@ -29,7 +29,7 @@ from transforms.errors import DicomError
 from transforms.geometry import Geometry
 
 _LISTED = 20
-_NOT_IMAGES = {"no-pixels", "segmentation", "damaged-file"}
+_NOT_IMAGES = {"no-pixels", "segmentation"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class DicomSeries:
     @property
     def is_image(self) -> bool:
         """Whether it holds images at all, readable or not."""
-        return not any(finding.name in _NOT_IMAGES for finding in self.problems)
+        return bool(self.slices) and not any(finding.name in _NOT_IMAGES for finding in self.problems)
 
     def describe(self) -> str:
         """One line: modality, description, slices, identifier, and the first problem if there is one."""
@@ -99,10 +99,13 @@ def index_series(folder: Path) -> list[DicomSeries]:
         except DicomError:
             damaged[path] = "cannot be parsed as DICOM: cut short or damaged"
         else:
-            headers += [header] if header is not None else []
-    groups: defaultdict[str, list[Header]] = defaultdict(list)
+            if header is not None and (header.series_uid or header.rows):
+                headers.append(header)
+            elif header is not None:
+                damaged[path] = "names no series and no image size: cut short"
+    groups: defaultdict[tuple[object, ...], list[Header]] = defaultdict(list)
     for header in headers:
-        groups[header.series_uid].append(header)
+        groups[_series_key(header)].append(header)
     series = [_series(group, damaged) for group in groups.values()]
     homes = {header.path.parent for header in headers}
     series += _orphans({path: why for path, why in damaged.items() if path.parent not in homes})
@@ -147,6 +150,13 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in files if path.is_file()]
 
 
+def _series_key(header: Header) -> tuple[object, ...]:
+    """SeriesInstanceUID; where an anonymiser has removed it, the folder and what describes the series."""
+    if header.series_uid:
+        return (header.series_uid,)
+    return "", header.path.parent, header.modality, header.description, header.series_number
+
+
 def _series(headers: Iterable[Header], damaged: dict[Path, str]) -> DicomSeries:
     kept, findings = _without_localizers(sorted(headers, key=lambda header: str(header.path)))
     kept, dropped = _without_copies(kept)
@@ -182,7 +192,9 @@ def _without_localizers(headers: Sequence[Header]) -> tuple[Sequence[Header], li
     rest = [header for header in headers if header not in scouts]
     if not scouts or not rest:
         return headers, []
-    return rest, [Finding("localizer", "mend", f"planning images set aside: {names(list(scouts))}")]
+    return rest, [
+        Finding("localizer", "mend", f"planning images set aside: {names([header.path for header in scouts])}")
+    ]
 
 
 def _without_copies(headers: Sequence[Header]) -> tuple[Sequence[Header], list[Finding]]:
@@ -200,7 +212,11 @@ def _without_copies(headers: Sequence[Header]) -> tuple[Sequence[Header], list[F
     if not copies:
         return headers, []
     kept = [header for header in headers if header not in copies]
-    return kept, [Finding("duplicate", "mend", f"copies of the same instance dropped: {names(list(copies))}")]
+    return kept, [
+        Finding(
+            "duplicate", "mend", f"copies of the same instance dropped: {names([header.path for header in copies])}"
+        )
+    ]
 
 
 def _pixel_digest(path: Path) -> bytes | None:
@@ -213,7 +229,10 @@ def _pixel_digest(path: Path) -> bytes | None:
 
 
 def _damage(damaged: dict[Path, str]) -> list[Finding]:
-    return [Finding("damaged-file", "refuse", f"{path.name} {why}") for path, why in damaged.items()]
+    reasons: defaultdict[str, list[Path]] = defaultdict(list)
+    for path, why in damaged.items():
+        reasons[why].append(path)
+    return [Finding("damaged-file", "refuse", f"{names(paths)} {why}") for why, paths in reasons.items()]
 
 
 def _orphans(damaged: dict[Path, str]) -> list[DicomSeries]:
