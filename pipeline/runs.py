@@ -77,7 +77,9 @@ def plan_dataset(config: Config, console: Console) -> tuple[Dataset, CheckReport
         raise ManifestError(f"{config.data.manifest}: no case can be trained on, the first fault: {first}")
     fingerprint = measuring.fingerprint(usable)
     budget = budget_of(choose_hardware(config.train), config.plan, config.train)
-    plan = make_plan(fingerprint, budget, settings=config.plan, network=config.network)
+    plan = make_plan(
+        fingerprint, budget, settings=config.plan, network=config.network, mirror_axes=config.augment.mirror_axes
+    )
     return dataset, report, fingerprint, plan
 
 
@@ -184,7 +186,7 @@ def _set_up(config: Config, folder: Path, console: Console) -> Run:
     if set_aside:
         rows = [Failure(str(f.case_id), f"{f.file}: {f.message}") for f in set_aside]
         tell_set_aside(folder / "set_aside.json", rows, console)
-    write_text(folder / CONFIG, config_to_yaml(config))
+    write_text(folder / CONFIG, config_to_yaml(config, folder))
     write_text(folder / FINGERPRINT, fingerprint.model_dump_json(indent=2) + "\n")
     write_text(folder / PLAN, plan.model_dump_json(indent=2) + "\n")
     write_folds(folds, folder / FOLDS)
