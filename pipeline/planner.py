@@ -86,7 +86,7 @@ def make_plan(
         network=network.name,
         unet=unet,
         slice_axis=slice_axis,
-        mirror_axes=_mirror_axes(fingerprint, mirror_axes, reasons),
+        mirror_axes=sizer.mirror_axes(unet, patch_shape, mirror_axes, reasons),
         receptive_field_mm=field_mm,
         largest_label_extent_mm=extent_mm,
         memory_gb=round(sizer.memory_gb(unet, patch_shape, batch_size), 3),
@@ -227,8 +227,13 @@ class _Sizer:
         reasons["checkpointing"] = f"on: {needed:.2f} GB without it, {self.budget.memory_gb:g} GB allowed"
         return saving
 
-    def mirror_axes(self, unet: UNetSpec, patch: Triple, reasons: dict[str, str]) -> tuple[int, ...]:
+    def mirror_axes(
+        self, unet: UNetSpec, patch: Triple, wanted: Literal["auto"] | tuple[int, ...], reasons: dict[str, str]
+    ) -> tuple[int, ...]:
         """Left to right where there is time to learn it; other axes never, since every case is brought to RAS."""
+        if wanted != "auto":
+            reasons["mirror_axes"] = "set by hand (augment.mirror_axes), for training and prediction alike"
+            return tuple(sorted(set(wanted)))
         rounds = self._patches(unet, patch) / len(self.fingerprint.cases)
         if rounds < MIRRORED_ROUNDS:
             reasons["mirror_axes"] = (
