@@ -35,13 +35,17 @@ class ExportedFile:
     verification: Verification | None
 
 
+Write = Callable[[Path, Segmentation, Source], None]
+Verify = Callable[[Path, Segmentation, Source], "Verification"]
+
+
 @dataclass(frozen=True)
 class Format:
     """How one kind of file is named, written and read back."""
 
     suffix: str
-    write: Callable[[Path, Segmentation, Source], None]
-    verify: Callable[[Path, Segmentation, Source], Verification] | None = None
+    write: Write
+    verify: Verify | None = None
     needs_dicom: bool = False
 
 
@@ -100,13 +104,20 @@ def _check(segmentation: Segmentation, source: Source) -> None:
 def _write(key: str, form: Format, target: Path, segmentation: Segmentation, source: Source) -> ExportedFile:
     with atomic_path(target) as temporary:
         form.write(temporary, segmentation, source)
-        verification = None
-        if form.verify is not None:
-            try:
-                verification = form.verify(temporary, segmentation, source)
-            except ExportError as error:
-                raise ExportError(f"{target} was not written: {error}") from error
+        verification = None if form.verify is None else _read_back(form.verify, temporary, target, segmentation, source)
     return ExportedFile(key, target, verification)
+
+
+def _read_back(verify: Verify, written: Path, target: Path, segmentation: Segmentation, source: Source) -> Verification:
+    try:
+        return verify(written, segmentation, source)
+    except ExportError as error:
+        raise ExportError(f"{target} was not written: {error}") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{target} was not written: it cannot be read back ({type(error).__name__}); "
+            "this is a fault of volseg, please report it"
+        ) from error
 
 
 def _write_report(target: Path, files: Sequence[ExportedFile]) -> None:

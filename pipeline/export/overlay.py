@@ -176,7 +176,7 @@ def _plane(view: _View, scene: _Scene) -> _Plane:
     index = int(areas.argmax()) if areas.any() else len(areas) // 2
 
     def cut(voxels: Array) -> Array:
-        return np.asarray(np.take(voxels, index, axis=view.through).T)
+        return np.asarray(np.moveaxis(voxels, view.through, 0)[index].T)
 
     return _Plane(
         view=view,
@@ -285,9 +285,9 @@ def _draw_legend(figure: Figure, box: Rectangle, segmentation: Segmentation, *, 
     labels = segmentation.schema.labels
     room = int(height_pt / row_pt) - (1 if has_reference else 0)
     shown = labels if len(labels) <= room else labels[: room - 1]
-    counts = dict(zip(*(a.tolist() for a in np.unique(segmentation.label_map, return_counts=True)), strict=True))
     for row, label in enumerate(shown):
-        volume_ml = counts.get(label.id, 0) * segmentation.geometry.voxel_volume_mm3 / _MM3_PER_ML
+        voxels = np.count_nonzero(segmentation.label_map == label.id)
+        volume_ml = voxels * segmentation.geometry.voxel_volume_mm3 / _MM3_PER_ML
         _draw_row(axes, (row + 0.5) * row_pt, label, volume_ml)
     y_pt = (len(shown) + 0.5) * row_pt
     style: dict[str, Any] = {"color": _FAINT, "fontsize": 9.5, "fontfamily": _FONT, "va": "center"}

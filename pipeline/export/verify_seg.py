@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread
-from pydicom.pixels import iter_pixels
 
 from pipeline.errors import ExportError
 from pipeline.export.quiet import quiet
@@ -111,7 +110,7 @@ def _pieces(
     row_step_mm, column_step_mm = (float(v) for v in measures.PixelSpacing)
     cosines = np.asarray(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=np.float64)
     volume_mm3 = row_step_mm * column_step_mm * float(measures.SpacingBetweenSlices)
-    for frame, groups in zip(iter_pixels(dataset), dataset.PerFrameFunctionalGroupsSequence, strict=True):
+    for frame, groups in zip(_frames(dataset), dataset.PerFrameFunctionalGroupsSequence, strict=True):
         corner_lps_mm = np.asarray(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=np.float64)
         _check_reference(groups, corner_lps_mm, geometry, instance_uids)
         rows, columns = np.nonzero(frame)
@@ -122,6 +121,15 @@ def _pieces(
         segment = groups if "SegmentIdentificationSequence" in groups else shared
         number = int(segment.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
         yield Piece(label_ids[number], points_lps_mm, volume_mm3)
+
+
+def _frames(dataset: Dataset) -> Iterator[npt.NDArray[np.uint8]]:
+    """Frames (rows, columns) of packed bits: one follows the other without filling up bytes (PS3.5 section 8.1.1)."""
+    count = dataset.Rows * dataset.Columns
+    packed = np.frombuffer(dataset.PixelData, dtype=np.uint8)
+    for start in range(0, count * int(dataset.NumberOfFrames), count):
+        bits = np.unpackbits(packed[start // 8 : -(-(start + count) // 8)], bitorder="little")
+        yield bits[start % 8 :][:count].reshape(dataset.Rows, dataset.Columns)
 
 
 def _check_reference(groups: Dataset, corner_lps_mm: Floats, geometry: Geometry, instance_uids: Sequence[str]) -> None:
