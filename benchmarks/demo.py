@@ -60,7 +60,8 @@ def summarise(runs: Path, segmentation: Path, seconds: dict[str, float]) -> None
         print(f"Dice {label['label']}: {label['mean']:.3f} out of fold ({folds})")
     folds = ", ".join(f"fold {f['fold']} {f['mean']:.3f}" for f in report["overall"]["folds"])
     print(f"Dice, mean of labels: {report['overall']['mean']:.3f} out of fold ({folds})")
-    print("Time: " + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()) + f", all {sum(seconds.values()):.0f} s")
+    times = {**seconds, "all": sum(seconds.values())}
+    print("Time: " + ", ".join(f"{name} {s:.0f} s" for name, s in times.items()))
     places = {
         "models and out-of-fold report": runs / "demo",
         "DICOM SEG": segmentation / f"{SERIES.name}.seg.dcm",
