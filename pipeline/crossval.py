@@ -60,7 +60,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
         _write_report(run.folder, report)
         dice_distribution(report, run.folder / "dice.png")
         tracker.metrics(_headline(report), step=0)
-        for name in (REPORT_JSON, REPORT_CSV, "dice.png", "plan.json", "folds.json", "config.yaml", "fingerprint.json"):
+        for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
         if failed:
             raise RunError(f"{len(failed)} of {len(folds)} folds failed, the others are done; {failed[0]}")

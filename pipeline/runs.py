@@ -145,6 +145,9 @@ def open_run_tracker(run: Run, console: Console, *, fold: int | None) -> Tracker
         parent=None if fold is None else run.folder,
     )
     tracker.params(flatten(run.config) | _plan_params(run.plan))
+    if fold is None:
+        for name in (CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET):
+            tracker.artifact(run.folder / name)
     return tracker
 
 
