@@ -27,7 +27,7 @@ from pipeline.manifest import Dataset, load_dataset, manifest_hash
 from pipeline.plan import Fingerprint, Plan, read_plan
 from pipeline.planner import make_plan
 from pipeline.provenance import provenance_tags
-from pipeline.tracking import Tracker, embedded_store, null_tracker, open_tracker
+from pipeline.tracking import Busy, Tracker, embedded_store, null_tracker, open_tracker
 
 CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
     "config.yaml",
@@ -131,19 +131,23 @@ def tell_set_aside(target: Path, failures: Sequence[Failure], console: Console) 
 
 def open_run_tracker(run: Run, console: Console, *, fold: int | None) -> Tracker:
     """The tracker of a fold, or of the whole run that folds are children of (`fold` None)."""
-    settings = run.config.tracking
-    if not settings.enabled:
+    if not run.config.tracking.enabled:
         return null_tracker()
-    folder = run.folder if fold is None else run.fold_folder(fold)
-    tracker = open_tracker(
-        folder,
-        uri=tracking_uri(run.config),
-        experiment=run.config.experiment,
-        run_name=run.folder.name if fold is None else f"{run.folder.name} fold {fold}",
-        tags={**provenance_tags(), "dataset": run.dataset.manifest.name, "device": run.hardware.device},
-        on_warning=console.note,
-        parent=None if fold is None else run.folder,
-    )
+    try:
+        tracker = open_tracker(
+            run.folder if fold is None else run.fold_folder(fold),
+            uri=tracking_uri(run.config),
+            experiment=run.config.experiment,
+            run_name=run.folder.name if fold is None else f"{run.folder.name} fold {fold}",
+            tags={**provenance_tags(), "dataset": run.dataset.manifest.name, "device": run.hardware.device},
+            on_warning=console.note,
+            parent=None if fold is None else run.folder,
+        )
+    except Busy:
+        if fold is not None:
+            raise
+        # Another process trains another fold of this run, and tells of the whole.
+        return null_tracker()
     tracker.params(flatten(run.config) | _plan_params(run.plan))
     if fold is None:
         for name in (CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET):
