@@ -20,6 +20,7 @@ from pipeline.tracking.store_uri import checked_uri, is_embedded, sqlite_uri, wi
 from pipeline.tracking.tracker import JournalTracker, Status, Tracker, discreet, null_tracker
 
 __all__ = [
+    "Busy",
     "Status",
     "Tracker",
     "deliver",
