@@ -39,6 +39,7 @@ _META_PLACE = (
     ("elementspacing", "elementsize"),
 )
 _LOCAL = ("", "local")
+_ENCODINGS = ("raw", "gzip", "gz")
 _BYTES = {
     sitk.sitkInt8: 1,
     sitk.sitkUInt8: 1,
@@ -71,7 +72,7 @@ class _Header:
     def packed(self) -> bool:
         """Whether the voxels are compressed."""
         packed = self.fields.get("compresseddata", "false").lower() == "true"
-        return packed or self.fields.get("encoding", "raw").lower() in ("gzip", "gz", "bzip2", "bz2")
+        return packed or self.fields.get("encoding", "raw").lower() in ("gzip", "gz")
 
 
 def is_itk(path: Path) -> bool:
@@ -90,13 +91,15 @@ def read_itk(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geo
     """
     header = _header(path)
     _refuse_unplaced(header, path)
+    present = _bytes_of_voxels(header, path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(header.image_io)
     reader.SetFileName(str(path))
     with _quiet_itk(path):
         reader.ReadImageInformation()
     shape = _shape(reader, path)
-    _refuse_short(header, int(np.prod(shape, dtype=np.int64)) * _BYTES[reader.GetPixelID()], path)
+    needed = int(np.prod(shape, dtype=np.int64)) * _BYTES[reader.GetPixelID()]
+    refuse_short_file(needed, present, path, packed=header.packed)
     with _quiet_itk(path):
         image = reader.Execute()
     voxels = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
@@ -155,8 +158,11 @@ def _shape(reader: sitk.ImageFileReader, path: Path) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def _refuse_short(header: _Header, needed: int, path: Path) -> None:
-    """Compare what the header promises with the length of the file that holds the voxels."""
+def _bytes_of_voxels(header: _Header, path: Path) -> int:
+    """How many bytes, compressed or not, the file holds for voxels; at least what a MetaImage header promises."""
+    encoding = header.fields.get("encoding", "raw").lower()
+    if encoding not in _ENCODINGS:
+        raise VolumeError(f"{path}: NRRD encoding is '{encoding}'; expected raw or gzip: convert it again")
     name = header.data_file
     if name.lower() in _LOCAL:
         present = path.stat().st_size - header.end
@@ -167,8 +173,7 @@ def _refuse_short(header: _Header, needed: int, path: Path) -> None:
     stored = header.fields.get("compresseddatasize", "")
     if header.packed and stored.isdecimal():
         refuse_short_file(int(stored), present, path)
-    if header.fields.get("encoding", "raw").lower() not in ("bzip2", "bz2"):
-        refuse_short_file(needed, present, path, packed=header.packed)
+    return present
 
 
 def _geometry(image: sitk.Image, shape: tuple[int, int, int], path: Path) -> Geometry:

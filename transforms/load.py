@@ -78,7 +78,11 @@ class LoadVolumed(MapTransform):
 
 
 class DicomSeriesReader(ImageReader):
-    """The DICOM gate as a reader for MONAI's own `LoadImage(reader=DicomSeriesReader())`."""
+    """The DICOM gate as a reader for MONAI's own loader.
+
+    Hand it over in the call, `LoadImage()(folder, reader=DicomSeriesReader())`, or with `register()`. Given to
+    `LoadImage(reader=...)` a refusal would not end the reading: MONAI then tries its other readers, which guess.
+    """
 
     def __init__(self, series: str | None = None) -> None:
         super().__init__()
@@ -93,8 +97,12 @@ class DicomSeriesReader(ImageReader):
 
         Raises:
             DicomError: as `transforms.dicom.read_series`.
+            ValueError: more than one path.
         """
-        return read_series(Path(ensure_tuple(data)[0]), series=self.series)
+        paths = ensure_tuple(data)
+        if len(paths) != 1:
+            raise ValueError(f"a series is one folder or file, found {len(paths)} paths")
+        return read_series(Path(paths[0]), series=self.series)
 
     def get_data(self, img: tuple[npt.NDArray[Any], Geometry, DicomSeries]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         """Voxels (I, J, K) without a channel axis, and MONAI's description of their grid."""

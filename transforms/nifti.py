@@ -91,7 +91,8 @@ def _header(file: IO[bytes], path: Path) -> Any:
     size = 540 if magic == b"n+2\0" else 348
     if magic not in _SINGLE_FILE or len(head) < size:
         raise VolumeError(f"{path}: holds no whole NIfTI header; it is cut short, damaged or something else")
-    return _HEADERS[size](head[:size], check=False)
+    endianness = "<" if int.from_bytes(head[:4], "little") == size else ">"
+    return _HEADERS[size](head[:size], endianness=endianness, check=False)
 
 
 def _shape(header: Any, path: Path) -> tuple[int, int, int]:
@@ -137,7 +138,7 @@ def _stored(file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Pat
     try:
         dtype = header.get_data_dtype()
         kind = "iuf".find(dtype.kind)
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):
         kind = -1
     if kind < 0:
         raise VolumeError(f"{path}: data type {int(header['datatype'])} is not one plain number a voxel")

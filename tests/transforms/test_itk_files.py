@@ -1,0 +1,250 @@
+"""NRRD and MetaImage files: equal to pynrrd and SimpleITK where they are right, refused by name where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nrrd
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
+
+from transforms.errors import VolumeError
+from transforms.geometry import Geometry
+from transforms.volume import read_label, read_volume
+
+VALUES = np.arange(60, dtype=np.int16).reshape(5, 4, 3) - 7
+TO_RAS = {"RAS": (1, 1, 1), "LAS": (-1, 1, 1), "LPS": (-1, -1, 1)}
+FRAMES = {"left-posterior-superior": "LPS", "right-anterior-superior": "RAS", "left-anterior-superior": "LAS"}
+FRAMES |= {code: code for code in TO_RAS}
+
+
+def directions(*, mirrored: bool = False) -> np.ndarray:
+    """One row an axis, as NRRD has it."""
+    rows = Rotation.from_euler("xyz", (10, 20, -30), degrees=True).as_matrix().T * [[0.7], [1.1], [3.0]]
+    return rows * [[-1.0], [1.0], [1.0]] if mirrored else rows
+
+
+def write_nrrd(path: Path, voxels: np.ndarray = VALUES, **fields: Any) -> Path:
+    """A right file with some header fields changed, or left out by None."""
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": directions(),
+        "space origin": np.array([30.0, -40.0, 12.0]),
+        "encoding": "raw",
+        **{key.replace("_", " "): value for key, value in fields.items()},
+    }
+    nrrd.write(str(path), voxels, {key: value for key, value in header.items() if value is not None})
+    return path
+
+
+def write_meta(path: Path, voxels: np.ndarray = VALUES, *, packed: bool = False) -> Path:
+    image = sitk.GetImageFromArray(voxels.transpose(2, 1, 0))
+    image.SetSpacing((0.7, 1.1, 3.0))
+    image.SetOrigin((30.0, -40.0, 12.0))
+    image.SetDirection(Rotation.from_euler("xyz", (10, 20, -30), degrees=True).as_matrix().ravel().tolist())
+    sitk.WriteImage(image, str(path), packed)
+    return path
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> Path:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+def test_nrrd_as_pynrrd_reads_it(tmp_path: Path, frame: str, mirrored: bool, encoding: str) -> None:
+    path = write_nrrd(
+        tmp_path / "a.nrrd", space=frame, space_directions=directions(mirrored=mirrored), encoding=encoding
+    )
+    volume = read_volume(path)
+    voxels, header = nrrd.read(str(path))
+    assert np.array_equal(volume.voxels, voxels)
+    affine = np.eye(4)
+    affine[:3, :3] = header["space directions"].T
+    affine[:3, 3] = header["space origin"]
+    expected = np.diag([*TO_RAS[FRAMES[frame]], 1]) @ affine
+    np.testing.assert_allclose(volume.geometry.affine_ras, expected, atol=1e-6)
+
+
+def test_nrrd_with_its_voxels_beside_it(tmp_path: Path) -> None:
+    assert np.array_equal(read_volume(write_nrrd(tmp_path / "a.nhdr")).voxels, VALUES)
+    (tmp_path / "a.raw").unlink()
+    with pytest.raises(VolumeError, match=r"its voxels are in 'a\.raw', which is not one file beside it"):
+        read_volume(tmp_path / "a.nhdr")
+
+
+def test_nrrd_header_with_windows_line_ends(tmp_path: Path) -> None:
+    path = write_nrrd(tmp_path / "a.nrrd")
+    text, voxels = path.read_bytes().split(b"\n\n", 1)
+    path.write_bytes(text.replace(b"\n", b"\r\n") + b"\r\n\r\n" + voxels)
+    assert np.array_equal(read_volume(path).voxels, VALUES)
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_metaimage_as_simpleitk_reads_it(tmp_path: Path, name: str, packed: bool) -> None:
+    path = write_meta(tmp_path / name, packed=packed)
+    volume = read_volume(path)
+    image = sitk.ReadImage(str(path))
+    assert volume.voxels.dtype == np.float32
+    assert np.array_equal(volume.voxels, VALUES)
+    for ijk in ((0, 0, 0), (4, 0, 0), (0, 3, 0), (4, 3, 2)):
+        point_lps = image.TransformIndexToPhysicalPoint(ijk)
+        (point_ras,) = volume.geometry.ras_from_ijk([ijk])
+        assert point_ras.tolist() == pytest.approx([-point_lps[0], -point_lps[1], point_lps[2]])
+
+
+def test_content_counts_not_the_name(tmp_path: Path) -> None:
+    assert np.array_equal(read_volume(write_nrrd(tmp_path / "a.nrrd").rename(tmp_path / "a.nii.gz")).voxels, VALUES)
+    assert np.array_equal(read_volume(write_meta(tmp_path / "a.mha").rename(tmp_path / "no name")).voxels, VALUES)
+
+
+def test_labels(tmp_path: Path) -> None:
+    whole = write_nrrd(tmp_path / "a.nrrd", np.abs(VALUES).astype(np.float32))
+    assert read_label(whole).voxels.dtype == np.uint8
+    with pytest.raises(VolumeError, match=r"60 of 60 label voxels are not whole numbers, 0\.5 for one"):
+        read_label(write_meta(tmp_path / "a.mha", np.full((5, 4, 3), 0.5, np.float32)))
+
+
+def test_voxels_that_are_no_numbers(tmp_path: Path) -> None:
+    voxels = VALUES.astype(np.float64)
+    voxels[0, 0, :] = np.nan
+    for path in (write_nrrd(tmp_path / "a.nrrd", voxels), write_meta(tmp_path / "a.mha", voxels)):
+        with pytest.raises(VolumeError, match="3 of 60 voxels are NaN or infinite"):
+            read_volume(path)
+
+
+UNPLACED: list[tuple[dict[str, Any], str]] = [
+    ({"space": None, "space_dimension": 3}, "NRRD space is 'none', which does not say where left and front are"),
+    ({"space": "scanner-xyz"}, "NRRD space is 'scanner-xyz'"),
+    ({"space": "3D-right-handed"}, "NRRD space is '3d-right-handed'"),
+    ({"space_origin": None}, "no 'space origin' in the header"),
+    ({"space_directions": None}, "no 'space directions' in the header"),
+    ({"space_units": ["um", "um", "um"]}, "NRRD space units are um um um; expected mm"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), UNPLACED)
+def test_nrrd_without_a_place(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(VolumeError, match=message) as refused:
+        read_volume(write_nrrd(tmp_path / "a.nrrd", **fields))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", [b"TransformMatrix", b"Offset", b"ElementSpacing"])
+def test_metaimage_without_a_place(tmp_path: Path, key: bytes) -> None:
+    path = replaced(write_meta(tmp_path / "a.mha"), key + b" =", b"Comment =")
+    with pytest.raises(VolumeError, match=f"no '{key.decode().lower()}' in the header, so its voxels have no place"):
+        read_volume(path)
+
+
+def channels(path: Path) -> Path:
+    image = sitk.GetImageFromArray(np.zeros((3, 4, 5, 2), np.uint8), isVector=True)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def flat(path: Path) -> Path:
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5), np.uint8)), str(path))
+    return path
+
+
+def frames(path: Path) -> Path:
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 3, 4, 5), np.uint8), isVector=False), str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (channels, "voxels are vector of 8-bit unsigned integer; expected one plain number|NRRD space"),
+        (flat, r"2 axes \(5x4\)|NRRD space is 'none'"),
+        (frames, r"4 axes \(5x4x3x2\)|NRRD space is 'none'"),
+    ],
+)
+def test_not_three_axes_of_numbers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], write: Callable[[Path], Path], name: str, message: str
+) -> None:
+    with pytest.raises(VolumeError, match=message):
+        read_volume(write(tmp_path / name))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cut", [1, 20])
+def test_cut_short(tmp_path: Path, capfd: pytest.CaptureFixture[str], packed: bool, cut: int) -> None:
+    encoding = "gzip" if packed else "raw"
+    for path in (write_nrrd(tmp_path / "a.nrrd", encoding=encoding), write_meta(tmp_path / "a.mha", packed=packed)):
+        path.write_bytes(path.read_bytes()[:-cut])
+        # The last bytes of a gzip stream are its sum and length; ITK does without them.
+        if path.suffix == ".nrrd" and packed and cut == 1:
+            continue
+        with pytest.raises(VolumeError, match=r"cut short|cannot be read") as refused:
+            read_volume(path)
+        assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_absurd_sizes(tmp_path: Path) -> None:
+    """What a header promises is refused before memory is asked for."""
+    huge = replaced(write_nrrd(tmp_path / "a.nrrd"), b"sizes: 5 4 3", b"sizes: 60000 60000 60000")
+    with pytest.raises(VolumeError, match="60000x60000x60000 voxels, more than 2147483648"):
+        read_volume(huge)
+    for path, old in (
+        (write_nrrd(tmp_path / "b.nrrd"), b"sizes: 5 4 3"),
+        (write_meta(tmp_path / "b.mha"), b"DimSize = 5 4 3"),
+    ):
+        with pytest.raises(VolumeError, match=r"promises 1600000000 bytes of voxels, the file has \d+ bytes"):
+            read_volume(replaced(path, old, old.replace(b"5 4 3", b"2000 2000 200")))
+    packed = replaced(write_nrrd(tmp_path / "c.nrrd", encoding="gzip"), b"sizes: 5 4 3", b"sizes: 2000 2000 200")
+    with pytest.raises(VolumeError, match=r"promises 1600000000 bytes of voxels, the file has \d+ compressed bytes"):
+        read_volume(packed)
+
+
+def test_metaimage_of_many_files(tmp_path: Path) -> None:
+    path = replaced(write_meta(tmp_path / "a.mhd"), b"ElementDataFile = a.raw", b"ElementDataFile = LIST\na.raw")
+    with pytest.raises(VolumeError, match="its voxels are in 'LIST'"):
+        read_volume(path)
+
+
+def test_nrrd_packed_by_bzip2(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="NRRD encoding is 'bzip2'; expected raw or gzip"):
+        read_volume(write_nrrd(tmp_path / "a.nrrd", encoding="bzip2"))
+
+
+def test_singular_directions(tmp_path: Path) -> None:
+    rows = directions()
+    rows[2] = rows[1]
+    with pytest.raises(VolumeError, match=r"cannot be read|singular"):
+        read_volume(write_nrrd(tmp_path / "a.nrrd", space_directions=rows))
+
+
+@pytest.mark.parametrize("kind", ["nrrd", "mha"])
+def test_damage_anywhere_is_a_volume_error(tmp_path: Path, kind: str) -> None:
+    """Seeded damage to a header: a refusal or a volume, nothing else."""
+    content = (write_nrrd(tmp_path / "a.nrrd") if kind == "nrrd" else write_meta(tmp_path / "a.mha")).read_bytes()
+    draw = np.random.default_rng(3)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(80):
+        damaged = bytearray(content)
+        for place in draw.integers(0, len(content) - 120, size=draw.integers(1, 4)):
+            damaged[place] = draw.integers(256)
+        path = tmp_path / f"b.{kind}"
+        path.write_bytes(bytes(damaged))
+        try:
+            volume = read_volume(path)
+        except VolumeError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["read"] += 1
+            assert isinstance(volume.geometry, Geometry)
+    assert min(outcomes.values()) > 5
