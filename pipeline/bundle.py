@@ -66,7 +66,9 @@ class BundleFacts:
 def save_bundle(folder: Path, weights: dict[str, Tensor], facts: BundleFacts) -> None:
     """Write a bundle as a whole, replacing an older one of the same place."""
     with atomic_folder(folder, force=True) as temporary:
-        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
+        # In memory first: safetensors reports a full disk as an error of its own, a plain write as what it is.
+        plain = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        (temporary / WEIGHTS).write_bytes(safetensors.torch.save(plain))
         write_text(temporary / PLAN, facts.plan.model_dump_json(indent=2) + "\n")
         write_text(temporary / LABELS, facts.schema.model_dump_json(indent=2) + "\n")
         write_text(temporary / CONFIG, facts.config_yaml)

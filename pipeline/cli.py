@@ -196,6 +196,9 @@ def config_reference() -> None:
     print(reference(), end="")
 
 
+INTERRUPTED = 130
+
+
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 an error in one line, 2 wrong usage, 130 interrupted."""
     arguments = sys.argv[1:]
@@ -208,8 +211,11 @@ def main() -> None:
         app(arguments)
     except VolsegError as error:
         _fail(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished parts are kept, and an unfinished training goes on with --resume", 130)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # typer turns an interrupt into an exit of its own, without a word.
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
+        _fail("interrupted; finished parts are kept, and an unfinished training goes on with --resume", INTERRUPTED)
     except BrokenPipeError:
         _fail("", 1)
     except OSError as error:

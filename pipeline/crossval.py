@@ -42,7 +42,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
     Raises:
         RunError: at least one fold failed; the others were done first.
     """
-    failed: list[str] = []
+    failed: dict[str, Exception] = {}
     with open_run_tracker(run, console, fold=None) as tracker:
         for fold in folds:
             if run.is_done(fold):
@@ -50,12 +50,14 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
                 continue
             try:
                 train_fold(run, fold, console, resume=True)
-            except VolsegError as error:
-                failed.append(f"fold {fold}: {error}")
-                console.note(f"fold {fold} failed: {error}")
+            except Exception as error:  # whatever stopped this fold, the others are worth having
+                what = str(error) if isinstance(error, VolsegError) else f"{type(error).__name__}: {error}"
+                failed[f"fold {fold}: {what}"] = error
+                console.note(f"fold {fold} failed: {what}")
+        first = next(iter(failed), "none was asked for")
         finished = [fold for fold in range(run.folds.count) if run.is_done(fold)]
         if not finished:
-            raise RunError(f"no fold was finished; {failed[0] if failed else 'none was asked for'}")
+            raise RunError(f"no fold was finished; {first}") from failed.get(first)
         report = out_of_fold_report(run, finished)
         _write_report(run.folder, report)
         dice_distribution(report, run.folder / "dice.png")
@@ -63,7 +65,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
         for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
         if failed:
-            raise RunError(f"{len(failed)} of {len(folds)} folds failed, the others are done; {failed[0]}")
+            raise RunError(f"{len(failed)} of {len(folds)} folds failed, the others are done; {first}") from failed[first]
     return report
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 import transforms
 from pipeline.config import AugmentConfig
 from pipeline.errors import RunError, VolsegError, VolumeError
-from pipeline.files import explain_os_error, sha256_of_file, sha256_of_json
+from pipeline.files import explain_os_error, sha256_of_file, sha256_of_json, share_as_new
 from pipeline.manifest import Case, Dataset
 from pipeline.plan import Plan
 from transforms.augment import IntensitySettings, SpatialSettings
@@ -273,6 +273,7 @@ def _publish(entry: Path, arrays: dict[str, npt.NDArray[Any]], geometry: Geometr
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
         (temporary / "geometry.json").write_text(json.dumps(geometry.to_json()))
+        share_as_new(temporary)
         try:
             temporary.rename(entry)
         except OSError as error:
@@ -292,7 +293,9 @@ def _open_entry(entry: Path, case_id: str) -> PreparedCase:
         classes = np.load(entry / "classes.npy", mmap_mode="c", allow_pickle=False)
         positions = np.load(entry / "positions.npy", allow_pickle=False)
         geometry = Geometry.from_json(json.loads((entry / "geometry.json").read_text()))
-    except (OSError, ValueError, KeyError) as error:
+        if not geometry.shape == image.shape[1:] == classes.shape[1:]:
+            raise ValueError(f"voxels of {image.shape} and {classes.shape} on a grid of {geometry.shape}")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{entry}: a damaged cache entry ({type(error).__name__}); delete this folder") from error
     return PreparedCase(case_id, geometry, torch.from_numpy(image), torch.from_numpy(classes), positions)
 

@@ -60,7 +60,7 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".writing-{target.name}-", dir=target.parent))
         yield temporary
-        temporary.chmod(0o777 & ~_UMASK)
+        share_as_new(temporary)
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
@@ -115,6 +115,11 @@ def explain_os_error(error: OSError, target: Path) -> RunError:
     }
     reason = reasons.get(error.errno or 0, (error.strerror or str(error)).lower())
     return RunError(f"cannot write {target}: {reason}")
+
+
+def share_as_new(folder: Path) -> None:
+    """Give a temporary folder, which only its maker may enter, the permissions of any new one."""
+    folder.chmod(0o777 & ~_UMASK)
 
 
 def _sync(path: Path) -> None:

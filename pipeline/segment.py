@@ -14,7 +14,7 @@ from pipeline.console import Console
 from pipeline.dataset import Failure
 from pipeline.errors import RunError, VolsegError, VolumeError
 from pipeline.evaluate import SCHEMA_FILE
-from pipeline.export import ExportedFile, Source, check_formats, export
+from pipeline.export import FORMATS, ExportedFile, Source, check_formats, export
 from pipeline.files import safe_name, write_json, write_text
 from pipeline.manifest import load_dataset
 from pipeline.manifest_formats import VOLUME_SUFFIXES, volume_stem
@@ -78,7 +78,7 @@ def segment_studies(
     written: list[ExportedFile] = []
     failures: list[Failure] = []
     for done, study in enumerate(studies, start=1):
-        if _is_kept(record, study, settings):
+        if _is_kept(record, study, out, settings.formats):
             console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
         else:
             try:
@@ -131,10 +131,15 @@ def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
 def _studies_at(path: Path, channel_count: int, root: Path | None) -> list[Study]:
     if not path.exists():
         raise VolumeError(f"{path}: no such file or folder")
-    if path.suffix == ".json":
+    if path.suffix == ".json" or (path / "dataset.json").is_file():
         dataset = load_dataset(path, root)
         return [Study(case.case_id, tuple(dataset.image_paths(case))) for case in dataset.manifest.cases]
     if path.is_file():
+        if channel_count > 1:
+            raise VolumeError(
+                f"{path}: one file, the model wants {channel_count} channels; give the folder of NAME_0000, NAME_0001 "
+                "and so on, or a manifest"
+            )
         return [Study(safe_name(volume_stem(path)), (path,))]
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(VOLUME_SUFFIXES))
     if not files:
@@ -166,7 +171,9 @@ def _open_record(out: Path, model: Model, *, mirror: bool, force: bool) -> dict[
         return record
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        if not isinstance(before, dict):
+            raise TypeError
+    except (OSError, ValueError, TypeError):
         before = {}
     if force:
         return record
@@ -175,5 +182,8 @@ def _open_record(out: Path, model: Model, *, mirror: bool, force: bool) -> dict[
     return {**record, "studies": dict(before.get("studies", {}))}
 
 
-def _is_kept(record: dict[str, Any], study: Study, settings: SegmentSettings) -> bool:
-    return set(settings.formats) <= set(record["studies"].get(study.name, []))
+def _is_kept(record: dict[str, Any], study: Study, out: Path, formats: Sequence[str]) -> bool:
+    """Recorded, and not taken away since."""
+    if not set(formats) <= set(record["studies"].get(study.name, [])):
+        return False
+    return all((out / f"{study.name}{FORMATS[name].suffix}").is_file() for name in formats)

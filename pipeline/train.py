@@ -28,7 +28,7 @@ from pipeline.config import AugmentConfig, TrainConfig
 from pipeline.dataset import Patches, PreparedCase, prefetch
 from pipeline.device import Hardware, peak_memory_gb
 from pipeline.errors import RunError
-from pipeline.files import atomic_path, sha256_of_json
+from pipeline.files import atomic_path, explain_os_error, sha256_of_json, write_json
 from pipeline.losses import Loss, build_loss, deep_supervision_loss
 from pipeline.metrics import confusion_counts, dice_from_counts
 from pipeline.models.registry import build_network
@@ -37,7 +37,7 @@ from pipeline.plan import Plan
 from pipeline.windows import WindowSettings, predict_windows
 from transforms.labels import LabelSchema
 
-CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
+CHECKPOINT, HISTORY, STEPS = "checkpoint.pt", "history.jsonl", "steps.json"
 CHECKPOINT_FORMAT = "volseg-checkpoint-1"
 
 TIMED_STEPS, WARM_STEPS = 12, 3
@@ -132,7 +132,7 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
         _load(checkpoint, state, task)
         observer.note(f"resumed at step {state.step} of {state.steps}")
     else:
-        state.steps = _count_steps(task, fabric, patches, loss, observer)
+        state.steps = task.settings.steps or _timed_steps(task, fabric, patches, loss, observer)
     validate_at = {round(state.steps * (n + 1) / task.settings.validations) for n in range(task.settings.validations)}
     dice: dict[str, float] = {}
     started, saved = time.monotonic() - state.elapsed_s, time.monotonic()
@@ -281,13 +281,27 @@ def _bare(network: nn.Module) -> nn.Module:
     return inner
 
 
-def _count_steps(task: TrainingTask, fabric: Fabric, patches: Patches, loss: Loss, observer: Observer) -> int:
-    """`steps`, or the number that `budget_minutes` hold: timed on a throw-away start, so that the run is unaffected."""
-    settings = task.settings
-    if settings.steps is not None:
-        return settings.steps
-    if settings.budget_minutes is None:
+def _timed_steps(task: TrainingTask, fabric: Fabric, patches: Patches, loss: Loss, observer: Observer) -> int:
+    """The updates that `budget_minutes` hold: timed once, recorded at once, and from then on what the record says."""
+    if task.settings.budget_minutes is None:
         raise RunError("train.steps and train.budget_minutes are both null; set one of them")
+    record = {"key": task.key(), "budget_minutes": task.settings.budget_minutes}
+    path = task.folder / STEPS
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if {key: before[key] for key in record} == record:
+            observer.note(f"{before['steps']} updates, as timed when this training began")
+            return int(before["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or one that says nothing
+    steps = _count_steps(task, fabric, patches, loss, observer)
+    write_json(path, {**record, "steps": steps})
+    return steps
+
+
+def _count_steps(task: TrainingTask, fabric: Fabric, patches: Patches, loss: Loss, observer: Observer) -> int:
+    """Timed on a throw-away start, so that the run is unaffected."""
+    settings, minutes = task.settings, task.settings.budget_minutes or 0.0
     begin = time.monotonic()
     trial = _start(task, fabric)
     step_s = _time_updates(task, fabric, trial, patches, loss)
@@ -298,9 +312,9 @@ def _count_steps(task: TrainingTask, fabric: Fabric, patches: Patches, loss: Los
     validation_s = (time.monotonic() - stamp) * (early + len(task.validation))
     # The run itself starts from the seed, as if nothing had been timed.
     torch.manual_seed(settings.seed)
-    left_s = 60 * settings.budget_minutes - (time.monotonic() - begin) - validation_s
+    left_s = 60 * minutes - (time.monotonic() - begin) - validation_s
     steps = max(settings.validations, int(left_s / step_s))
-    observer.note(f"{step_s:.3f} s an update: {settings.budget_minutes:g} minutes hold {steps} updates")
+    observer.note(f"{step_s:.3f} s an update: {minutes:g} minutes hold {steps} updates")
     return steps
 
 
@@ -325,7 +339,7 @@ def _on_device(fabric: Fabric, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 def _load(path: Path, state: _State, task: TrainingTask) -> None:
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # what a damaged file makes torch raise is not to be listed
         raise RunError(f"{path}: not a readable checkpoint; delete it to start anew") from error
     if not isinstance(document, dict) or document.get("format") != CHECKPOINT_FORMAT:
         raise RunError(f"{path}: not a checkpoint of this version of volseg; delete it to start anew")
@@ -388,8 +402,11 @@ class _History:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row."""
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise explain_os_error(error, self._path) from error
         self._observer.metrics(step, values)
 
 
