@@ -163,9 +163,9 @@ def test_all_that_is_told_arrives(runs: Path) -> None:
         (folder / "plots" / "curves.png").write_bytes(b"png")
         (folder / "plan.json").write_text("{}", encoding="utf-8")
         tracker.params(params)
-        for step in range(1, 1202):
-            tracker.metrics({"loss/total": 1 / step}, step=step)
-        tracker.metrics({"dice/Hippocampus (L+R)": 0.75, "loss/total": math.nan, "odd//../name": math.inf}, step=2000)
+        for step in range(1, 42):
+            tracker.metrics({f"loss/term_{term}": term / step for term in range(30)}, step=step)
+        tracker.metrics({"dice/Hippocampus (L+R)": 0.75, "loss/term_7": math.nan, "odd//../name": math.inf}, step=50)
         tracker.dataset("hippocampus", DIGEST, "training", source="MSD Task04", case_count=26)
         tracker.dataset("hippocampus", DIGEST[::-1], "validation", source="MSD Task04", case_count=6)
         tracker.artifact(folder / "plan.json")
@@ -179,10 +179,10 @@ def test_all_that_is_told_arrives(runs: Path) -> None:
     assert run.data.params["long"].endswith("x... (7000 characters)")
     assert run.data.metrics["dice/Hippocampus _L_R_"] == 0.75
     assert run.data.metrics["odd/name"] > 1e300
-    losses = history(embedded_store(runs), run, "loss/total")
-    assert sorted(losses)[:1201] == [(step, 1 / step) for step in range(1, 1202)]
-    assert len(losses) == 1202
-    assert math.isnan(run.data.metrics["loss/total"])
+    losses = history(embedded_store(runs), run, "loss/term_7")
+    assert sorted(losses)[:41] == [(step, 7 / step) for step in range(1, 42)]
+    assert len(losses) == 42
+    assert math.isnan(run.data.metrics["loss/term_7"])
     inputs = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
     assert inputs["training"].digest == DIGEST[:36]
     assert json.loads(inputs["validation"].profile) == {"cases": 6, "digest": DIGEST[::-1]}
@@ -345,20 +345,31 @@ def test_an_unreachable_server_costs_a_training_nothing(runs: Path) -> None:
     assert run.info.end_time - run.info.start_time < finished_s * 1000 + 1000
 
 
-def test_deliveries_go_on_when_the_store_comes_back(runs: Path) -> None:
-    """A folder stands where the database should be, as a wrongly mounted disk would have it, and goes away."""
+def folder_in_the_way(database: Path) -> str:
+    """As a wrongly mounted disk has it."""
+    database.mkdir()
+    return "unable to open database file"
+
+
+def other_file_in_the_way(database: Path) -> str:
+    database.write_text("no database" * 100, encoding="utf-8")
+    return "file is not a database"
+
+
+@pytest.mark.parametrize("obstruct", [folder_in_the_way, other_file_in_the_way])
+def test_deliveries_go_on_when_the_store_comes_back(runs: Path, obstruct: Callable[[Path], str]) -> None:
     folder, warned = runs / "fold_0", Warnings()
     database = runs / "mlflow.db"
     database.rename(runs / "kept.db")
-    database.mkdir()
+    reason = obstruct(database)
     with track(folder, warned) as tracker:
         tracker.metrics({"dice/mean": 0.5}, step=1)
         _until(lambda: bool(warned))
-        database.rmdir()
+        database.rename(runs / "obstacle")
         (runs / "kept.db").rename(database)
         tracker.metrics({"dice/mean": 0.6}, step=2)
     assert len(warned) == 1
-    assert "unable to open database file" in warned[0]
+    assert reason in warned[0]
     run = runs_in(embedded_store(runs))["fold_0"]
     assert history(embedded_store(runs), run, "dice/mean") == [(1, 0.5), (2, 0.6)]
 
