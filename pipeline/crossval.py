@@ -65,7 +65,8 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
         for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
         if failed:
-            raise RunError(f"{len(failed)} of {len(folds)} folds failed, the others are done; {first}") from failed[first]
+            count = f"{len(failed)} of {len(folds)} folds"
+            raise RunError(f"{count} failed, the others are done; {first}") from failed[first]
     return report
 
 
