@@ -70,9 +70,10 @@ def summarise(runs: Path, segmentation: Path, seconds: dict[str, float]) -> None
     }
     for what, path in places.items():
         print(f"{what}: {_short(str(path))}")
-    from pipeline.tracking import embedded_store, page_command
+    from pipeline.tracking import embedded_store, page_address, page_command
 
     print(f"runs in MLflow: {page_command(embedded_store(runs))}")
+    print(f"and then open: {page_address(embedded_store(runs))}")
 
 
 def _short(word: str) -> str:

@@ -100,12 +100,13 @@ def show_plan(config: Config, out: Path | None, console: TerminalConsole) -> Non
 def train_one_fold(config: Config, out: Path | None, *, fold: int, resume: bool, console: TerminalConsole) -> None:
     """`volseg train`."""
     from pipeline.crossval import train_fold
-    from pipeline.runs import open_run, open_run_tracker, read_done
+    from pipeline.runs import open_run, open_run_tracker, read_done, send_leftovers
 
     run = open_run(config, out or config.runs / config.name, console)
     _require_fold(run, fold)
     folder = run.fold_folder(fold)
     if run.is_done(fold):
+        send_leftovers(run, console)
         console.note(f"fold {fold} is finished already ({read_done(folder)['steps']} steps); choose another --out")
     else:
         with open_run_tracker(run, console, fold=None):
@@ -271,10 +272,11 @@ def _show_report(title: str, report: Report) -> None:
 
 def _show_tracking(config: Config) -> None:
     from pipeline.runs import tracking_uri
-    from pipeline.tracking import page_command
+    from pipeline.tracking import page_address, page_command
 
     if config.tracking.enabled:
-        print(f"runs in MLflow: {page_command(tracking_uri(config))}")
+        uri = tracking_uri(config)
+        print(f"runs in MLflow: {page_command(uri)}\nand then open: {page_address(uri)}")
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

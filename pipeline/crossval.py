@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
-from pipeline.config import config_to_yaml
 from pipeline.console import Console
 from pipeline.dataset import Failure
 from pipeline.errors import RunError, VolsegError
@@ -23,8 +22,10 @@ from pipeline.runs import (
     DONE,
     Run,
     open_run_tracker,
+    public_yaml,
     read_done,
     run_fold_cases,
+    send_leftovers,
     tell_set_aside,
     track_data,
 )
@@ -64,6 +65,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
         tracker.metrics(_headline(report), step=0)
         for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
+        send_leftovers(run, console)
         if failed:
             count = f"{len(failed)} of {len(folds)} folds"
             raise RunError(f"{count} failed, the others are done; {first}") from failed[first]
@@ -165,7 +167,7 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
         tile_step=run.config.predict.tile_step,
         plan=run.plan,
         schema=run.dataset.manifest.labels,
-        config_yaml=config_to_yaml(run.config, run.fold_folder(fold) / BUNDLE),
+        config_yaml=public_yaml(run.config, run.fold_folder(fold) / BUNDLE),
         provenance={**provenance_tags(), "steps": result.steps, "seconds": round(result.elapsed_s, 1)},
     )
     save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)

@@ -27,7 +27,7 @@ from pipeline.manifest import Dataset, load_dataset, manifest_hash
 from pipeline.plan import Fingerprint, Plan, read_plan
 from pipeline.planner import make_plan
 from pipeline.provenance import provenance_tags
-from pipeline.tracking import Busy, Tracker, embedded_store, null_tracker, open_tracker
+from pipeline.tracking import Busy, Tracker, deliver, embedded_store, null_tracker, open_tracker, without_password
 
 CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
     "config.yaml",
@@ -169,6 +169,24 @@ def track_data(
     tracker.dataset(name, dataset_digest(validation), "validation", source=source, case_count=len(validation))
 
 
+def public_yaml(config: Config, folder: Path) -> str:
+    """The resolved config as it may be kept in `folder` and tracked: without a server's password."""
+    uri = config.tracking.uri
+    if uri is None:
+        return config_to_yaml(config, folder)
+    tracking = config.tracking.model_copy(update={"uri": without_password(uri)})
+    return config_to_yaml(config.model_copy(update={"tracking": tracking}), folder)
+
+
+def send_leftovers(run: Run, console: Console) -> None:
+    """Tell MLflow what finished folds could not tell it before."""
+    if not run.config.tracking.enabled:
+        return
+    for fold in range(run.folds.count):
+        if run.is_done(fold):
+            deliver(run.fold_folder(fold), uri=tracking_uri(run.config), on_warning=console.note)
+
+
 def read_done(folder: Path) -> dict[str, Any]:
     """What a finished fold wrote last."""
     try:
@@ -193,7 +211,7 @@ def _set_up(config: Config, folder: Path, console: Console) -> Run:
     if set_aside:
         rows = [Failure(str(f.case_id), f"{f.file}: {f.message}") for f in set_aside]
         tell_set_aside(folder / "set_aside.json", rows, console)
-    write_text(folder / CONFIG, config_to_yaml(config, folder))
+    write_text(folder / CONFIG, public_yaml(config, folder))
     write_text(folder / FINGERPRINT, fingerprint.model_dump_json(indent=2) + "\n")
     write_text(folder / PLAN, plan.model_dump_json(indent=2) + "\n")
     write_folds(folds, folder / FOLDS)

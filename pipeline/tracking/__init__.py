@@ -29,6 +29,7 @@ __all__ = [
     "open_tracker",
     "page_address",
     "page_command",
+    "without_password",
 ]
 
 
