@@ -1,0 +1,158 @@
+"""Model bundles: what is saved comes back to the last bit, and what was touched is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.bundle import BundleFacts, find_bundles, is_bundle, load_bundle, save_bundle
+from pipeline.errors import BundleError, RunError
+from pipeline.files import sha256_of_file
+from pipeline.manifest import Dataset
+from pipeline.models.registry import build_network
+from pipeline.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FILES = {"bundle.json", "weights.safetensors", "plan.json", "labels.json", "config.yaml"}
+
+
+@pytest.fixture
+def bundle(small_bundle: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def change_index(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+    index = json.loads((folder / "bundle.json").read_text())
+    change(index)
+    (folder / "bundle.json").write_text(json.dumps(index))
+
+
+class TestRoundTrip:
+    def test_logits_are_equal_to_the_last_bit(self, small_plan: Plan, small_bundle: Path) -> None:
+        generator = torch.Generator().manual_seed(3)
+        network = build_network("unet", small_plan.unet, small_plan.patch_shape, generator=generator).eval()
+        loaded = load_bundle(small_bundle)
+        image = torch.randn(1, 1, *small_plan.patch_shape, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            assert torch.equal(network(image), loaded.network(image))
+
+    def test_everything_else_comes_back(self, small_bundle: Path, small_plan: Plan, small_dataset: Dataset) -> None:
+        loaded = load_bundle(small_bundle)
+        assert loaded.plan == small_plan
+        assert loaded.schema == small_dataset.manifest.labels
+        assert (loaded.index.name, loaded.index.fold, loaded.index.mirror) == ("small", None, True)
+        assert loaded.digest == sha256_of_file(small_bundle / "weights.safetensors")
+        assert not loaded.network.training
+
+    def test_the_same_model_gives_the_same_files(self, small_bundle: Path, tmp_path: Path) -> None:
+        loaded = load_bundle(small_bundle)
+        facts = BundleFacts(
+            name="small",
+            fold=None,
+            mirror=True,
+            tile_step=0.5,
+            plan=loaded.plan,
+            schema=loaded.schema,
+            config_yaml="name: small\n",
+            provenance={"volseg": "0"},
+        )
+        save_bundle(tmp_path / "again", loaded.network.state_dict(), facts)
+        assert {p.name for p in (tmp_path / "again").iterdir()} == FILES
+        assert all((tmp_path / "again" / name).read_bytes() == (small_bundle / name).read_bytes() for name in FILES)
+
+    def test_nothing_in_it_is_a_pickle(self, small_bundle: Path) -> None:
+        """A pickle begins with its protocol, 0x80; torch's own files are zip archives that hold one."""
+        for path in small_bundle.iterdir():
+            assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")
+
+
+class TestRefusals:
+    def test_weights_that_were_changed(self, bundle: Path) -> None:
+        content = bytearray((bundle / "weights.safetensors").read_bytes())
+        content[-1] ^= 1
+        (bundle / "weights.safetensors").write_bytes(content)
+        assert "weights.safetensors: not the file that was saved (its hash differs)" in refusal(bundle)
+
+    @pytest.mark.parametrize("name", sorted(FILES - {"bundle.json"}))
+    def test_any_other_file_that_was_changed(self, bundle: Path, name: str) -> None:
+        with (bundle / name).open("ab") as stream:
+            stream.write(b" ")
+        assert f"{name}: not the file that was saved" in refusal(bundle)
+
+    @pytest.mark.parametrize("name", sorted(FILES - {"bundle.json"}))
+    def test_a_missing_file(self, bundle: Path, name: str) -> None:
+        (bundle / name).unlink()
+        assert f"{name} is missing from the bundle" in refusal(bundle)
+
+    def test_a_hash_that_is_missing(self, bundle: Path) -> None:
+        change_index(bundle, lambda index: index["sha256"].pop("plan.json"))  # type: ignore[attr-defined]
+        assert "plan.json: not the file that was saved" in refusal(bundle)
+
+    def test_another_format(self, bundle: Path) -> None:
+        change_index(bundle, lambda index: index.update(format="volseg-bundle-9"))
+        assert "bundle.json: format: Input should be 'volseg-bundle-1'" in refusal(bundle)
+
+    @pytest.mark.parametrize(("text", "says"), [("{", "JSONDecodeError"), ("[]", "valid dictionary")])
+    def test_an_index_that_is_none(self, bundle: Path, text: str, says: str) -> None:
+        (bundle / "bundle.json").write_text(text)
+        assert says in refusal(bundle)
+
+    def test_a_foreign_folder(self, tmp_path: Path) -> None:
+        assert "not a model bundle (no bundle.json in it)" in refusal(tmp_path)
+        assert "not a model bundle" in refusal(tmp_path / "missing")
+
+    def test_weights_of_another_network(self, bundle: Path) -> None:
+        import safetensors.torch
+
+        safetensors.torch.save_file({"other": torch.zeros(3)}, bundle / "weights.safetensors")
+        digest = sha256_of_file(bundle / "weights.safetensors")
+        change_index(bundle, lambda index: index["sha256"].update({"weights.safetensors": digest}))  # type: ignore[attr-defined]
+        assert "the weights are not those of the plan's network" in refusal(bundle)
+
+    def test_weights_that_are_no_safetensors(self, bundle: Path) -> None:
+        (bundle / "weights.safetensors").write_bytes(b"\x80\x04 a pickle")
+        digest = sha256_of_file(bundle / "weights.safetensors")
+        change_index(bundle, lambda index: index["sha256"].update({"weights.safetensors": digest}))  # type: ignore[attr-defined]
+        assert "not a safetensors file" in refusal(bundle)
+
+    def test_a_place_that_cannot_be_written(self, small_bundle: Path, tmp_path: Path) -> None:
+        loaded = load_bundle(small_bundle)
+        facts = BundleFacts("x", None, False, 0.5, loaded.plan, loaded.schema, "", {})
+        (tmp_path / "file").write_text("")
+        with pytest.raises(RunError, match="a file stands where a folder is needed"):
+            save_bundle(tmp_path / "file" / "bundle", loaded.network.state_dict(), facts)
+
+
+class TestFinding:
+    def test_a_bundle_a_run_and_a_cross_validation(self, small_bundle: Path, tmp_path: Path) -> None:
+        assert find_bundles(small_bundle) == [small_bundle]
+        for fold in (1, 0):
+            shutil.copytree(small_bundle, tmp_path / "run" / f"fold_{fold}" / "bundle")
+        assert find_bundles(tmp_path / "run" / "fold_1") == [tmp_path / "run" / "fold_1" / "bundle"]
+        assert find_bundles(tmp_path / "run") == [tmp_path / "run" / f"fold_{n}" / "bundle" for n in (0, 1)]
+        assert is_bundle(small_bundle)
+        assert not is_bundle(tmp_path)
+
+    def test_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(BundleError, match="no such model; give a bundle or a run folder"):
+            find_bundles(tmp_path / "missing")
+        with pytest.raises(BundleError, match="neither a model bundle nor a run folder with a finished training"):
+            find_bundles(tmp_path)
+        (tmp_path / "model.pt").write_bytes(b"PK")
+        with pytest.raises(BundleError, match="neither a model bundle nor a run folder"):
+            find_bundles(tmp_path / "model.pt")
