@@ -54,7 +54,8 @@ class OrientAndRespaced(MapTransform):
             target = source.oriented(self.axis_codes).respaced(self.spacing_mm)
             voxels = result[key].as_tensor()
             if key in self.class_keys:
-                moved = move_classes(voxels, source, target, class_count=int(voxels.max()) + 1)
+                highest = int(voxels.numpy(force=True).max())  # torch knows no maximum of unsigned 16-bit integers
+                moved = move_classes(voxels, source, target, class_count=highest + 1)
             else:
                 moved = move(voxels, source, target, order=3)
             result[key] = as_metatensor(moved, target)
@@ -86,10 +87,13 @@ def placing_steps(
     spacing_mm: Sequence[float],
     normalisations: Sequence[Normalisation],
 ) -> list[Any]:
-    """What follows loading: reorient, respace, normalise."""
+    """What follows loading: normalise, reorient, respace.
+
+    Respacing comes last: a spline rings, and after it hardly a voxel of a masked background would be exactly 0.
+    """
     return [
-        OrientAndRespaced(keys, class_keys=class_keys, axis_codes=axis_codes, spacing_mm=spacing_mm),
         NormaliseIntensityd("image", normalisations),
+        OrientAndRespaced(keys, class_keys=class_keys, axis_codes=axis_codes, spacing_mm=spacing_mm),
     ]
 
 

@@ -20,14 +20,14 @@ SMALLEST_WEIGHT = 1e-3
 """Blending weights never fall below this part of the centre's, so that corners are defined."""
 
 
-def class_positions(classes: npt.NDArray[np.uint8], *, class_count: int) -> npt.NDArray[np.int32]:
+def class_positions(classes: npt.NDArray[np.uint8 | np.uint16], *, class_count: int) -> npt.NDArray[np.int32]:
     """Voxels (N, 4) of every class but background, columns class, i, j, k; large classes are thinned evenly."""
     foreground = np.flatnonzero(classes)
     found = classes.reshape(-1)[foreground]
     rows = []
     for label in range(1, class_count):
         places = foreground[found == label]
-        places = places[:: max(1, len(places) // VOXELS_PER_CLASS)]
+        places = places[:: max(1, -(-len(places) // VOXELS_PER_CLASS))]
         ijk = np.stack(np.unravel_index(places, classes.shape), axis=1)
         rows.append(np.concatenate([np.full((len(places), 1), label), ijk], axis=1))
     return np.concatenate(rows).astype(np.int32) if rows else np.empty((0, 4), np.int32)
@@ -47,7 +47,7 @@ def draw_centre(
     """
     size, patch = np.asarray(shape), np.asarray(patch_shape)
     if len(positions) and random.random_sample() < foreground_share:
-        classes = np.unique(positions[:, 0])
+        classes = np.flatnonzero(np.bincount(positions[:, 0]))
         rows = positions[positions[:, 0] == random.choice(classes)]
         wanted = rows[random.randint(len(rows)), 1:].astype(np.float64)
     else:
@@ -55,14 +55,17 @@ def draw_centre(
     # Half-integer centres of even patches keep unrotated patches on voxel centres.
     start = np.rint(wanted - (patch - 1) / 2)
     room = size - patch
-    start = np.where(room > 0, np.clip(start, 0, np.maximum(room, 0)), np.floor(room / 2))
+    start = np.where(room > 0, np.clip(start, 0, np.maximum(room, 0)), np.ceil(room / 2))  # as `padding_to` has it
     return np.asarray(start + (patch - 1) / 2)
 
 
 def tile_starts(shape: Sequence[int], patch_shape: Sequence[int], *, step: float) -> list[tuple[int, int, int]]:
     """First voxels of evenly spaced tiles that cover a volume at least as large as the patch.
 
-    Neighbouring tiles are at most `step` of a patch apart.
+    Neighbouring tiles are at most `step` of a patch apart, rounded up to whole voxels.
+
+    Raises:
+        ValueError: the volume is smaller than the patch.
     """
     per_axis = []
     for size, side in zip(shape, patch_shape, strict=True):
@@ -74,7 +77,8 @@ def tile_starts(shape: Sequence[int], patch_shape: Sequence[int], *, step: float
 
 
 def blending_weights(patch_shape: Sequence[int]) -> Tensor:
-    """Gaussian (I, J, K) float32, 1 at the centre: tiles count most where they see most."""
+    """Gaussian (I, J, K) float32, 1 at the centre and nowhere below `SMALLEST_WEIGHT`: tiles count most where they
+    see most."""
     weights = torch.ones(1, 1, 1)
     for axis, side in enumerate(patch_shape):
         offsets = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
