@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom.pixels import pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from transforms.dicom_checks import Finding, keeps_padding, syntax_name
@@ -70,12 +71,13 @@ def _measured(header: Header, background: float) -> npt.NDArray[np.float64]:
 
 
 def _stored(header: Header) -> npt.NDArray[Any]:
-    """One slice (rows, columns) of stored values, decoded."""
+    """One slice (rows, columns) of stored values, decoded, with all bits that are allocated."""
     try:
         with quiet_pydicom():
             dataset = pydicom.dcmread(header.path, force=True)
             _name_syntax(dataset)
-            stored = dataset.pixel_array
+            # The bits above BitsStored are kept, since padding values may lie there.
+            stored = pixel_array(dataset, raw=True, correct_unused_bits=False)
     except PARSE_FAULTS as fault:
         raise DicomError(
             f"{header.path}: the pixels in {syntax_name(header.transfer_syntax)} cannot be decoded "

@@ -19,6 +19,7 @@ from pathlib import Path
 import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.tag import Tag
 
 from transforms.errors import DicomError
 
@@ -64,16 +65,19 @@ _KINDS = {
     "TemporalPositionIdentifier": "temporal position",
     "TriggerTime": "trigger time",
 }
-_KEYWORDS = [
-    *_KINDS,
-    *("Modality", "SeriesDescription", "SeriesNumber", "SpecificCharacterSet"),
-    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices"),
-    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
-]
+_TAGS = {
+    keyword: Tag(keyword)
+    for keyword in (
+        *_KINDS,
+        *("Modality", "SeriesDescription", "SeriesNumber", "SpecificCharacterSet"),
+        *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+        *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices"),
+        *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
+        *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+        *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
+        *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+    )
+}
 _UID = re.compile(r"[0-9.]{1,64}")
 _CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
 _ENCODINGS = {"ISO_IR 192": "utf-8", "ISO_IR 100": "latin-1"}
@@ -161,7 +165,7 @@ def read_header(path: Path) -> Header | None:
 
 
 def _parse(path: Path) -> Header | None:
-    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_KEYWORDS, force=True)
+    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS.values()), force=True)
     meta = _Elements(dataset.file_meta)
     if meta.uid("MediaStorageSOPClassUID") == MEDIA_DIRECTORY:
         return None
@@ -175,13 +179,14 @@ class _Elements:
         self._dataset = dataset
 
     def __contains__(self, keyword: str) -> bool:
-        return keyword in self._dataset
+        return _TAGS[keyword] in self._dataset
 
     def raw(self, keyword: str) -> tuple[bytes, bool]:
         """The bytes of an element, and whether they are little endian."""
-        if keyword not in self._dataset:
+        tag = _TAGS.get(keyword) or Tag(keyword)
+        if tag not in self._dataset:
             return b"", True
-        element = self._dataset.get_item(keyword)
+        element = self._dataset.get_item(tag)
         if isinstance(element, RawDataElement):
             return element.value or b"", element.is_little_endian
         parts = [element.value] if isinstance(element.value, str) else list(element.value or [])
@@ -300,7 +305,7 @@ def _starts_with_element(head: bytes) -> bool:
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def _triple(values: Numbers) -> Triple:

@@ -201,6 +201,21 @@ def test_a_range_of_padding(write_series: WriteSeries) -> None:
     assert "PixelPaddingValue -2000 to -1990 becomes" in series.findings[0].evidence
 
 
+def test_padding_beyond_the_stored_bits(write_series: WriteSeries) -> None:
+    """12 bits stored of 16, unsigned, padded with 63536: what -2000 looks like there."""
+    geometry = grid()
+    values = (phantom(geometry) + 40).astype(np.uint16)
+    stored = values.copy()
+    stored[0, :, :] = 63536
+    values[0, :, :] = 0
+
+    def pad(dataset: Dataset, k: int) -> None:
+        dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 12, 11, 0
+        dataset.add_new("PixelPaddingValue", "US", 63536)
+
+    assert_read(write_series(geometry, stored.view(np.int16), edit=pad), geometry, values)
+
+
 def test_padding_among_measured_values_is_kept(write_series: WriteSeries) -> None:
     def pad(dataset: Dataset, k: int) -> None:
         dataset.Modality = "CT"

@@ -174,6 +174,17 @@ def test_outside_by_hand(order: Order) -> None:
     assert values[10:] == [-9.0, -9.0]
 
 
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_outside_when_voxels_grow(order: Order) -> None:
+    """Voxels at 0 to 4 mm seen at -2, 0, 2, 4, 6, 8 mm: one target voxel is 2 mm."""
+    source = Geometry((5, 1, 1), np.eye(4))
+    affine = np.diag([2.0, 1, 1, 1])
+    affine[0, 3] = -2.0
+    values = torch.tensor([5.0, 6.0, 8.0, 7.0, 3.0]).reshape(1, 5, 1, 1)
+    moved = move(values, source, Geometry((6, 1, 1), affine), order=order, fill=-9.0)
+    assert moved.flatten().tolist() == pytest.approx([5.0, 5.0, 8.0, 3.0, 3.0, -9.0], abs=1e-5)
+
+
 @given(st.integers(1, 9), st.integers(1, 12), st.floats(0.3, 3.0), st.floats(-2.0, 2.0), st.sampled_from((0, 1, 3)))
 @settings(max_examples=60)
 def test_weights_of_a_constant(count: int, targets: int, scale: float, offset: float, order: Order) -> None:
