@@ -27,10 +27,14 @@ os.umask(_UMASK)
 def atomic_path(target: Path) -> Iterator[Path]:
     """Give a temporary path beside `target` (same suffixes); on success it is synced and becomes `target`.
 
+    A device or a pipe, as /dev/stdout, is given itself: putting a file in its place would take it away.
     Raises RunError in one line when the folder cannot be written or the disk is full; the target is untouched.
     """
     temporary: Path | None = None
     try:
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            yield target
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         # mkstemp keeps two writers of the same target apart; the whole name stays a suffix for format sniffing.
         handle, name = tempfile.mkstemp(prefix=".writing-", suffix="-" + target.name, dir=target.parent)

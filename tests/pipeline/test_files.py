@@ -69,6 +69,19 @@ class TestAtomicPath:
         modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "ours")}
         assert len(modes) == 1
 
+    def test_a_device_or_a_pipe_is_written_and_never_replaced(self, tmp_path: Path) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        write_text(pipe, "through")
+        assert os.read(reader, 100) == b"through"
+        os.close(reader)
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+        device = Path("/dev/full").stat()
+        with pytest.raises(RunError, match=r"^cannot write /dev/full: the disk is full"):
+            write_text(Path("/dev/full"), "x")
+        assert os.path.samestat(device, Path("/dev/full").stat())
+
     def test_a_device_that_is_full_is_one_line(self, tmp_path: Path) -> None:
         with (
             pytest.raises(RunError, match="the disk is full; free some space"),
