@@ -110,6 +110,14 @@ LOSSES: dict[str, tuple[str, ...]] = {
 }
 
 
+def require_loss(name: str) -> None:
+    """Raise ConfigError if there is no loss of that name; the nearest and all others are named."""
+    if name not in LOSSES:
+        near = difflib.get_close_matches(name, LOSSES, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigError(f"loss '{name}' is not known: {hint}known are {', '.join(LOSSES)}")
+
+
 def build_loss(
     name: str,
     *,
@@ -127,10 +135,7 @@ def build_loss(
         ConfigError: there is no loss of that name.
         ValueError: fewer than two classes.
     """
-    if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ConfigError(f"loss '{name}' is not known: {hint}known are {', '.join(LOSSES)}")
+    require_loss(name)
     if class_count < 2:
         raise ValueError(f"found {class_count} classes, expected the background and at least one more")
     settings = LossSettings(batch_dice, ignore_class, false_positive_weight, false_negative_weight)

@@ -23,7 +23,9 @@ from pipeline.errors import ConfigError, ManifestError, RunError
 from pipeline.files import sha256_of_json, write_json, write_text
 from pipeline.fingerprint import Measuring
 from pipeline.folds import Folds, assign_folds, read_folds, write_folds
+from pipeline.losses import require_loss
 from pipeline.manifest import Dataset, load_dataset, manifest_hash
+from pipeline.models.registry import require_network
 from pipeline.plan import Fingerprint, Plan, read_plan
 from pipeline.planner import make_plan
 from pipeline.provenance import provenance_tags
@@ -63,6 +65,10 @@ class Run:
 
 def plan_dataset(config: Config, console: Console) -> tuple[Dataset, CheckReport, Fingerprint, Plan]:
     """Check and measure a dataset in one pass over its files, and plan for it on this machine."""
+    # What is wrong in the config is told before a large dataset is read for it.
+    budget = budget_of(choose_hardware(config.train), config.plan, config.train)
+    require_network(config.network.name)
+    require_loss(config.train.loss)
     dataset = load_dataset(config.data.manifest, config.data.root)
     measuring = Measuring(dataset.manifest)
     report = check_dataset(
@@ -76,7 +82,6 @@ def plan_dataset(config: Config, console: Console) -> tuple[Dataset, CheckReport
         first = next((f.message for f in report.faults if f.severity == "error"), "no case has a label")
         raise ManifestError(f"{config.data.manifest}: no case can be trained on, the first fault: {first}")
     fingerprint = measuring.fingerprint(usable)
-    budget = budget_of(choose_hardware(config.train), config.plan, config.train)
     plan = make_plan(
         fingerprint, budget, settings=config.plan, network=config.network, mirror_axes=config.augment.mirror_axes
     )

@@ -31,10 +31,7 @@ def build_network(
     Raises:
         PlanError: no such network, one that cannot do what the spec asks, or a patch that does not fit it.
     """
-    if name not in NETWORKS:
-        near = difflib.get_close_matches(name, NETWORKS, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise PlanError(f"network '{name}' is not known: {hint}known are {', '.join(NETWORKS)}")
+    require_network(name)
     network = NETWORKS[name]
     network.check(name, spec, patch_shape)
     if generator is None:
@@ -43,6 +40,14 @@ def build_network(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return network.build(spec)
+
+
+def require_network(name: str) -> None:
+    """Raise PlanError if there is no network of that name; the nearest and all others are named."""
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name, NETWORKS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise PlanError(f"network '{name}' is not known: {hint}known are {', '.join(NETWORKS)}")
 
 
 def _unet(spec: UNetSpec) -> nn.Module:
