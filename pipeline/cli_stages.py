@@ -161,7 +161,7 @@ def predict_inputs(
         raise ConfigError(f"--device {wanted.device}: expected auto, cpu or cuda")
     device = choose_hardware(TrainConfig.model_validate({"device": wanted.device})).torch_device()
     model = Model(tuple(load_bundle(path, device) for path in find_bundles(model_path)))
-    studies = find_studies(inputs, channel_count=len(model.plan.channels), root=wanted.root)
+    studies = find_studies(inputs, channels=model.plan.channels, root=wanted.root)
     settings = SegmentSettings(wanted.formats, wanted.mirror, wanted.series, wanted.force)
     written, failures = segment_studies(model, studies, out, settings=settings, console=console)
     console.close()

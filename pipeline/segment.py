@@ -16,8 +16,9 @@ from pipeline.errors import RunError, VolsegError, VolumeError
 from pipeline.evaluate import SCHEMA_FILE
 from pipeline.export import FORMATS, ExportedFile, Source, check_formats, export
 from pipeline.files import safe_name, write_json, write_text
-from pipeline.manifest import load_dataset
+from pipeline.manifest import Channel, load_dataset
 from pipeline.manifest_formats import VOLUME_SUFFIXES, volume_stem
+from pipeline.plan import ChannelPlan
 from pipeline.predict import Model, predict
 from transforms.dicom import read_series
 from transforms.dicom_header import is_dicom
@@ -45,15 +46,17 @@ class SegmentSettings:
     force: bool
 
 
-def find_studies(inputs: Sequence[Path], *, channel_count: int, root: Path | None = None) -> list[Study]:
+def find_studies(inputs: Sequence[Path], *, channels: Sequence[ChannelPlan], root: Path | None = None) -> list[Study]:
     """What the inputs stand for: volume files, folders of them, DICOM folders, manifests.
 
-    In a folder of files with nnU-Net's channel suffixes (_0000, _0001) those of a case belong together.
+    In a folder of files with nnU-Net's channel suffixes (_0000, _0001) those of a case belong together. A
+    manifest names its channels, so they are put in the order of the model's `channels`.
 
     Raises:
-        VolumeError: a path is missing or holds nothing to segment, or two studies would have one name.
+        VolumeError: a path is missing or holds nothing to segment, two studies would have one name, or the
+            channels of a manifest are not the model's.
     """
-    studies = [study for path in inputs for study in _studies_at(path, channel_count, root)]
+    studies = [study for path in inputs for study in _studies_at(path, channels, root)]
     names = [study.name for study in studies]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -128,12 +131,15 @@ def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
         return load_dataset(path).manifest.labels
 
 
-def _studies_at(path: Path, channel_count: int, root: Path | None) -> list[Study]:
+def _studies_at(path: Path, channels: Sequence[ChannelPlan], root: Path | None) -> list[Study]:
+    channel_count = len(channels)
     if not path.exists():
         raise VolumeError(f"{path}: no such file or folder")
     if path.suffix == ".json" or (path / "dataset.json").is_file():
         dataset = load_dataset(path, root)
-        return [Study(case.case_id, tuple(dataset.image_paths(case))) for case in dataset.manifest.cases]
+        order = _channel_order(dataset.manifest.channels, channels, path)
+        images = [(case.case_id, dataset.image_paths(case)) for case in dataset.manifest.cases]
+        return [Study(case_id, tuple(paths[n] for n in order)) for case_id, paths in images]
     if path.is_file():
         if channel_count > 1:
             raise VolumeError(
@@ -148,6 +154,21 @@ def _studies_at(path: Path, channel_count: int, root: Path | None) -> list[Study
     if channel_count == 1 and not all(volume_stem(p).endswith("_0000") for p in files):
         return [Study(safe_name(volume_stem(p)), (p,)) for p in files]
     return _grouped(files, channel_count, path)
+
+
+def _channel_order(found: Sequence[Channel], wanted: Sequence[ChannelPlan], source: Path) -> list[int]:
+    """Where each of the model's channels stands in a manifest; several are told apart by name, a single one fits."""
+    names = [channel.name.casefold() for channel in found]
+    if len(wanted) == len(found) == 1:
+        order = [0]
+    elif sorted(names) == sorted(channel.name.casefold() for channel in wanted):
+        order = [names.index(channel.name.casefold()) for channel in wanted]
+    else:
+        order = []
+    if not order or any(found[n].modality != c.modality for n, c in zip(order, wanted, strict=True)):
+        here, there = (", ".join(f"{c.name} ({c.modality})" for c in side) for side in (found, wanted))
+        raise VolumeError(f"{source}: its channels are {here}, the model wants {there}; choose the model for these")
+    return order
 
 
 def _grouped(files: Sequence[Path], channel_count: int, folder: Path) -> list[Study]:
