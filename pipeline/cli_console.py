@@ -86,6 +86,8 @@ def show_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
         return
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title, title_justify="left", header_style="bold")
+    if not sys.stdout.isatty():
+        table.box, table.pad_edge = None, False
     for column in columns:
         numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.plan import Plan
     from pipeline.report import Report
-    from pipeline.runs import Run
 
 
 def build(
@@ -102,8 +101,7 @@ def train_one_fold(config: Config, out: Path | None, *, fold: int, resume: bool,
     from pipeline.crossval import train_fold
     from pipeline.runs import open_run, open_run_tracker, read_done, send_leftovers
 
-    run = open_run(config, out or config.runs / config.name, console)
-    _require_fold(run, fold)
+    run = open_run(config, out or config.runs / config.name, console, wanted=[fold])
     folder = run.fold_folder(fold)
     if run.is_done(fold):
         send_leftovers(run, console)
@@ -122,10 +120,8 @@ def run_folds(config: Config, out: Path | None, *, folds: list[int] | None, cons
     from pipeline.crossval import cross_validate
     from pipeline.runs import open_run
 
-    run = open_run(config, out or config.runs / config.name, console)
+    run = open_run(config, out or config.runs / config.name, console, wanted=folds or ())
     wanted = list(range(run.folds.count)) if folds is None else folds
-    for fold in wanted:
-        _require_fold(run, fold)
     report = cross_validate(run, wanted, console)
     console.close()
     _show_report("out of fold", report)
@@ -240,11 +236,6 @@ def describe(path: Path) -> None:
 
     title, rows = facts_of(path)
     show_table(title, rows)
-
-
-def _require_fold(run: Run, fold: int) -> None:
-    if fold >= run.folds.count:
-        raise ConfigError(f"fold {fold}: there are folds 0 to {run.folds.count - 1} (folds.count)")
 
 
 def _plan_rows(plan: Plan) -> list[dict[str, Any]]:

@@ -88,10 +88,11 @@ def plan_dataset(config: Config, console: Console) -> tuple[Dataset, CheckReport
     return dataset, report, fingerprint, plan
 
 
-def open_run(config: Config, folder: Path, console: Console) -> Run:
-    """Set a run up, or go on with one of the same config.
+def open_run(config: Config, folder: Path, console: Console, *, wanted: Sequence[int] = ()) -> Run:
+    """Set a run up for the `wanted` folds, or go on with one of the same config.
 
     Raises:
+        ConfigError: there is no such fold; nothing is written then.
         RunError: the folder holds a run of another config, or cannot be written.
     """
     if (folder / CONFIG).exists():
@@ -99,9 +100,10 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
     if (folder / DATASET).exists():
         dataset = load_dataset(config.data.manifest, config.data.root)
         _require_same_dataset(dataset, folder)
-        hardware = choose_hardware(config.train)
-        return Run(folder, config, dataset, read_folds(folder / FOLDS), read_plan(folder / PLAN), hardware)
-    return _set_up(config, folder, console)
+        folds = read_folds(folder / FOLDS)
+        _require_folds(folds, wanted)
+        return Run(folder, config, dataset, folds, read_plan(folder / PLAN), choose_hardware(config.train))
+    return _set_up(config, folder, console, wanted=wanted)
 
 
 def run_fold_cases(run: Run, fold: int, console: Console) -> tuple[list[PreparedCase], list[PreparedCase]]:
@@ -201,11 +203,12 @@ def read_done(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _set_up(config: Config, folder: Path, console: Console) -> Run:
+def _set_up(config: Config, folder: Path, console: Console, *, wanted: Sequence[int]) -> Run:
     dataset, report, fingerprint, plan = plan_dataset(config, console)
     errors = [f for f in report.faults if f.severity == "error"]
     set_aside = [f for f in errors if f.case_id is not None]
     folds = assign_folds(report.facts, count=config.folds.count, seed=config.folds.seed)
+    _require_folds(folds, wanted)
     certificate = folds.certificate()
     if not certificate["sound"]:
         raise ManifestError(
@@ -228,6 +231,12 @@ def _set_up(config: Config, folder: Path, console: Console) -> Run:
     return Run(folder, config, dataset, folds, plan, choose_hardware(config.train))
 
 
+def _require_folds(folds: Folds, wanted: Sequence[int]) -> None:
+    for fold in wanted:
+        if fold >= folds.count:
+            raise ConfigError(f"fold {fold}: there are folds 0 to {folds.count - 1} (folds.count)")
+
+
 def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.manifest.name,
@@ -248,7 +257,7 @@ def _require_same_config(config: Config, folder: Path) -> None:
     except ConfigError as error:
         raise RunError(f"{folder}: holds a run that this version cannot read; choose another --out") from error
     now = flatten(config)
-    places = ("runs", "data.", "tracking.")
+    places = ("runs", "data.", "tracking.", "train.device")
     changed = [k for k in now if before.get(k) != now[k] and not k.startswith(places)]
     if changed:
         key = changed[0]

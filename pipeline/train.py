@@ -84,7 +84,14 @@ class TrainingTask:
                 # How long to go on and how often to look may change; what is learnt may not.
                 "settings": self.settings.model_dump(
                     mode="json",
-                    exclude={"budget_minutes", "steps", "checkpoint_minutes", "validations", "validation_cases"},
+                    exclude={
+                        "budget_minutes",
+                        "steps",
+                        "checkpoint_minutes",
+                        "validations",
+                        "validation_cases",
+                        "device",
+                    },
                 ),
                 "augment": self.augment.model_dump(mode="json"),
                 "cases": [case.case_id for case in self.training],
