@@ -121,7 +121,8 @@ def crossval(
     """Run the folds that aren't finished yet and score all out-of-fold predictions together."""
     from pipeline.cli_stages import run_folds
 
-    run_folds(_load(config, sets), out, folds=_numbers(folds), console=_console())
+    wanted = _numbers(folds)
+    run_folds(_load(config, sets), out, folds=wanted, console=_console())
 
 
 @app.command()

@@ -271,7 +271,7 @@ def _publish(entry: Path, arrays: dict[str, npt.NDArray[Any]], geometry: Geometr
         entry.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
+            _save_array(temporary / f"{name}.npy", array)
         (temporary / "geometry.json").write_text(json.dumps(geometry.to_json()))
         share_as_new(temporary)
         try:
@@ -285,6 +285,13 @@ def _publish(entry: Path, arrays: dict[str, npt.NDArray[Any]], geometry: Geometr
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """As `np.save`, which does not say why it could write only a part."""
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        stream.write(np.ascontiguousarray(array).data)
 
 
 def _open_entry(entry: Path, case_id: str) -> PreparedCase:

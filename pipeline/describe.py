@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,17 @@ def facts_of(path: Path) -> Facts:
     Raises:
         VolsegError: it is none of these, or cannot be read.
     """
+    if not path.exists():
+        raise VolumeError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return _manifest(path) if path.suffix == ".json" else _volume(path)
+    # Only folders can be models and runs, whose modules take seconds to load.
     from pipeline.bundle import is_bundle
     from pipeline.runs import DATASET
 
-    if not path.exists():
-        raise VolumeError(f"{path}: no such file or folder")
-    kinds: list[tuple[bool, Callable[[Path], Facts]]] = [
-        (is_bundle(path), _bundle),
-        ((path / DATASET).is_file(), _run),
-        (path.suffix == ".json", _manifest),
-        (path.is_dir(), _dicom),
-    ]
-    return next((describe for is_kind, describe in kinds if is_kind), _volume)(path)
+    if is_bundle(path):
+        return _bundle(path)
+    return _run(path) if (path / DATASET).is_file() else _dicom(path)
 
 
 def _bundle(path: Path) -> Facts:

@@ -110,7 +110,7 @@ def read_source(path: Path, *, series: str | None) -> Source:
     Raises:
         VolumeError: see `transforms.load.read_volume`.
     """
-    if not (path.is_dir() or is_dicom(path)):
+    if not path.is_dir() and (not path.exists() or not is_dicom(path)):
         return Source(read_volume(path))
     voxels, geometry, chosen = read_series(path, series=series)
     return Source(Volume(voxels, geometry, chosen.modality or None, chosen.background), chosen)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -145,20 +145,23 @@ class TestCache:
         ours = {p.name for p in folder.glob("*.py")} - {"__init__.py", "errors.py", "augment.py", "sanity.py"}
         assert ours <= watched
 
-    def test_a_full_disk_is_one_line_and_leaves_nothing(
-        self, world: Dataset, small_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        save, cache = np.save, tmp_path / "cache"
-
-        def fill_up(path: Path, array: Any) -> None:
-            if path.name == "classes.npy":
-                raise OSError(errno.ENOSPC, "No space left on device")
-            save(path, array)
-
-        monkeypatch.setattr(np, "save", fill_up)
-        with pytest.raises(RunError, match="the disk is full; free some space"):
-            prepare_case(world, world.manifest.cases[0], small_plan, cache)
+    def test_a_full_disk_is_one_line_and_leaves_nothing(self, world: Dataset, small_plan: Plan, tmp_path: Path) -> None:
+        """A limit on the size of files strikes in the same call; Python turns its signal into an error."""
+        cache = tmp_path / "cache"
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(RunError, match=r"^cannot write .*: file too large$"):
+                prepare_case(world, world.manifest.cases[0], small_plan, cache)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert entries(cache) == hidden(cache) == []
+
+    @pytest.mark.parametrize("shape", [(2, 3, 4), (0, 4)])
+    def test_arrays_are_written_as_numpy_does(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
+        for array in (np.random.default_rng(0).random(shape), np.ones(shape[::-1], np.int32).T):
+            module._save_array(tmp_path / "ours.npy", array)
+            assert np.array_equal(np.load(tmp_path / "ours.npy"), array)
 
     @pytest.mark.parametrize(
         ("name", "content"),
@@ -200,8 +203,8 @@ class TestCache:
 RIVAL = """
 import os, signal, sys, time
 from pathlib import Path
-import numpy as np
 import torch
+from pipeline import dataset as module
 from pipeline.dataset import prepare_case
 from pipeline.manifest import load_dataset
 from pipeline.plan import read_plan
@@ -210,7 +213,7 @@ torch.set_num_threads(1)
 folder, manifest, plan = Path(sys.argv[1]), sys.argv[2], read_plan(Path(sys.argv[3]))
 dataset = load_dataset(Path(manifest))
 first, second = [c for c in dataset.manifest.cases if c.case_id in sys.argv[4:]]
-save = np.save
+save = module._save_array
 
 def slow(path, array):
     (folder / "rival_is_writing").touch()
@@ -218,7 +221,7 @@ def slow(path, array):
         time.sleep(0.01)
     save(path, array)
 
-np.save = slow
+module._save_array = slow
 prepare_case(dataset, first, plan, folder / "cache")
 (folder / "rival_has_it").touch()
 
@@ -226,7 +229,7 @@ def deadly(path, array):
     save(path, array)
     os.kill(os.getpid(), signal.SIGKILL)
 
-np.save = deadly
+module._save_array = deadly
 prepare_case(dataset, second, plan, folder / "cache")
 """
 
@@ -241,14 +244,14 @@ def test_two_processes_at_once_and_a_kill(
     manifest = ROOT / "data_manifests" / "hippocampus_demo.json"
     command = [sys.executable, "-c", RIVAL, tmp_path, manifest, plan_file, contested.case_id, killed.case_id]
     with subprocess.Popen([str(x) for x in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as rival:
-        save = np.save
+        save = module._save_array
 
         def after_the_rival(path: Path, array: Any) -> None:
             (tmp_path / "we_are_writing").touch()
             wait_for(tmp_path / "rival_is_writing")
             save(path, array)
 
-        monkeypatch.setattr(np, "save", after_the_rival)
+        monkeypatch.setattr(module, "_save_array", after_the_rival)
         ours = prepare_case(small_dataset, contested, small_plan, cache)
         wait_for(tmp_path / "rival_has_it")
         assert len(entries(cache)) == 1

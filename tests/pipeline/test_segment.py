@@ -1,0 +1,280 @@
+"""Files in, files out: what is found, what is set aside, what is kept, and how results are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import CTImageStorage
+
+from pipeline.bundle import load_bundle
+from pipeline.console import Silence
+from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
+from pipeline.manifest import Dataset, save_manifest
+from pipeline.plan import ChannelPlan
+from pipeline.predict import Model
+from pipeline.segment import SegmentSettings, find_studies, read_source, schema_for, segment_studies
+from transforms.volume import read_label
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = SegmentSettings(formats=("nifti",), mirror=False, series=None, force=False)
+
+
+class Listener(Silence):
+    """Remembers its notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture(scope="module")
+def model(small_bundle: Path) -> Model:
+    return Model((load_bundle(small_bundle),))
+
+
+@pytest.fixture
+def images(data_dir: Path, tmp_path: Path) -> Path:
+    """A folder with two volumes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("hippocampus_001", "hippocampus_015"):
+        shutil.copy(data_dir / "hippocampus" / "images" / f"{name}.nii.gz", folder)
+    return folder
+
+
+def planned(count: int) -> list[ChannelPlan]:
+    facts = {"modality": "MR", "normalisation": {"kind": "zscore"}, "lowest": 0.0, "highest": 1.0}
+    return [ChannelPlan.model_validate({"name": f"T{n + 1}", **facts}) for n in range(count)]
+
+
+def found(*inputs: Path, channels: int = 1, root: Path | None = None) -> dict[str, list[str]]:
+    studies = find_studies(inputs, channels=planned(channels), root=root)
+    return {study.name: [path.name for path in study.paths] for study in studies}
+
+
+def segment(model: Model, inputs: Sequence[Path], out: Path, **settings: Any) -> tuple[list[str], dict[str, str]]:
+    """Names of the files written, and of the studies set aside with the reason."""
+    studies = find_studies(inputs, channels=model.plan.channels)
+    chosen = replace(SETTINGS, **settings)
+    written, failures = segment_studies(model, studies, out, settings=chosen, console=Silence())
+    return [file.path.name for file in written], {failure.case_id: failure.reason for failure in failures}
+
+
+def touch(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text("x")
+    return folder
+
+
+class TestFinding:
+    def test_files_are_named_without_their_suffix(self, tmp_path: Path) -> None:
+        folder = touch(tmp_path, "a.nii.gz", "b.nrrd", "c d.mha", "note.txt")
+        assert found(folder / "a.nii.gz") == {"a": ["a.nii.gz"]}
+        assert found(folder) == {"a": ["a.nii.gz"], "b": ["b.nrrd"], "c_d": ["c d.mha"]}
+
+    def test_channel_numbers_bring_files_together(self, tmp_path: Path) -> None:
+        folder = touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0001.nii.gz", "b_0000.nii.gz")
+        assert found(folder, channels=2) == {
+            "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
+            "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
+        }
+        (folder / "b_0000.nii.gz").unlink()
+        with pytest.raises(VolumeError, match=r"b has the channels \['0001'\], the model wants \['0000', '0001'\]"):
+            found(folder, channels=2)
+
+    def test_one_channel_may_be_numbered_or_not(self, tmp_path: Path) -> None:
+        assert found(touch(tmp_path / "numbered", "a_0000.nii", "b_0000.nii")) == {
+            "a": ["a_0000.nii"],
+            "b": ["b_0000.nii"],
+        }
+        assert set(found(touch(tmp_path / "mixed", "a_0000.nii", "b.nii"))) == {"a_0000", "b"}
+
+    def test_files_without_numbers_are_no_channels(self, tmp_path: Path) -> None:
+        with pytest.raises(VolumeError, match=r"b.nii: expected a channel number at the end of the name"):
+            found(touch(tmp_path, "a_0000.nii", "b.nii"), channels=2)
+        with pytest.raises(VolumeError, match=r"one file, the model wants 2 channels; give the folder of NAME_0000"):
+            found(tmp_path / "b.nii", channels=2)
+
+    def test_a_dicom_folder_is_one_study_of_its_name(self, data_dir: Path) -> None:
+        assert found(data_dir / "dicom_hippocrop") == {"dicom_hippocrop": ["dicom_hippocrop"]}
+
+    def test_a_manifest_gives_its_cases(self, small_dataset: Dataset, tmp_path: Path) -> None:
+        save_manifest(small_dataset, tmp_path / "cases.json")
+        names = [case.case_id for case in small_dataset.manifest.cases]
+        assert found(tmp_path / "cases.json") == {name: [f"{name}.nii.gz"] for name in names}
+        with pytest.raises(ManifestError, match="give the right folder with --root"):
+            found(tmp_path / "cases.json", root=tmp_path)
+
+    def test_so_does_a_dataset_of_another_program(self, tmp_path: Path) -> None:
+        touch(tmp_path / "imagesTr", "a.nii.gz")
+        document = {
+            "name": "msd",
+            "modality": {"0": "MRI"},
+            "labels": {"0": "background", "1": "a"},
+            "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+        }
+        (tmp_path / "dataset.json").write_text(json.dumps(document))
+        assert found(tmp_path) == {"a": ["a.nii.gz"]}
+
+    def test_two_of_one_name_would_overwrite_each_other(self, tmp_path: Path) -> None:
+        one, two = touch(tmp_path / "one", "a.nii"), touch(tmp_path / "two", "a.nrrd")
+        with pytest.raises(VolumeError, match="two inputs would be named a in the output"):
+            found(one, two)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(VolumeError, match="missing: no such file or folder"):
+            found(tmp_path / "missing")
+
+
+class TestSegmenting:
+    def test_results_are_named_after_their_input_and_lie_on_its_grid(
+        self, model: Model, images: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        written, failures = segment(model, [images], out)
+        assert (written, failures) == (["hippocampus_001.nii.gz", "hippocampus_015.nii.gz"], {})
+        for path in images.iterdir():
+            source = nib.load(path)  # type: ignore[attr-defined]
+            result = nib.load(out / path.name)  # type: ignore[attr-defined]
+            assert result.shape == source.shape
+            assert np.allclose(result.affine, source.affine, atol=1e-4)
+        assert not list(out.glob(".*"))
+
+    def test_turned_files_give_turned_results(self, model: Model, images: Path, tmp_path: Path) -> None:
+        image = nib.load(images / "hippocampus_001.nii.gz")  # type: ignore[attr-defined]
+        turned = tmp_path / "turned"
+        turned.mkdir()
+        for codes in ("RAS", "LPS", "IRA"):
+            start = nib.orientations.io_orientation(image.affine)
+            turn = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes))
+            nib.save(image.as_reoriented(turn), turned / f"{codes}.nii.gz")  # type: ignore[attr-defined]
+        segment(model, [turned], tmp_path / "out", mirror=True)
+        canonical = [
+            np.asarray(nib.as_closest_canonical(nib.load(tmp_path / "out" / f"{codes}.nii.gz")).dataobj)  # type: ignore[attr-defined]
+            for codes in ("RAS", "LPS", "IRA")
+        ]
+        assert canonical[0].any()
+        assert all(np.array_equal(other, canonical[0]) for other in canonical[1:])
+
+    def test_one_bad_file_is_set_aside_and_named(self, model: Model, images: Path, tmp_path: Path) -> None:
+        content = (images / "hippocampus_001.nii.gz").read_bytes()
+        (images / "cut.nii.gz").write_bytes(content[:2000])
+        (images / "text.nii.gz").write_text("hello")
+        hu = nib.Nifti1Image(np.linspace(-1000, 1000, 1000, dtype=np.float32).reshape(10, 10, 10), np.eye(4))  # type: ignore[attr-defined]
+        nib.save(hu, images / "hu.nii.gz")  # type: ignore[attr-defined]
+        written, failures = segment(model, [images], tmp_path / "out")
+        assert written == ["hippocampus_001.nii.gz", "hippocampus_015.nii.gz"]
+        assert set(failures) == {"cut", "hu", "text"}
+        assert "cut short" in failures["cut"]
+        assert "look like a CT in HU" in failures["hu"]
+        assert all("\n" not in reason for reason in failures.values())
+        assert not list((tmp_path / "out").glob("*cut*"))
+
+    def test_a_ct_series_is_refused_by_an_mr_model(self, model: Model, data_dir: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "ct"
+        folder.mkdir()
+        for path in sorted((data_dir / "dicom_hippocrop").glob("*.dcm")):
+            dataset = pydicom.dcmread(path)
+            dataset.Modality, dataset.SOPClassUID = "CT", CTImageStorage
+            dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
+            dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
+            dataset.save_as(folder / path.name)
+        _, failures = segment(model, [folder], tmp_path / "out")
+        assert failures["ct"].startswith("the input is CT, the model's channel T1 is MR")
+
+    def test_a_dicom_series_is_segmented_and_exported(self, model: Model, data_dir: Path, tmp_path: Path) -> None:
+        written, failures = segment(model, [data_dir / "dicom_hippocrop"], tmp_path / "out", formats=("seg", "nifti"))
+        assert (written, failures) == (["dicom_hippocrop.seg.dcm", "dicom_hippocrop.nii.gz"], {})
+        report = json.loads((tmp_path / "out" / "dicom_hippocrop.verification.json").read_text())
+        assert [row["format"] for row in report["files"]] == ["seg", "nifti"]
+
+    def test_an_empty_folder_is_set_aside(self, model: Model, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        _, failures = segment(model, [tmp_path / "empty"], tmp_path / "out")
+        assert "empty" in failures
+        assert "DICOM" in failures["empty"]
+
+    def test_an_unknown_format_is_refused_before_any_work(self, model: Model, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(Exception, match=r"no export format 'nifty': did you mean 'nifti'\?"):
+            segment(model, [images], tmp_path / "out", formats=("nifty",))
+        assert not (tmp_path / "out").exists()
+
+
+class TestAgain:
+    @pytest.fixture
+    def out(self, model: Model, images: Path, tmp_path: Path) -> Path:
+        segment(model, [images], tmp_path / "out")
+        return tmp_path / "out"
+
+    def test_results_are_kept(self, model: Model, images: Path, out: Path) -> None:
+        before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.nii.gz")}
+        listener = Listener()
+        studies = find_studies([images], channels=model.plan.channels)
+        assert segment_studies(model, studies, out, settings=SETTINGS, console=listener) == ([], [])
+        assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.nii.gz")} == before
+        assert listener.notes[0] == (
+            "hippocampus_001 was segmented by this model before, kept; give --force to do it again"
+        )
+
+    def test_force_does_them_again(self, model: Model, images: Path, out: Path) -> None:
+        assert len(segment(model, [images], out, force=True)[0]) == 2
+
+    def test_what_was_taken_away_is_done_again(self, model: Model, images: Path, out: Path) -> None:
+        (out / "hippocampus_015.nii.gz").unlink()
+        assert segment(model, [images], out)[0] == ["hippocampus_015.nii.gz"]
+
+    def test_another_format_is_done_as_well(self, model: Model, images: Path, out: Path) -> None:
+        one = images / "hippocampus_001.nii.gz"
+        assert segment(model, [one], out, formats=("overlay",))[0] == ["hippocampus_001.png"]
+
+    @pytest.mark.parametrize("change", [{"model": ["other"]}, {"mirror": True}])
+    def test_results_of_another_model_or_setting_are_not_mixed_in(
+        self, model: Model, images: Path, out: Path, change: dict[str, Any]
+    ) -> None:
+        record = json.loads((out / "predictions.json").read_text())
+        (out / "predictions.json").write_text(json.dumps(record | change))
+        with pytest.raises(RunError, match="holds results of another model or setting; choose another --out"):
+            segment(model, [images], out)
+        assert len(segment(model, [images], out, force=True)[0]) == 2
+
+    @pytest.mark.parametrize("text", ["", "[]", "null", "\udcff"])
+    def test_a_damaged_record_is_not_believed(self, model: Model, images: Path, out: Path, text: str) -> None:
+        (out / "predictions.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(RunError, match="holds results of another model"):
+            segment(model, [images], out)
+
+
+class TestSources:
+    def test_a_dicom_source_has_its_series(self, data_dir: Path) -> None:
+        source = read_source(data_dir / "dicom_hippocrop", series=None)
+        assert source.series is not None
+        assert source.image.modality == "MR"
+        with pytest.raises(DicomError):
+            read_source(data_dir / "dicom_hippocrop", series="9.9.9")
+
+    def test_a_schema_lies_beside_the_labels_or_is_given(
+        self, model: Model, images: Path, tmp_path: Path, small_dataset: Dataset
+    ) -> None:
+        out = tmp_path / "out"
+        segment(model, [images / "hippocampus_001.nii.gz"], out)
+        labels = out / "hippocampus_001.nii.gz"
+        assert schema_for(labels, None) == model.schema
+        assert set(np.unique(read_label(labels).voxels)) <= {0, *model.schema.ids}
+        save_manifest(small_dataset, tmp_path / "cases.json")
+        assert schema_for(labels, tmp_path / "cases.json") == small_dataset.manifest.labels
+        assert schema_for(images / "hippocampus_001.nii.gz", None) is None
+        with pytest.raises(ManifestError):
+            schema_for(labels, tmp_path / "missing.json")
