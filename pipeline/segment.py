@@ -92,7 +92,9 @@ def segment_studies(
             except RunError:
                 raise
             except VolsegError as error:
-                failures.append(Failure(study.name, str(error)))
+                # What only the voxels tell is told without a path by `predict`, which knows none.
+                known = any(str(path) in str(error) for path in study.paths)
+                failures.append(Failure(study.name, str(error) if known else f"{study.paths[0]}: {error}"))
         console.progress("segmenting", done, len(studies), study.name)
     return written, failures
 
@@ -148,6 +150,8 @@ def _studies_at(path: Path, channels: Sequence[ChannelPlan], root: Path | None) 
             )
         return [Study(safe_name(volume_stem(path)), (path,))]
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(VOLUME_SUFFIXES))
+    if not any(p.is_file() for p in path.rglob("*")):
+        raise VolumeError(f"{path}: no file in this folder; expected a DICOM series or {', '.join(VOLUME_SUFFIXES)}")
     if not files:
         # No volume files, so the folder is a DICOM series; the reader says what is wrong if it is not.
         return [Study(safe_name(path.resolve().name), (path,))]

@@ -102,7 +102,7 @@ class TestEmptyFolder:
             (["check", "EMPTY"], "this folder has no dataset.json (MSD, nnU-Net); name a manifest"),
             (["plan", "EMPTY"], "a folder; a config is a YAML file"),
             (["predict", "EMPTY", "IMAGE", "--out", "OUT"], "neither a model bundle nor a run folder"),
-            (["predict", "RUN", "EMPTY", "--out", "OUT"], "DICOM"),
+            (["predict", "RUN", "EMPTY", "--out", "OUT"], "no file in this folder; expected a DICOM series or .nii.gz"),
             (["evaluate", "EMPTY", "IMAGE"], ""),
             (["info", "EMPTY"], "neither a model, a run nor a folder with DICOM files"),
             (["manifest", "build", "EMPTY", "--name", "x", "--channel", "T1:MR", "--out", "OUT"], ""),
@@ -184,7 +184,8 @@ class TestWrongData:
         hu = np.linspace(-1000, 1500, 16 * 16 * 12, dtype=np.float32).reshape(16, 16, 12)
         message = refused("predict", trained.run, save(tmp_path / "ct.nii.gz", hu), "--out", tmp_path / "out")
         assert message == (
-            "intensities from -1000 to 1500 look like a CT in HU, the model's channel T1 is MR "
+            f"{tmp_path / 'ct.nii.gz'}: intensities from -1000 to 1500 look like a CT in HU, "
+            "the model's channel T1 is MR "
             f"(from {json.loads((trained.run / 'plan.json').read_text())['channels'][0]['lowest']:g} in training); "
             "choose a model that was trained on CT"
         )

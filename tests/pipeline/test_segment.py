@@ -137,6 +137,9 @@ class TestFinding:
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(VolumeError, match="missing: no such file or folder"):
             found(tmp_path / "missing")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(VolumeError, match=r"empty: no file in this folder; expected a DICOM series or .nii.gz"):
+            found(tmp_path / "empty")
 
 
 class TestSegmenting:
@@ -193,7 +196,7 @@ class TestSegmenting:
             dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
             dataset.save_as(folder / path.name)
         _, failures = segment(model, [folder], tmp_path / "out")
-        assert failures["ct"].startswith("the input is CT, the model's channel T1 is MR")
+        assert failures["ct"].startswith(f"{folder}: the input is CT, the model's channel T1 is MR")
 
     def test_a_dicom_series_is_segmented_and_exported(self, model: Model, data_dir: Path, tmp_path: Path) -> None:
         written, failures = segment(model, [data_dir / "dicom_hippocrop"], tmp_path / "out", formats=("seg", "nifti"))
@@ -201,11 +204,9 @@ class TestSegmenting:
         report = json.loads((tmp_path / "out" / "dicom_hippocrop.verification.json").read_text())
         assert [row["format"] for row in report["files"]] == ["seg", "nifti"]
 
-    def test_an_empty_folder_is_set_aside(self, model: Model, tmp_path: Path) -> None:
-        (tmp_path / "empty").mkdir()
-        _, failures = segment(model, [tmp_path / "empty"], tmp_path / "out")
-        assert "empty" in failures
-        assert "DICOM" in failures["empty"]
+    def test_a_folder_of_something_else_is_set_aside(self, model: Model, tmp_path: Path) -> None:
+        _, failures = segment(model, [touch(tmp_path / "notes", "a.txt")], tmp_path / "out")
+        assert failures["notes"].startswith(f"{tmp_path / 'notes'}: no DICOM image series")
 
     def test_an_unknown_format_is_refused_before_any_work(self, model: Model, images: Path, tmp_path: Path) -> None:
         with pytest.raises(Exception, match=r"no export format 'nifty': did you mean 'nifti'\?"):
