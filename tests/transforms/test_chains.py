@@ -279,7 +279,7 @@ def test_training_patches_show_what_is_labelled(paths: dict[str, Any], patch_sha
     data = training_data(paths)
     kept = {key: data[key].clone() for key in ("image", "label")}
     make = augmenting(patch_shape)
-    for seed in range(8):
+    for seed in range(5):
         make.set_random_state(seed=seed)
         patch = make(data)
         assert set(patch) == {"image", "label"}
@@ -290,6 +290,19 @@ def test_training_patches_show_what_is_labelled(paths: dict[str, Any], patch_sha
         assert set(patch["label"].unique().tolist()) <= {0, 1, 2}
         assert bool(patch["label"].any())
     assert all(torch.equal(data[key], value) for key, value in kept.items())
+
+
+def test_the_training_chain_cuts_then_changes_intensities(paths: dict[str, Any]) -> None:
+    data = training_data(paths)
+    shape = tuple(data["image"].shape[1:])
+    brighter = IntensitySettings(brightness_probability=1.0, brightness_range=(2.0, 2.0))
+    make = training_chain(
+        shape, SPACING_MM, spatial=SpatialSettings(), intensity=brighter, twin_classes=(0, 1, 2), foreground_share=0.5
+    )
+    make.set_random_state(seed=0)
+    patch = make(data)
+    assert torch.equal(patch["image"], data["image"] * 2)
+    assert torch.equal(patch["label"], data["label"])
 
 
 def test_plain_takes_the_metadata_off() -> None:
