@@ -223,8 +223,8 @@ def main() -> None:
         _fail(f"error: {error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1)
     except MemoryError:
         _fail("error: not enough memory; close other programs, or lower plan.memory_gb for a training", 1)
-    except Exception as error:  # A user sees no trace, whatever was overlooked here; --debug shows it.
-        _fail(f"error: unexpected {type(error).__name__}: {error}; this is a fault of volseg, --debug shows where", 1)
+    except Exception as error:  # No trace, and no text that might quote a header, whatever was overlooked here.
+        _fail(f"error: unexpected {type(error).__name__}; this is a fault of volseg, --debug shows where", 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:
