@@ -211,4 +211,4 @@ def _is_kept(record: dict[str, Any], study: Study, out: Path, formats: Sequence[
     """Recorded, and not taken away since."""
     if not set(formats) <= set(record["studies"].get(study.name, [])):
         return False
-    return all((out / f"{study.name}{FORMATS[name].suffix}").is_file() for name in formats)
+    return all((out / f"{study.name}{FORMATS[name].suffix}").exists() for name in formats)

@@ -99,7 +99,10 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One DICOM file without its pixels. What is missing or malformed is None or empty."""
+    """One slice without its pixels: a DICOM file, or a frame of one. What is missing or malformed is None or empty.
+
+    `frame` is None for a file of one slice, else the number of the frame (from 1, as DICOM counts them).
+    """
 
     path: Path
     file_bytes: int
@@ -129,6 +132,7 @@ class Header:
     plane: Plane | None
     slice_spacing_tag_mm: float | None
     kinds: tuple[tuple[str, bytes], ...]
+    frame: int | None = None
 
 
 @contextmanager

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ExportError
-from pipeline.files import atomic_path, safe_name, write_json
+from pipeline.files import atomic_folder, atomic_path, safe_name, write_json
 from pipeline.segmentation import Segmentation
 
 if TYPE_CHECKING:
@@ -35,26 +36,63 @@ class ExportedFile:
     verification: Verification | None
 
 
-Write = Callable[[Path, Segmentation, Source], None]
-Verify = Callable[[Path, Segmentation, Source], "Verification"]
+@dataclass(frozen=True)
+class Options:
+    """How exports are made. `smoothing` is the number of rounds by which meshes are smoothed, 0 for none."""
+
+    smoothing: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a writer is given. `files` holds what was written before, by format, for formats that refer to others."""
+
+    segmentation: Segmentation
+    source: Source
+    options: Options = field(default_factory=Options)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def series(self) -> DicomSeries:
+        """The source's DICOM series; formats that need one are asked for only where there is one."""
+        if self.source.series is None:
+            raise ExportError("the source is no DICOM series")
+        return self.source.series
+
+
+Write = Callable[[Path, Job], None]
+Verify = Callable[[Path, Job], "Verification"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of file is named, written and read back."""
+    """How one kind of file, or folder of files, is named, written and read back.
+
+    `refers_to` names the format whose file must lie beside it; it is written too, and first.
+    """
 
     suffix: str
+    title: str
     write: Write
     verify: Verify | None = None
     needs_dicom: bool = False
+    is_folder: bool = False
+    refers_to: str | None = None
 
 
 def export(
-    segmentation: Segmentation, *, formats: Sequence[str], out: Path, name: str, source: Source
+    segmentation: Segmentation,
+    *,
+    formats: Sequence[str],
+    out: Path,
+    name: str,
+    source: Source,
+    options: Options | None = None,
 ) -> list[ExportedFile]:
     """Write `segmentation` as `out`/`name` in each of `formats`, and the figures of reading back beside them.
 
     Each file is compared with the segmentation before it takes its name; files of that name are replaced.
+    A format that refers to another one brings it along.
 
     Raises:
         ExportError: a format is unknown or does not fit the source, the segmentation is not on the source's grid
@@ -62,7 +100,7 @@ def export(
         RunError: the folder cannot be written.
     """
     check_formats(formats)
-    chosen = {key: FORMATS[key] for key in formats}
+    chosen = {key: FORMATS[key] for key in _with_referred(formats)}
     for key, form in chosen.items():
         if form.needs_dicom and source.series is None:
             raise ExportError(
@@ -71,9 +109,19 @@ def export(
             )
     _check(segmentation, source)
     name = safe_name(name)
-    files = [_write(key, chosen[key], out / (name + chosen[key].suffix), segmentation, source) for key in chosen]
+    files: list[ExportedFile] = []
+    for key, form in chosen.items():
+        job = Job(segmentation, source, options or Options(), {file.format: file.path for file in files})
+        files.append(_write(key, form, out / (name + form.suffix), job))
     _write_report(out / f"{name}.verification.json", files)
     return files
+
+
+def _with_referred(formats: Sequence[str]) -> Iterator[str]:
+    for key in formats:
+        if (referred := FORMATS[key].refers_to) is not None:
+            yield referred
+        yield key
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -101,16 +149,20 @@ def _check(segmentation: Segmentation, source: Source) -> None:
         raise ExportError(f"the segmentation cannot be exported: {error}") from error
 
 
-def _write(key: str, form: Format, target: Path, segmentation: Segmentation, source: Source) -> ExportedFile:
-    with atomic_path(target) as temporary:
-        form.write(temporary, segmentation, source)
-        verification = None if form.verify is None else _read_back(form.verify, temporary, target, segmentation, source)
+def _write(key: str, form: Format, target: Path, job: Job) -> ExportedFile:
+    with _place(form, target) as temporary:
+        form.write(temporary, job)
+        verification = None if form.verify is None else _read_back(form.verify, temporary, target, job)
     return ExportedFile(key, target, verification)
 
 
-def _read_back(verify: Verify, written: Path, target: Path, segmentation: Segmentation, source: Source) -> Verification:
+def _place(form: Format, target: Path) -> AbstractContextManager[Path]:
+    return atomic_folder(target, force=True) if form.is_folder else atomic_path(target)
+
+
+def _read_back(verify: Verify, written: Path, target: Path, job: Job) -> Verification:
     try:
-        return verify(written, segmentation, source)
+        return verify(written, job)
     except ExportError as error:
         raise ExportError(f"{target} was not written: {error}") from error
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -130,46 +182,41 @@ def _write_report(target: Path, files: Sequence[ExportedFile]) -> None:
         write_json(target, {"files": rows})
 
 
-def _series(source: Source) -> DicomSeries:
-    assert source.series is not None
-    return source.series
-
-
 # The libraries of a format are imported when the format is used.
 
 
-def _write_seg(target: Path, segmentation: Segmentation, source: Source) -> None:
+def _write_seg(target: Path, job: Job) -> None:
     from pipeline.export.dicom_seg import write_seg
 
-    write_seg(target, segmentation, _series(source))
+    write_seg(target, job.segmentation, job.series)
 
 
-def _verify_seg(path: Path, segmentation: Segmentation, source: Source) -> Verification:
+def _verify_seg(path: Path, job: Job) -> Verification:
     from pipeline.export.verify_seg import verify_seg
 
-    return verify_seg(path, segmentation, _series(source))
+    return verify_seg(path, job.segmentation, job.series)
 
 
-def _write_nifti(target: Path, segmentation: Segmentation, _: Source) -> None:
+def _write_nifti(target: Path, job: Job) -> None:
     from pipeline.export.nifti import write_nifti
 
-    write_nifti(target, segmentation)
+    write_nifti(target, job.segmentation)
 
 
-def _verify_nifti(path: Path, segmentation: Segmentation, _: Source) -> Verification:
+def _verify_nifti(path: Path, job: Job) -> Verification:
     from pipeline.export.verify_nifti import verify_nifti
 
-    return verify_nifti(path, segmentation)
+    return verify_nifti(path, job.segmentation)
 
 
-def _write_overlay(target: Path, segmentation: Segmentation, source: Source) -> None:
+def _write_overlay(target: Path, job: Job) -> None:
     from pipeline.export.overlay import write_overlay
 
-    write_overlay(target, segmentation, source.image)
+    write_overlay(target, job.segmentation, job.source.image)
 
 
 FORMATS: dict[str, Format] = {
-    "seg": Format(".seg.dcm", _write_seg, _verify_seg, needs_dicom=True),
-    "nifti": Format(".nii.gz", _write_nifti, _verify_nifti),
-    "overlay": Format(".png", _write_overlay),
+    "seg": Format(".seg.dcm", "DICOM SEG, BINARY", _write_seg, _verify_seg, needs_dicom=True),
+    "nifti": Format(".nii.gz", "NIfTI label map", _write_nifti, _verify_nifti),
+    "overlay": Format(".png", "picture in three planes", _write_overlay),
 }

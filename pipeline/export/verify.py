@@ -60,7 +60,15 @@ class Verification:
         return asdict(self)
 
 
-def compare(pieces: Iterable[Piece], segmentation: Segmentation, *, reader: str, placing_voxels: float) -> Verification:
+def compare(
+    pieces: Iterable[Piece],
+    segmentation: Segmentation,
+    *,
+    reader: str,
+    placing_voxels: float,
+    least_dice: float = 1.0,
+    volume_part: float = VOLUME_PART,
+) -> Verification:
     """Place the pieces of a file on the grid of `segmentation`, and refuse any difference.
 
     Args:
@@ -68,13 +76,16 @@ def compare(pieces: Iterable[Piece], segmentation: Segmentation, *, reader: str,
         segmentation: what was to be written.
         reader: what read the file, for the report.
         placing_voxels: how far a voxel may lie from a centre of the grid, in voxels, below one half.
+        least_dice: 1 for formats that hold voxels; less for those that hold surfaces.
+        volume_part: how far a volume may be off, as a part of it.
 
     Raises:
         ExportError: a label, a volume or a place differs.
     """
     found = _place(pieces, segmentation)
     verification = Verification(reader, found.offset_voxels, _figures(found, segmentation))
-    fault = _fault(verification, placing_voxels, min(segmentation.geometry.spacing_mm))
+    limits = _Limits(placing_voxels, min(segmentation.geometry.spacing_mm), least_dice, volume_part)
+    fault = _fault(verification, limits)
     if fault:
         raise ExportError(f"{fault}; this is a fault of volseg, please report it")
     return verification
@@ -84,6 +95,16 @@ def indices_of(points_lps_mm: Floats, geometry: Geometry) -> Floats:
     """(N, 3) LPS+ mm to (N, 3) voxel indices with fractions."""
     affine = geometry.affine_lps
     return np.asarray(np.linalg.solve(affine[:3, :3], (points_lps_mm - affine[:3, 3]).T).T)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What still counts as the same."""
+
+    placing_voxels: float
+    voxel_side_mm: float
+    least_dice: float
+    volume_part: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,20 +178,22 @@ def _centroids_lps_mm(classes: npt.NDArray[Any], class_count: int, geometry: Geo
     return np.asarray(means_ijk @ geometry.affine_lps[:3, :3].T + geometry.affine_lps[:3, 3])
 
 
-def _fault(verification: Verification, placing_voxels: float, voxel_side_mm: float) -> str | None:
+def _fault(verification: Verification, limits: _Limits) -> str | None:
     """The first difference in words, or None."""
+    expected = "1" if limits.least_dice == 1 else f"at least {limits.least_dice:g}"
     for label in verification.labels:
         distance_mm = label.centroid_distance_mm or 0.0
-        if label.dice not in (None, 1.0) or distance_mm > placing_voxels * voxel_side_mm:
+        is_off = label.dice is not None and label.dice < limits.least_dice
+        if is_off or distance_mm > limits.placing_voxels * limits.voxel_side_mm:
             return (
-                f"label '{label.name}' reads back with Dice {label.dice:.4f} (1 expected) "
+                f"label '{label.name}' reads back with Dice {label.dice:.4f} ({expected} expected) "
                 f"and its centre {distance_mm:.2f} mm away"
             )
-        if abs(label.volume_mm3 - label.reference_volume_mm3) > VOLUME_PART * label.reference_volume_mm3:
+        if abs(label.volume_mm3 - label.reference_volume_mm3) > limits.volume_part * label.reference_volume_mm3:
             return (
                 f"label '{label.name}' reads back with {label.volume_mm3:.1f} mm3 "
                 f"({label.reference_volume_mm3:.1f} expected)"
             )
-    if verification.offset_voxels > placing_voxels:
+    if verification.offset_voxels > limits.placing_voxels:
         return f"voxels read back up to {verification.offset_voxels:.2f} voxels beside the source grid"
     return None

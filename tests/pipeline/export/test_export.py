@@ -90,7 +90,7 @@ def test_a_mirrored_file_is_not_kept(
 ) -> None:
     [good] = export(phantom, formats=["nifti"], out=tmp_path / "out", name="case", source=source)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    careless = replace(FORMATS["nifti"], write=lambda target, found, _: write_nifti(target, mirrored(found)))
+    careless = replace(FORMATS["nifti"], write=lambda target, job: write_nifti(target, mirrored(job.segmentation)))
     monkeypatch.setitem(FORMATS, "nifti", careless)
     with pytest.raises(ExportError, match=r"case\.nii\.gz was not written: label 'Höcker' reads back with Dice 0\."):
         export(phantom, formats=["nifti"], out=tmp_path / "out", name="case", source=source)
