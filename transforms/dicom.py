@@ -15,7 +15,8 @@ import pydicom
 from pydicom.pixels import pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from transforms.dicom_checks import Finding, keeps_padding, syntax_name
+from transforms.dicom_checks import keeps_padding, syntax_name
+from transforms.dicom_findings import Finding
 from transforms.dicom_header import PARSE_FAULTS, Header, quiet_pydicom
 from transforms.dicom_index import DicomSeries, choose_series, index_series
 from transforms.errors import DicomError

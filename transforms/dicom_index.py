@@ -15,16 +15,11 @@ from pathlib import Path
 
 import pydicom
 
-from transforms.dicom_checks import (
-    Finding,
-    background_of,
-    frame_findings,
-    kind_findings,
-    names,
-    pixel_findings,
-    place_slices,
-)
+from transforms.dicom_checks import background_of, kind_findings, pixel_findings
+from transforms.dicom_findings import Finding, names
 from transforms.dicom_header import PARSE_FAULTS, Header, is_dicom, quiet_pydicom, read_header
+from transforms.dicom_placing import frame_findings, place_slices
+from transforms.dicom_stacks import series_findings
 from transforms.errors import DicomError
 from transforms.geometry import Geometry
 
@@ -160,7 +155,9 @@ def _series_key(header: Header) -> tuple[object, ...]:
 def _series(headers: Iterable[Header], damaged: dict[Path, str]) -> DicomSeries:
     kept, findings = _without_localizers(sorted(headers, key=lambda header: str(header.path)))
     kept, dropped = _without_copies(kept)
-    findings += dropped + kind_findings(kept)
+    findings += [*dropped, *series_findings(kept)]
+    if not _refused(findings):
+        findings += kind_findings(kept)
     beside = {header.path.parent for header in kept}
     findings += _damage({path: why for path, why in damaged.items() if path.parent in beside})
     geometry = None
