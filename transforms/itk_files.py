@@ -39,6 +39,7 @@ _META_PLACE = (
     ("elementspacing", "elementsize"),
 )
 _LOCAL = ("", "local")
+_MOST_AXES = 10
 _ENCODINGS = ("raw", "gzip", "gz")
 _BYTES = {
     sitk.sitkInt8: 1,
@@ -90,6 +91,7 @@ def read_itk(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geo
             infinite voxels, labels that are not whole.
     """
     header = _header(path)
+    _refuse_odd_axes(header, path)
     _refuse_unplaced(header, path)
     present = _bytes_of_voxels(header, path)
     reader = sitk.ImageFileReader()
@@ -126,6 +128,13 @@ def _fields(text: bytes, separator: str) -> dict[str, str]:
     lines = text.decode("ascii", errors="replace").splitlines()
     pairs = (line.partition(separator) for line in lines if not line.startswith("#"))
     return {key.strip().lower(): value.strip() for key, found, value in pairs if found}
+
+
+def _refuse_odd_axes(header: _Header, path: Path) -> None:
+    """ITK believes any number of axes, and crashes on large ones."""
+    axes = header.fields.get("dimension" if header.image_io == "NrrdImageIO" else "ndims", "")
+    if not (axes.isascii() and axes.isdecimal() and 0 < int(axes) <= _MOST_AXES):
+        raise VolumeError(f"{path}: the header names '{axes[:20]}' axes; expected 3: fetch or convert the file again")
 
 
 def _refuse_unplaced(header: _Header, path: Path) -> None:

@@ -210,6 +210,13 @@ def test_absurd_sizes(tmp_path: Path) -> None:
         read_volume(packed)
 
 
+@pytest.mark.parametrize("axes", [b"1e308", b"4000000000", b"-3", b"0", b""])
+def test_axes_that_would_crash_itk(tmp_path: Path, axes: bytes) -> None:
+    path = replaced(write_meta(tmp_path / "a.mha"), b"NDims = 3", b"NDims = " + axes)
+    with pytest.raises(VolumeError, match="axes; expected 3"):
+        read_volume(path)
+
+
 def test_metaimage_of_many_files(tmp_path: Path) -> None:
     path = replaced(write_meta(tmp_path / "a.mhd"), b"ElementDataFile = a.raw", b"ElementDataFile = LIST\na.raw")
     with pytest.raises(VolumeError, match="its voxels are in 'LIST'"):
