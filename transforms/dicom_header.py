@@ -57,11 +57,15 @@ _DESCRIPTION_LENGTH = 64
 _LAST_FIRST_ELEMENT, _LAST_FIRST_LENGTH = 0x0070, 1024
 _KINDS = {
     "AcquisitionNumber": "acquisition",
+    "AcquisitionTime": "acquisition time",
     "DiffusionBValue": "b-value",
+    "DiffusionGradientOrientation": "gradient direction",
     "EchoNumbers": "echo",
     "EchoTime": "echo time",
     "ImageType": "image type",
+    "InstanceNumber": "instance number",
     "InversionTime": "inversion time",
+    "StackID": "stack",
     "TemporalPositionIdentifier": "temporal position",
     "TriggerTime": "trigger time",
 }
@@ -72,6 +76,7 @@ _TAGS = {
         *("Modality", "SeriesDescription", "SeriesNumber", "SpecificCharacterSet"),
         *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
         *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices"),
+        "SliceThickness",
         *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
         *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
         *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
@@ -132,6 +137,7 @@ class Header:
     plane: Plane | None
     slice_spacing_tag_mm: float | None
     kinds: tuple[tuple[str, bytes], ...]
+    thickness_mm: float | None = None
     frame: int | None = None
 
 
@@ -273,6 +279,7 @@ def _header(path: Path, meta: _Elements, elements: _Elements) -> Header:
         plane=_plane(elements),
         slice_spacing_tag_mm=elements.number("SpacingBetweenSlices"),
         kinds=tuple((word, elements.raw(keyword)[0]) for keyword, word in _KINDS.items()),
+        thickness_mm=elements.number("SliceThickness"),
     )
 
 
