@@ -33,7 +33,7 @@ OFF_VOXELS = 0.5
 """How far a slice may lie from where its own header says; half a voxel or more is an error."""
 
 
-class TooSlow(Exception):  # noqa: N818
+class TooSlow(Exception):
     """Raised by the alarm."""
 
 

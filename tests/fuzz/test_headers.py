@@ -106,9 +106,8 @@ def test_refused_or_right(changes: list[tuple[str, Any, int | None]]) -> None:
             folder = written(Path(name), changes)
         try:
             voxels, geometry, series = read_series(folder)
-        except DicomError as error:
+        except DicomError:
             event("refused")
-            assert "\n" not in str(error)
             return
         event("read")
         assert voxels.shape == geometry.shape
