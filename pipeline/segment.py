@@ -20,12 +20,11 @@ from pipeline.manifest import Channel, load_dataset
 from pipeline.manifest_formats import VOLUME_SUFFIXES, volume_stem
 from pipeline.plan import ChannelPlan
 from pipeline.predict import Model, predict
+from pipeline.results import RECORD, record_sources
 from transforms.dicom import read_series
 from transforms.dicom_header import is_dicom
 from transforms.labels import LabelSchema
 from transforms.volume import Volume, read_volume
-
-RECORD = "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ def segment_studies(
                 written += files
                 record["studies"][study.name] = sorted(f.format for f in files)
                 write_json(out / RECORD, record)
+                record_sources(out, study.name, study.paths)
             except RunError:
                 raise
             except VolsegError as error:
