@@ -70,7 +70,7 @@ def result_of(labels: Path) -> Result:
 def _result(folder: Path, name: str) -> Result | None:
     files = (folder / f"{name}{suffix}" for suffix in (LABEL_MAP, DICOM_SEG))
     found = next((file for file in files if file.is_file()), None)
-    return found and Result(name, found, _images(folder, name))
+    return None if found is None else Result(name, found, _images(folder, name))
 
 
 def _images(folder: Path, name: str) -> tuple[Path, ...]:
