@@ -36,7 +36,11 @@ class EncodeLabelsd(MapTransform):
 
 
 class OrientAndRespaced(MapTransform):
-    """Move `keys` to the grid that has the given axes and spacing: images cubically, class maps by share."""
+    """Move `keys` to the grid that has the given axes and spacing: images cubically, class maps by share.
+
+    A sheared grid is made orthogonal in the same move. What then lies beside its slices was never measured: it is
+    class 0, and in an image the lowest value of its channel.
+    """
 
     def __init__(
         self, keys: KeysCollection, *, class_keys: Sequence[str], axis_codes: str, spacing_mm: Sequence[float]
@@ -51,11 +55,12 @@ class OrientAndRespaced(MapTransform):
         result = dict(data)
         for key in self.key_iterator(result):
             source = geometry_of(result[key])
-            target = source.oriented(self.axis_codes).respaced(self.spacing_mm)
+            target = source.orthogonal().oriented(self.axis_codes).respaced(self.spacing_mm)
             voxels = result[key].as_tensor()
             if key in self.class_keys:
-                highest = int(voxels.numpy(force=True).max())  # torch knows no maximum of unsigned 16-bit integers
-                moved = move_classes(voxels, source, target, class_count=highest + 1)
+                moved = move_classes(voxels, source, target)
+            elif source.is_sheared:
+                moved = torch.cat([move(v[None], source, target, order=3, fill=float(v.min())) for v in voxels])
             else:
                 moved = move(voxels, source, target, order=3)
             result[key] = as_metatensor(moved, target)

@@ -31,22 +31,33 @@ AXIS_ALIGNED = 1e-3
 """Direction cosines within this of a signed permutation count as one (between two grids), as long as what is
 ignored moves no corner by more than `SAME_GRID_VOXELS`."""
 
+RIGHT_ANGLE = 1e-3
+"""Axes are at right angles when the cosine between them is at most this; a grid with others is sheared."""
+
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NEGATIVE_CODES, _POSITIVE_CODES = "LPI", "RAS"
 
 
 @dataclass(frozen=True)
 class AxisMap:
-    """How the axes of one grid lie in another: per target axis, index_source = scale * index_target + offset."""
+    """How the axes of one grid lie in another: per target axis, index_source = scale * index_target + offset.
+
+    Where one of the two grids is sheared, `stack_axis` is the target axis along which slices follow each other, and
+    slice n of the target has `shears * n` added: each slice is shifted within its own plane.
+    """
 
     source_axes: Triple
     scales: tuple[float, float, float]
     offsets: tuple[float, float, float]
     target_shape: Triple
+    shears: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    stack_axis: int | None = None
 
     @property
     def is_exact(self) -> bool:
         """True when every target voxel centre is a source voxel centre (flips, permutations, crops, pads)."""
+        if self.stack_axis is not None:
+            return False
         first = np.asarray(self.offsets)
         ideal = np.rint(first)
         steps = np.asarray(self.target_shape) - 1
@@ -105,7 +116,7 @@ class Geometry:
 
     @cached_property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance between neighbouring voxel centres along i, j and k."""
+        """Distance between neighbouring voxel centres along i, j and k; `orthogonal` has a sheared stack's height."""
         i, j, k = np.linalg.norm(self.affine_ras[:3, :3], axis=0)
         return float(i), float(j), float(k)
 
@@ -121,7 +132,7 @@ class Geometry:
 
     @property
     def extent_mm(self) -> tuple[float, float, float]:
-        """Side lengths of the box that the voxels fill, outer face to outer face."""
+        """Edges of the box that the voxels fill, outer face to outer face; one edge of a sheared box leans."""
         i, j, k = (n * s for n, s in zip(self.shape, self.spacing_mm, strict=True))
         return i, j, k
 
@@ -129,6 +140,36 @@ class Geometry:
     def voxel_volume_mm3(self) -> float:
         """Volume of one voxel (right for sheared grids too)."""
         return float(abs(np.linalg.det(self.affine_ras[:3, :3])))
+
+    @cached_property
+    def is_sheared(self) -> bool:
+        """Whether two axes are off the right angle, as in a CT with a tilted gantry."""
+        return bool(self._cosines.max() > RIGHT_ANGLE)
+
+    @cached_property
+    def stack_axis(self) -> int | None:
+        """Of a sheared grid, the axis along which its slices follow each other: the other two are at right angles.
+
+        A shear about one image axis leaves two choices. Slices have like sides in their plane, so that decides, and
+        then which axis runs more along the body. None when no two axes are at right angles.
+        """
+        i, j, k = self.spacing_mm
+        unlike = (round(abs(np.log(a / b)), 2) for a, b in ((j, k), (i, k), (i, j)))
+        ranks = zip(unlike, -np.abs(self.direction_ras[2]), range(3), strict=True)
+        return min((rank for rank in ranks if self._cosines[rank[2]] <= RIGHT_ANGLE), default=(0, 0, None))[2]
+
+    @property
+    def shear_degrees(self) -> float:
+        """By how much the stack leans from the normal of its slices; 0 for right angles."""
+        axis = self.stack_axis
+        lean = self._cosines.max() if axis is None else np.linalg.norm(np.delete(self._cosines, axis))
+        return float(np.degrees(np.arcsin(min(1.0, float(lean))))) if self.is_sheared else 0.0
+
+    @cached_property
+    def _cosines(self) -> Floats:
+        """Of the angle between the two other axes, for i, j and k."""
+        i, j, k = self.direction_ras.T
+        return np.abs([j @ k, i @ k, i @ j])
 
     @cached_property
     def axis_codes(self) -> str:
@@ -201,6 +242,32 @@ class Geometry:
         affine[:3, 3] = self.ras_from_ijk([first_ijk])[0]
         return Geometry(_triple(shape), affine)
 
+    def orthogonal(self) -> Geometry:
+        """This grid when its axes are at right angles, else the smallest orthogonal one around it.
+
+        The slices keep their planes, their sides and their distance along the normal; they follow each other along
+        it, and are widened by whole voxels so that nothing is cut off. The centre stays where it is, so that every
+        permutation and flip of this grid gives the same voxels.
+
+        Raises:
+            ValueError: no two axes are at right angles, so that no slice could be kept.
+        """
+        if not self.is_sheared:
+            return self
+        if (stack := self.stack_axis) is None:
+            raise ValueError(f"no two axes are at right angles: {self.describe()}; resample it to an orthogonal grid")
+        matrix = self.affine_ras[:3, :3].copy()
+        normal = np.cross(matrix[:, stack - 2], matrix[:, stack - 1])
+        normal /= np.linalg.norm(normal)
+        matrix[:, stack] = normal * (normal @ matrix[:, stack])
+        drifts = np.abs(np.linalg.solve(matrix, self.affine_ras[:3, stack])) * (self.shape[stack] - 1)
+        drifts[stack] = 0.0
+        shape = np.asarray(self.shape) + np.ceil(drifts - EXACT_MOVE_VOXELS).astype(int)
+        affine = np.eye(4)
+        affine[:3, :3] = matrix
+        affine[:3, 3] = self.ras_from_ijk([(np.asarray(self.shape) - 1) / 2])[0] - matrix @ ((shape - 1) / 2)
+        return Geometry(_triple(shape.tolist()), affine)
+
     def difference(self, other: Geometry, *, tolerance_voxels: float = SAME_GRID_VOXELS) -> str | None:
         """None when both are the same grid; otherwise one line that shows how they differ."""
         allowed_mm = tolerance_voxels * min(self.spacing_mm)
@@ -209,32 +276,47 @@ class Geometry:
         return f"{self.describe()} against {other.describe()}"
 
     def describe(self) -> str:
-        """One line: shape, spacing, orientation, origin."""
+        """One line: shape, spacing, orientation, shear, origin."""
         shape = "x".join(str(n) for n in self.shape)
         spacing = "x".join(f"{s:.4g}" for s in self.spacing_mm)
         origin = ", ".join(f"{x:.2f}" for x in self.origin_ras_mm)
         tilt = _tilt_degrees(self.direction_ras)
         oblique = "" if tilt < 0.05 else f" oblique by {tilt:.1f} degrees"
-        return f"{shape} voxels of {spacing} mm, {self.axis_codes}{oblique}, first voxel at RAS ({origin}) mm"
+        shear = f" sheared by {self.shear_degrees:.1f} degrees" if self.is_sheared else ""
+        return f"{shape} voxels of {spacing} mm, {self.axis_codes}{oblique}{shear}, first voxel at RAS ({origin}) mm"
 
     def axis_map(self, target: Geometry) -> AxisMap:
         """How `target`'s axes lie in this grid, when they are parallel to its axes.
 
+        One of the two grids may be sheared and the other not, as long as they have the same slice planes.
+
         Raises:
-            ValueError: the two grids are rotated or sheared against each other.
+            ValueError: the two grids are rotated, or sheared in another way, against each other.
         """
-        matrix = np.linalg.solve(self.affine_ras, target.affine_ras)
+        matrix = np.asarray(np.linalg.solve(self.affine_ras, target.affine_ras), dtype=np.float64)
         steps = matrix[:3, :3] * np.asarray(self.spacing_mm)[:, None] / np.asarray(target.spacing_mm)
         axes, signs = _closest_axes(steps)
         ideal = np.zeros((3, 3))
         ideal[list(axes), range(3)] = signs
-        # What a small rotation moves the far corner by, in voxels of this grid.
-        sideways = np.abs(matrix[:3, :3] * (ideal == 0)) @ (np.asarray(target.shape) - 1)
-        if np.abs(steps - ideal).max() > AXIS_ALIGNED or sideways.max() > SAME_GRID_VOXELS:
-            raise ValueError(f"the grids are not parallel: {self.describe()} against {target.describe()}")
+        stack = None
+        if not _is_like(steps, ideal, matrix, target.shape):
+            stack = self._sheared_along(target, axes)
+            free = [] if stack is None else [stack]
+            ideal[:, free] = steps[:, free]
+            if stack is None or not _is_like(steps, ideal, matrix, target.shape):
+                raise ValueError(f"the grids are not parallel: {self.describe()} against {target.describe()}")
         scales = [float(matrix[a, t]) for t, a in enumerate(axes)]
         offsets = [float(matrix[a, 3]) for a in axes]
-        return AxisMap(axes, (scales[0], scales[1], scales[2]), (offsets[0], offsets[1], offsets[2]), target.shape)
+        shears = [0.0 if stack in (None, t) else float(matrix[a, stack]) for t, a in enumerate(axes)]
+        return AxisMap(axes, _floats(scales), _floats(offsets), target.shape, _floats(shears), stack)
+
+    def _sheared_along(self, target: Geometry, source_axes: Triple) -> int | None:
+        """The axis of `target` that is the stack axis of the one grid of the two that is sheared."""
+        if self.is_sheared == target.is_sheared:
+            return None
+        if target.is_sheared:
+            return target.stack_axis
+        return None if self.stack_axis is None else source_axes.index(self.stack_axis)
 
     def _corner_gap_mm(self, other: Geometry) -> float:
         corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), axis=-1).reshape(-1, 3)
@@ -252,6 +334,12 @@ def _closest_axes(matrix: Floats) -> tuple[Triple, Triple]:
 
 
 _PERMUTATIONS: tuple[Triple, ...] = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+
+def _is_like(steps: Floats, ideal: Floats, matrix: Floats, target_shape: Triple) -> bool:
+    """Whether unit steps are as they should be, and what is ignored moves no corner, in voxels of the source."""
+    sideways = np.abs(matrix[:3, :3] * (ideal == 0)) @ (np.asarray(target_shape) - 1)
+    return bool(np.abs(steps - ideal).max() <= AXIS_ALIGNED and sideways.max() <= SAME_GRID_VOXELS)
 
 
 def _parse_codes(axis_codes: str) -> tuple[Triple, Triple]:
@@ -274,3 +362,7 @@ def _triple(values: Sequence[int]) -> Triple:
     if len(values) != 3:
         raise ValueError(f"three numbers are needed, found {len(values)}")
     return int(values[0]), int(values[1]), int(values[2])
+
+
+def _floats(values: Sequence[float]) -> tuple[float, float, float]:
+    return values[0], values[1], values[2]

@@ -24,29 +24,36 @@ def move(voxels: Tensor, source: Geometry, target: Geometry, *, order: Order = 1
 
     Where every target centre is a source centre (flip, permute, crop, pad) values are copied, of any dtype.
     Otherwise each axis is interpolated in float32 by its own matrix; values beyond the source are its edge's up to
-    one target voxel away, and `fill` farther out.
+    one target voxel away, and `fill` farther out. Between a sheared grid and an orthogonal one, each slice of the
+    sheared grid is shifted within its own plane; nothing is interpolated between slices but for another distance.
 
     Raises:
-        ValueError: the grids are not parallel, or `voxels` does not have the shape of `source`.
+        ValueError: the grids are neither parallel nor sheared against each other, `voxels` does not have the shape of
+            `source`, or `fill` is infinite for a sheared source.
     """
     if tuple(voxels.shape[1:]) != source.shape:
         raise ValueError(f"voxels of shape {tuple(voxels.shape[1:])} on a grid of {source.shape}")
     axes = source.axis_map(target)
     if axes.is_exact:
         return _copy(voxels, axes, target.shape, fill)
+    if axes.stack_axis is not None:
+        return _move_sheared(voxels, axes, order=order, fill=fill, source_is_sheared=source.is_sheared)
     matrices = _axis_matrices(source.shape, target.shape, axes, order)
     moved = _interpolate(voxels.to(torch.float32), axes, matrices)
     return _fill_outside(moved, matrices, fill)
 
 
-def move_classes(classes: Tensor, source: Geometry, target: Geometry, *, class_count: int) -> Tensor:
+def move_classes(classes: Tensor, source: Geometry, target: Geometry) -> Tensor:
     """A class map (1, I, J, K) to `target`: the class with the highest linearly interpolated share wins.
 
-    Thin structures survive better than under nearest neighbour, and no class number is ever averaged.
+    Thin structures survive better than under nearest neighbour, and no class number is ever averaged. Voxels beyond
+    the source are class 0.
     """
     if source.axis_map(target).is_exact:
         return move(classes, source, target)
-    shares = ((classes == c).to(torch.float32) for c in range(class_count))
+    # Classes that are absent have no share anywhere.
+    present = np.unique(classes.numpy(force=True)).tolist()
+    shares = ((c, (classes == c).to(torch.float32)) for c in dict.fromkeys([0, *present]))
     return _winner(shares, classes.dtype, lambda share: move(share, source, target, order=1))
 
 
@@ -58,22 +65,59 @@ def move_argmax(scores: Tensor, source: Geometry, target: Geometry, *, dtype: to
     """
     if source.axis_map(target).is_exact:
         return move(scores.argmax(dim=0, keepdim=True).to(dtype), source, target)
-    return _winner((s[None] for s in scores), dtype, lambda s: move(s, source, target, order=1, fill=-torch.inf))
+    # Beyond the source every class has the same fill, and the first of equals wins.
+    return _winner(enumerate(s[None] for s in scores), dtype, lambda s: move(s, source, target, order=1))
 
 
-def _winner(volumes: Iterable[Tensor], dtype: torch.dtype, place: Callable[[Tensor], Tensor]) -> Tensor:
+def _winner(volumes: Iterable[tuple[int, Tensor]], dtype: torch.dtype, place: Callable[[Tensor], Tensor]) -> Tensor:
     best, winner = None, None
-    for index, volume in enumerate(volumes):
+    for number, volume in volumes:
         placed = place(volume)
         if best is None or winner is None:
-            best, winner = placed, torch.zeros(placed.shape, dtype=dtype, device=placed.device)
+            best, winner = placed, torch.full(placed.shape, number, dtype=dtype, device=placed.device)
             continue
         better = placed > best
-        winner = torch.where(better, torch.tensor(index, dtype=dtype, device=placed.device), winner)
+        winner = torch.where(better, torch.tensor(number, dtype=dtype, device=placed.device), winner)
         best = torch.where(better, placed, best)
     if winner is None:
         raise ValueError("at least one class is needed")
     return winner
+
+
+def _move_sheared(voxels: Tensor, axes: AxisMap, *, order: Order, fill: float, source_is_sheared: bool) -> Tensor:
+    """Slices are shifted where they lie on the sheared grid: before they are interpolated between, or after."""
+    stack = axes.stack_axis or 0
+    scale, offset = axes.scales[stack], axes.offsets[stack]
+    turned = voxels.permute(0, *(a + 1 for a in axes.source_axes)).movedim(stack + 1, 1).to(torch.float32)
+    between = axis_matrix(turned.shape[1], axes.target_shape[stack], scale, offset, order).to(voxels.device)
+    if source_is_sheared:
+        if not np.isfinite(fill):
+            raise ValueError(f"what lies beside a sheared grid is filled with a finite value, found {fill}")
+        numbers = (np.arange(turned.shape[1]) - offset) / scale
+        moved = torch.tensordot(between, _shift_slices(turned, numbers, axes, order, fill), dims=([1], [1]))
+    else:
+        moved = torch.tensordot(between, turned, dims=([1], [1])).movedim(0, 1)
+        moved = _shift_slices(moved, np.arange(moved.shape[1]), axes, order, fill).movedim(1, 0)
+    outside = (between == 0).all(dim=1)
+    moved[outside] = fill
+    return moved.movedim(0, 1).movedim(1, stack + 1).contiguous()
+
+
+def _shift_slices(slices: Tensor, numbers: np.ndarray, axes: AxisMap, order: Order, fill: float) -> Tensor:
+    """Slices (C, K, A, B) to their places in the target's planes; `numbers` are their positions along its stack."""
+    across = [t for t in range(3) if t != axes.stack_axis]
+    sizes = [axes.target_shape[t] for t in across]
+    shifted = torch.empty((*slices.shape[:2], *sizes), dtype=torch.float32, device=slices.device)
+    for k, number in enumerate(numbers):
+        offsets = [axes.offsets[t] + axes.shears[t] * number for t in across]
+        first, second = (
+            torch.from_numpy(_weights(n, m, axes.scales[t], offset, order)).to(slices.device)
+            for n, m, t, offset in zip(slices.shape[2:], sizes, across, offsets, strict=True)
+        )
+        shifted[:, k] = first @ slices[:, k] @ second.T
+        shifted[:, k, (first == 0).all(dim=1)] = fill
+        shifted[:, k, :, (second == 0).all(dim=1)] = fill
+    return shifted
 
 
 def _copy(voxels: Tensor, axes: AxisMap, shape: tuple[int, int, int], fill: float) -> Tensor:
@@ -131,6 +175,10 @@ def axis_matrix(source_count: int, target_count: int, scale: float, offset: floa
 
     Rows of positions more than max(1, |scale|) voxels outside are zero.
     """
+    return torch.from_numpy(_weights(source_count, target_count, scale, offset, order))
+
+
+def _weights(source_count: int, target_count: int, scale: float, offset: float, order: Order) -> np.ndarray:
     positions = scale * np.arange(target_count) + offset
     reach = max(1.0, abs(scale)) + 1e-6
     outside = (positions < -reach) | (positions > source_count - 1 + reach)
@@ -140,7 +188,7 @@ def axis_matrix(source_count: int, target_count: int, scale: float, offset: floa
     else:
         weights = _linear_weights(np.rint(positions) if order == 0 else positions, source_count)
     weights[outside] = 0.0
-    return torch.from_numpy(weights.astype(np.float32))
+    return weights.astype(np.float32)
 
 
 def _linear_weights(positions: np.ndarray, count: int) -> np.ndarray:
@@ -155,20 +203,30 @@ def _linear_weights(positions: np.ndarray, count: int) -> np.ndarray:
 
 def _cubic_weights(positions: np.ndarray, count: int) -> np.ndarray:
     """Cubic B-spline interpolation with mirrored ends (Unser 1999), prefilter included, as one matrix."""
-    collocation = _basis(np.arange(count, dtype=float), count)
-    return np.asarray(np.linalg.solve(collocation.T, _basis(positions, count).T).T)
-
-
-def _basis(positions: np.ndarray, count: int) -> np.ndarray:
+    coefficients = _prefilter(count)
     low = np.floor(positions).astype(int)
     weights = np.zeros((len(positions), count))
-    rows = np.arange(len(positions))
-    period = 2 * (count - 1)
     for tap in range(-1, 3):
-        distance = np.abs(positions - (low + tap))
-        near = 2.0 / 3.0 - distance**2 + distance**3 / 2.0
-        far = np.clip(2.0 - distance, 0.0, None) ** 3 / 6.0
-        folded = np.abs(low + tap) % period
-        folded = np.where(folded > count - 1, period - folded, folded)
-        np.add.at(weights, (rows, folded), np.where(distance < 1.0, near, far))
+        weights += _spline(positions - (low + tap))[:, None] * coefficients[_mirrored(low + tap, count)]
     return weights
+
+
+@lru_cache(maxsize=8)
+def _prefilter(count: int) -> np.ndarray:
+    """(count, count): values to the coefficients of the cubic B-spline through them."""
+    collocation = np.zeros((count, count))
+    places = np.arange(count)
+    for tap in range(-1, 2):
+        np.add.at(collocation, (places, _mirrored(places + tap, count)), _spline(np.float64(tap)))
+    return np.asarray(np.linalg.inv(collocation))
+
+
+def _spline(distances: np.ndarray | np.float64) -> np.ndarray:
+    distances = np.abs(distances)
+    near = 2.0 / 3.0 - distances**2 + distances**3 / 2.0
+    return np.asarray(np.where(distances < 1.0, near, np.clip(2.0 - distances, 0.0, None) ** 3 / 6.0))
+
+
+def _mirrored(places: np.ndarray, count: int) -> np.ndarray:
+    folded = np.abs(places) % (2 * (count - 1))
+    return np.asarray(np.where(folded > count - 1, 2 * (count - 1) - folded, folded))

@@ -222,14 +222,14 @@ def test_classes_by_share(codes: str) -> None:
     target = source.oriented("RAS").respaced((0.6, 0.7, 0.8))
     classes = torch.from_numpy(np.random.default_rng(4).integers(0, 3, (1, *source.shape)).astype(np.uint8))
     shares = torch.cat([move((classes == c).float(), source, target) for c in range(3)])
-    assert torch.equal(move_classes(classes, source, target, class_count=3)[0].long(), shares.argmax(dim=0))
+    assert torch.equal(move_classes(classes, source, target)[0].long(), shares.argmax(dim=0))
 
 
 def test_class_numbers_are_never_averaged() -> None:
     """Between class 1 and class 3 lies no class 2."""
     source = Geometry((8, 1, 1), np.eye(4))
     classes = torch.tensor([1, 1, 3, 3, 1, 3, 0, 3], dtype=torch.uint8).reshape(1, 8, 1, 1)
-    moved = move_classes(classes, source, source.respaced((0.31, 1, 1)), class_count=4)
+    moved = move_classes(classes, source, source.respaced((0.31, 1, 1)))
     assert set(moved.unique().tolist()) == {0, 1, 3}
 
 
@@ -237,7 +237,7 @@ def test_classes_on_the_same_grid_are_copied() -> None:
     source = oblique((4, 4, 4), (1, 1, 1))
     classes = torch.arange(64, dtype=torch.uint8).reshape(1, 4, 4, 4)
     turned = source.oriented("SPL")
-    assert torch.equal(move_classes(classes, source, turned, class_count=64), move(classes, source, turned))
+    assert torch.equal(move_classes(classes, source, turned), move(classes, source, turned))
 
 
 def test_what_cannot_be_moved() -> None:
