@@ -9,7 +9,8 @@ VolsegError
 ├── PlanError              a plan that cannot be made, or settings that contradict it
 ├── BundleError            a model bundle that is damaged, foreign or does not fit the input
 ├── RunError               a run folder that cannot be started, resumed or read
-└── ExportError            an export that cannot be written, or that did not read back the same
+├── ExportError            an export that cannot be written, or that did not read back the same
+└── PacsError              an archive that cannot be reached, refuses, or did not take or give everything
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class ExportError(VolsegError):
     """An export cannot be written, or did not read back the same."""
 
 
+class PacsError(VolsegError):
+    """An archive cannot be reached, refuses, or did not take or give everything."""
+
+
 __all__ = [
     "BundleError",
     "ConfigError",
@@ -48,6 +53,7 @@ __all__ = [
     "ExportError",
     "GeometryMismatch",
     "ManifestError",
+    "PacsError",
     "PlanError",
     "RunError",
     "VolsegError",
