@@ -22,16 +22,6 @@ BACKGROUND = {"CT": -1024.0}
 """Value of voxels that were not measured, by modality, where it is not 0."""
 
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66",)
-_MULTI_FRAME = {
-    "1.2.840.10008.5.1.4.1.1.2.1",
-    "1.2.840.10008.5.1.4.1.1.2.2",
-    "1.2.840.10008.5.1.4.1.1.4.1",
-    "1.2.840.10008.5.1.4.1.1.4.3",
-    "1.2.840.10008.5.1.4.1.1.4.4",
-    "1.2.840.10008.5.1.4.1.1.30",
-    "1.2.840.10008.5.1.4.1.1.128.1",
-    "1.2.840.10008.5.1.4.1.1.130",
-}
 
 
 def kind_findings(headers: Headers) -> list[Finding]:
@@ -72,10 +62,8 @@ def _segmentation(headers: Headers) -> Iterator[Finding]:
 
 
 def _multi_frame(headers: Headers) -> Iterator[Finding]:
-    if many := where(headers, lambda header: header.frames > 1 or header.sop_class in _MULTI_FRAME):
-        yield refuse(
-            "multi-frame", f"{files(many)}: object of {many[0].frames} frames; only one slice a file is read so far"
-        )
+    if whole := where(headers, lambda header: bool(header.frames_fault)):
+        yield refuse("multi-frame", f"{files(whole)}: {whole[0].frames_fault}")
 
 
 def _mosaic(headers: Headers) -> Iterator[Finding]:
@@ -157,13 +145,20 @@ def _size(headers: Headers) -> Iterator[Finding]:
     voxels = sum(header.rows * header.columns for header in headers)
     if voxels > MAX_VOXELS:
         yield refuse("too-large", f"{voxels} voxels, more than {MAX_VOXELS}; are the headers damaged?")
-
-    def short(header: Header) -> bool:
-        needed = header.rows * header.columns * header.bits_allocated // 8
-        return header.transfer_syntax in NATIVE_SYNTAXES and header.file_bytes < needed
-
-    if cut := where(headers, short):
+    if bare := where(headers, lambda header: header.pixels is None):
+        yield refuse("no-pixel-data", f"{files(bare)} promises an image and holds no whole numbers for it")
+    if cut := where(headers, _is_cut):
         yield refuse("truncated", f"{files(cut)} is shorter than its pixels; fetch it again")
+
+
+def _is_cut(header: Header) -> bool:
+    """Whether a file ends before its pixels do, or holds fewer than its header promises."""
+    pixels = header.pixels
+    if pixels is None or pixels.is_cut:
+        return pixels is not None
+    if pixels.fragments is not None:
+        return pixels.fragments < header.frames
+    return pixels.length < header.frames * header.rows * header.columns * header.bits_allocated // 8
 
 
 _Check = Callable[[Headers], Iterator[Finding]]

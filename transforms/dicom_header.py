@@ -1,112 +1,85 @@
-"""What the gate needs from one DICOM file's header, read without pixels and without trusting anything.
+"""What the gate needs from one DICOM file's header, read without pixels and without trusting anything: one Header a
+slice.
 
-Values are parsed from their raw bytes: pydicom's own conversion warns about what real files hold (decimal
-strings over 16 characters, empty numbers). No tag that identifies a patient is read.
+What identifies the patient is read only to be hashed with a salt; it never leaves this module.
 """
 
 from __future__ import annotations
 
-import math
-import re
+import hashlib
+import hmac
+import os
 import struct
-import warnings
+import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import pydicom
-from pydicom.dataelem import RawDataElement
-from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.tag import Tag
+from pydicom.filereader import read_dataset, read_file_meta_info
+from pydicom.tag import BaseTag
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
+from transforms.dicom_elements import PARSE_FAULTS, Elements, Text, quiet_pydicom, tag_of
+from transforms.dicom_fragments import PixelData, find_pixels
+from transforms.dicom_frames import HEADER_TAGS, Frame, Plane, read_frames
 from transforms.errors import DicomError
 
-Triple = tuple[float, float, float]
-Text = tuple[str, ...]
-Numbers = tuple[float, ...]
+__all__ = [
+    "NATIVE_SYNTAXES",
+    "PARSE_FAULTS",
+    "Header",
+    "Plane",
+    "is_dicom",
+    "quiet_pydicom",
+    "read_header",
+    "read_headers",
+]
 
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 """Media Storage Directory: a DICOMDIR, whatever it is called (PS3.10)."""
 
-PARSE_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    BytesLengthException,
-    InvalidDicomError,
-    struct.error,
-    zlib.error,
-)
-"""What pydicom and its decoders raise on damaged input."""
+NATIVE_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99")
+"""Implicit and explicit VR little endian, explicit VR big endian, deflated: pixels are not encapsulated (PS3.5)."""
 
-NATIVE_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-"""Implicit and explicit VR little endian, explicit VR big endian: pixels are not compressed (PS3.5)."""
+MOST_INFLATED = 2**26
+"""A deflated file's header must lie in so many bytes of what it unpacks to."""
 
 _PREAMBLE = 128
-_DESCRIPTION_LENGTH = 64
+# The meta information, with the transfer syntax in it, comes first.
+_FIRST_BYTES = 1024
+_KEY_LENGTH = 12
 # A file without a preamble begins with one of these groups' first elements, and those are short.
 _LAST_FIRST_ELEMENT, _LAST_FIRST_LENGTH = 0x0070, 1024
-_KINDS = {
-    "AcquisitionNumber": "acquisition",
-    "AcquisitionTime": "acquisition time",
-    "DiffusionBValue": "b-value",
-    "DiffusionGradientOrientation": "gradient direction",
-    "EchoNumbers": "echo",
-    "EchoTime": "echo time",
-    "ImageType": "image type",
-    "InstanceNumber": "instance number",
-    "InversionTime": "inversion time",
-    "StackID": "stack",
-    "TemporalPositionIdentifier": "temporal position",
-    "TriggerTime": "trigger time",
-}
-_TAGS = {
-    keyword: Tag(keyword)
+_PRIVATE_SCALING = "2005100E"
+_TAGS = [
+    tag_of(keyword)
     for keyword in (
-        *_KINDS,
+        *HEADER_TAGS,
         *("Modality", "SeriesDescription", "SeriesNumber", "SpecificCharacterSet"),
         *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
-        *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices"),
-        "SliceThickness",
+        *("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"),
         *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
         *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-        *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
-        *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+        *("ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", _PRIVATE_SCALING),
     )
-}
-_UID = re.compile(r"[0-9.]{1,64}")
-_CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
-_ENCODINGS = {"ISO_IR 192": "utf-8", "ISO_IR 100": "latin-1"}
-
-
-@dataclass(frozen=True, slots=True)
-class Plane:
-    """Where the pixels of one slice lie, LPS+ mm (PS3.3 C.7.6.2).
-
-    `row_cosines_lps` points along a row, to the next column, whose distance is `column_spacing_mm`.
-    """
-
-    position_lps_mm: Triple
-    row_cosines_lps: Triple
-    column_cosines_lps: Triple
-    row_spacing_mm: float
-    column_spacing_mm: float
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
     """One slice without its pixels: a DICOM file, or a frame of one. What is missing or malformed is None or empty.
 
-    `frame` is None for a file of one slice, else the number of the frame (from 1, as DICOM counts them).
+    `frame` is None for a file of one slice, else the number of the frame (from 1, as DICOM counts them). A file of
+    `frames` that could not be taken apart is one header too, and `frames_fault` says why. `patient_key` stands for
+    the patient: 12 hexadecimal digits that mean nothing without the salt they were made with.
     """
 
     path: Path
@@ -117,12 +90,15 @@ class Header:
     study_uid: str
     series_uid: str
     frame_of_reference: str
+    patient_key: str
     modality: str
     description: str
     series_number: int | None
     image_type: Text
     photometric: str
+    has_colours: bool
     frames: int
+    frames_fault: str
     samples: int
     rows: int
     columns: int
@@ -133,20 +109,14 @@ class Header:
     slope: float | None
     intercept: float | None
     has_lookup_table: bool
+    has_private_scaling: bool
     padding: tuple[int, int] | None
+    pixels: PixelData | None
     plane: Plane | None
     slice_spacing_tag_mm: float | None
+    thickness_mm: float | None
     kinds: tuple[tuple[str, bytes], ...]
-    thickness_mm: float | None = None
     frame: int | None = None
-
-
-@contextmanager
-def quiet_pydicom() -> Iterator[None]:
-    """Keep pydicom's remarks on sloppy files from the user; the gate judges what matters by itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def is_dicom(path: Path) -> bool:
@@ -160,111 +130,116 @@ def is_dicom(path: Path) -> bool:
     return head[_PREAMBLE:] == b"DICM" or _starts_with_element(head[:8])
 
 
-def read_header(path: Path) -> Header | None:
-    """The header of a DICOM object; None for a media directory (DICOMDIR).
+def read_headers(path: Path, *, salt: bytes) -> tuple[Header, ...]:
+    """The slices of a DICOM object, one header each; none for a media directory (DICOMDIR).
+
+    Args:
+        path: the file.
+        salt: random bytes that make `patient_key` the same for one patient in one listing, and useless elsewhere.
 
     Raises:
         DicomError: the file cannot be parsed.
     """
     try:
-        with quiet_pydicom():
-            return _parse(path)
+        with quiet_pydicom(), path.open("rb") as file:
+            return _parse(path, file, salt)
     except PARSE_FAULTS as fault:
         # The parser's own words may quote bytes of the file, so only their kind is passed on.
         raise DicomError(f"{path}: damaged DICOM header ({type(fault).__name__})") from None
 
 
-def _parse(path: Path) -> Header | None:
-    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS.values()), force=True)
-    meta = _Elements(dataset.file_meta)
-    if meta.uid("MediaStorageSOPClassUID") == MEDIA_DIRECTORY:
-        return None
-    return _header(path, meta, _Elements(dataset))
+def read_header(path: Path) -> Header | None:
+    """The first header of a DICOM object; None for a media directory."""
+    return next(iter(read_headers(path, salt=b"")), None)
 
 
-class _Elements:
-    """Typed access to a dataset's raw elements: what is absent or malformed is empty."""
+def inflated(file: BinaryIO, meta_bytes: int, most: int) -> bytes:
+    """The first `most` bytes of the dataset in a deflated file (PS3.5 A.5), whose meta information is skipped.
 
-    def __init__(self, dataset: pydicom.Dataset) -> None:
-        self._dataset = dataset
-
-    def __contains__(self, keyword: str) -> bool:
-        return _TAGS[keyword] in self._dataset
-
-    def raw(self, keyword: str) -> tuple[bytes, bool]:
-        """The bytes of an element, and whether they are little endian."""
-        tag = _TAGS.get(keyword) or Tag(keyword)
-        if tag not in self._dataset:
-            return b"", True
-        element = self._dataset.get_item(tag)
-        if isinstance(element, RawDataElement):
-            return element.value or b"", element.is_little_endian
-        parts = [element.value] if isinstance(element.value, str) else list(element.value or [])
-        return "\\".join(str(part) for part in parts).encode(), True
-
-    def texts(self, keyword: str) -> Text:
-        """The values of a string element, ASCII."""
-        text = _printable(self.raw(keyword)[0].decode("ascii", errors="replace"))
-        return tuple(part.strip() for part in text.split("\\")) if text else ()
-
-    def text(self, keyword: str) -> str:
-        """The first value of a string element, or an empty string."""
-        return next(iter(self.texts(keyword)), "")
-
-    def uid(self, keyword: str) -> str:
-        """A UI element; empty when it is malformed, since a damaged one may have swallowed what follows it."""
-        text = self.text(keyword)
-        return text if _UID.fullmatch(text) else ""
-
-    def code(self, keyword: str) -> str:
-        """The first value of a CS element, upper case; empty when it is malformed."""
-        text = self.text(keyword).upper()
-        return text if _CODE.fullmatch(text) else ""
-
-    def numbers(self, keyword: str) -> Numbers:
-        """The values of a DS or IS element, of any length; empty unless all are finite numbers."""
-        try:
-            values = tuple(float(part) for part in self.texts(keyword))
-        except ValueError:
-            return ()
-        return values if all(map(math.isfinite, values)) else ()
-
-    def number(self, keyword: str, absent: float | None = None) -> float | None:
-        """A DS or IS element of one value; None when it is malformed."""
-        if not self.text(keyword):
-            return absent
-        values = self.numbers(keyword)
-        return values[0] if len(values) == 1 else None
-
-    def integer(self, keyword: str, *, signed: bool = False) -> int:
-        """A US or SS element; 0 when absent."""
-        raw, little = self.raw(keyword)
-        return int.from_bytes(raw[:2], "little" if little else "big", signed=signed)
-
-    def description(self) -> str:
-        """SeriesDescription, cut to one short line; character sets beyond Latin and UTF-8 are not decoded."""
-        encoding = _ENCODINGS.get(self.text("SpecificCharacterSet"), "ascii")
-        text = self.raw("SeriesDescription")[0].decode(encoding, errors="replace")
-        return " ".join(_printable(text).split())[:_DESCRIPTION_LENGTH]
+    Raises:
+        zlib.error: the file ends before that, or is damaged.
+    """
+    file.seek(meta_bytes)
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    unpacked = unpacker.decompress(file.read(), most)
+    if not unpacker.eof and len(unpacked) < most:
+        raise zlib.error("cut short")
+    return unpacked
 
 
-def _header(path: Path, meta: _Elements, elements: _Elements) -> Header:
+def meta_bytes(path: Path) -> int:
+    """The bytes before the dataset: preamble, magic, and the meta information with its length (PS3.10 7.1)."""
+    return _PREAMBLE + 4 + 12 + int(read_file_meta_info(path).FileMetaInformationGroupLength)
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """A DICOM object up to its pixels."""
+
+    meta: Elements
+    dataset: Elements
+    transfer_syntax: str
+    pixels: PixelData | None
+
+
+def _parse(path: Path, file: BinaryIO, salt: bytes) -> tuple[Header, ...]:
+    start = file.read(_FIRST_BYTES)
+    file.seek(0)
+    parsed = _deflated(path, file) if DeflatedExplicitVRLittleEndian.encode() in start else _plain(file)
+    if parsed.meta.uid("MediaStorageSOPClassUID") == MEDIA_DIRECTORY:
+        return ()
+    return _headers(path, os.fstat(file.fileno()).st_size, parsed, salt)
+
+
+def _plain(file: BinaryIO) -> _Object:
+    dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS), force=True)
+    implicit, little = (bool(value) for value in dataset.original_encoding)
+    meta = Elements(dataset.file_meta)
+    # Files without a preamble name no transfer syntax; the parser has seen which one it is.
+    explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    syntax = meta.uid("TransferSyntaxUID") or str(ImplicitVRLittleEndian if implicit else explicit)
+    size = os.fstat(file.fileno()).st_size
+    return _Object(meta, Elements(dataset), syntax, find_pixels(file, size, implicit=implicit, little=little))
+
+
+def _deflated(path: Path, file: BinaryIO) -> _Object:
+    unpacked = inflated(file, meta_bytes(path), MOST_INFLATED)
+    buffer = BytesIO(unpacked)
+    dataset = read_dataset(buffer, False, True, stop_when=_is_pixel_data, specific_tags=list(_TAGS))
+    # What lies beyond the unpacked beginning is judged when it is read.
+    size = len(unpacked) if len(unpacked) < MOST_INFLATED else sys.maxsize
+    pixels = find_pixels(buffer, size, implicit=False, little=True)
+    meta = Elements(read_file_meta_info(path))
+    return _Object(meta, Elements(dataset), str(DeflatedExplicitVRLittleEndian), pixels)
+
+
+def _is_pixel_data(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return tag in (0x7FE00008, 0x7FE00009, 0x7FE00010)
+
+
+def _headers(path: Path, size: int, parsed: _Object, salt: bytes) -> tuple[Header, ...]:
+    meta, elements = parsed.meta, parsed.dataset
     number = elements.number("SeriesNumber")
-    return Header(
+    promised = elements.number("NumberOfFrames", absent=1.0)
+    count = 0 if promised is None else int(promised)
+    frames, fault = read_frames(elements, count)
+    first, *others = frames
+    header = Header(
         path=path,
-        file_bytes=path.stat().st_size,
-        transfer_syntax=meta.uid("TransferSyntaxUID"),
+        file_bytes=size,
+        transfer_syntax=parsed.transfer_syntax,
         sop_class=elements.uid("SOPClassUID") or meta.uid("MediaStorageSOPClassUID"),
         sop_uid=elements.uid("SOPInstanceUID") or meta.uid("MediaStorageSOPInstanceUID"),
         study_uid=elements.uid("StudyInstanceUID"),
         series_uid=elements.uid("SeriesInstanceUID"),
         frame_of_reference=elements.uid("FrameOfReferenceUID"),
+        patient_key=_patient_key(elements, salt),
         modality=elements.code("Modality"),
         description=elements.description(),
         series_number=None if number is None else int(number),
-        image_type=tuple(part.upper() for part in elements.texts("ImageType")),
         photometric=elements.code("PhotometricInterpretation"),
-        frames=int(elements.number("NumberOfFrames") or 1),
+        frames=count,
+        frames_fault=fault,
         samples=elements.integer("SamplesPerPixel") or 1,
         rows=elements.integer("Rows"),
         columns=elements.integer("Columns"),
@@ -272,28 +247,49 @@ def _header(path: Path, meta: _Elements, elements: _Elements) -> Header:
         bits_stored=elements.integer("BitsStored"),
         high_bit=elements.integer("HighBit"),
         signed=elements.integer("PixelRepresentation") == 1,
-        slope=elements.number("RescaleSlope", absent=1.0),
-        intercept=elements.number("RescaleIntercept", absent=0.0),
         has_lookup_table="ModalityLUTSequence" in elements,
+        has_private_scaling=_PRIVATE_SCALING in elements,
         padding=_padding(elements),
-        plane=_plane(elements),
-        slice_spacing_tag_mm=elements.number("SpacingBetweenSlices"),
-        kinds=tuple((word, elements.raw(keyword)[0]) for keyword, word in _KINDS.items()),
-        thickness_mm=elements.number("SliceThickness"),
+        pixels=parsed.pixels,
+        frame=first.number,
+        image_type=first.image_type,
+        has_colours=first.has_colours,
+        slope=first.slope,
+        intercept=first.intercept,
+        plane=first.plane,
+        slice_spacing_tag_mm=first.slice_spacing_tag_mm,
+        thickness_mm=first.thickness_mm,
+        kinds=first.kinds,
+    )
+    return header, *(_of_frame(header, frame) for frame in others)
+
+
+def _of_frame(header: Header, frame: Frame) -> Header:
+    return replace(
+        header,
+        frame=frame.number,
+        image_type=frame.image_type,
+        has_colours=frame.has_colours,
+        slope=frame.slope,
+        intercept=frame.intercept,
+        plane=frame.plane,
+        slice_spacing_tag_mm=frame.slice_spacing_tag_mm,
+        thickness_mm=frame.thickness_mm,
+        kinds=frame.kinds,
     )
 
 
-def _plane(elements: _Elements) -> Plane | None:
-    position = elements.numbers("ImagePositionPatient")
-    orientation = elements.numbers("ImageOrientationPatient")
-    spacing = elements.numbers("PixelSpacing")
-    if (len(position), len(orientation), len(spacing)) != (3, 6, 2) or min(spacing) <= 0:
-        return None
-    # PixelSpacing is the distance between rows, then between columns (PS3.3 10.7.1.3).
-    return Plane(_triple(position), _triple(orientation[:3]), _triple(orientation[3:]), spacing[0], spacing[1])
+def _patient_key(elements: Elements, salt: bytes) -> str:
+    """The patient's identifier and who issued it, else name and birth date, hashed; empty when there is none."""
+    identity = [elements.raw(keyword)[0].strip(b" \0") for keyword in ("PatientID", "IssuerOfPatientID")]
+    if not identity[0]:
+        identity = [elements.raw(keyword)[0].strip(b" \0") for keyword in ("PatientName", "PatientBirthDate")]
+    if not any(identity):
+        return ""
+    return hmac.new(salt, b"\0".join(identity), hashlib.sha256).hexdigest()[:_KEY_LENGTH]
 
 
-def _padding(elements: _Elements) -> tuple[int, int] | None:
+def _padding(elements: Elements) -> tuple[int, int] | None:
     """Lowest and highest stored value that stand for no measurement (PS3.3 C.7.5.1.1.2)."""
     if not elements.raw("PixelPaddingValue")[0]:
         return None
@@ -313,11 +309,3 @@ def _starts_with_element(head: bytes) -> bool:
     little = group in (2, 8) and element <= _LAST_FIRST_ELEMENT and (explicit or length <= _LAST_FIRST_LENGTH)
     group, element = struct.unpack(">HH", head[:4])
     return little or (group in (2, 8) and element <= _LAST_FIRST_ELEMENT and explicit)
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
-
-
-def _triple(values: Numbers) -> Triple:
-    return values[0], values[1], values[2]

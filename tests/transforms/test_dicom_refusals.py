@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydicom.uid import UID, RLELossless
 
 from transforms.dicom import index_series, read_series
 from transforms.dicom_checks import kind_findings
-from transforms.dicom_header import is_dicom, read_header
+from transforms.dicom_header import is_dicom, read_headers
 from transforms.errors import DicomError
 from transforms.geometry import Geometry
 
@@ -77,8 +78,9 @@ def malformed_slope(dataset: Dataset, k: int) -> None:
 
 ECHOES = both(at((0, 0, 0), (0, 0, 0), (0, 0, 5), (0, 0, 5)), tag("EchoTime", "90", only=1))
 REFUSED: list[tuple[str, Edit | None, list[int] | None, str]] = [
-    ("multi-frame", tag("NumberOfFrames", 12), None, "object of 12 frames"),
-    ("multi-frame", tag("SOPClassUID", "1.2.840.10008.5.1.4.1.1.4.1"), None, "object of 1 frames"),
+    ("multi-frame", tag("NumberOfFrames", 12), None, "IM000.*: 12 frames, and nothing says where each one lies"),
+    ("multi-frame", tag("NumberOfFrames", 2**31 - 1), None, "2147483647 frames, expected 1 to 131072"),
+    ("multi-frame", tag("NumberOfFrames", 0), None, "0 frames, expected 1 to"),
     ("mosaic", tag("ImageType", ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), None, "side by side"),
     ("colour", tag("PhotometricInterpretation", "RGB"), None, "RGB"),
     ("colour", tag("PhotometricInterpretation", "PALETTE COLOR", only=2), None, "PALETTE COLOR"),
@@ -222,9 +224,7 @@ def test_a_header_cut_short_condemns_its_folder(write_series: WriteSeries) -> No
 def test_pixels_cut_short(write_series: WriteSeries, capfd: pytest.CaptureFixture[str]) -> None:
     folder = write_series(GRID, VOXELS)
     (folder / "IM002").write_bytes((folder / "IM002").read_bytes()[:-20])
-    with pytest.raises(
-        DicomError, match=r"IM002: the pixels in Explicit VR Little Endian \(.*\) cannot be decoded \(ValueError\)"
-    ):
+    with pytest.raises(DicomError, match="truncated: IM002 is shorter than its pixels; fetch it again"):
         read_series(folder)
     assert capfd.readouterr() == ("", "")
 
@@ -237,9 +237,7 @@ def test_compressed_pixels_cut_short(write_series: WriteSeries, capfd: pytest.Ca
 
     folder = write_series(GRID, VOXELS, edit=pack)
     (folder / "IM002").write_bytes((folder / "IM002").read_bytes()[:-20])
-    with pytest.raises(
-        DicomError, match=r"IM002: the pixels in RLE Lossless \(.*\) cannot be decoded \(AttributeError\)"
-    ):
+    with pytest.raises(DicomError, match="truncated: IM002 is shorter than its pixels; fetch it again"):
         read_series(folder)
     assert capfd.readouterr() == ("", "")
 
@@ -273,11 +271,9 @@ def test_a_parser_fault_quotes_nothing(write_series: WriteSeries) -> None:
     faults: list[DicomError] = []
     for path in folder.iterdir():
         try:
-            header = read_header(path)
+            assert read_headers(path, salt=b"") != ()
         except DicomError as fault:
             faults.append(fault)
-        else:
-            assert header is not None
     for fault in faults:
         assert_one_clear_line(fault)
         assert fault.__cause__ is None
@@ -309,20 +305,35 @@ def test_damage_anywhere_is_a_dicom_error(data_dir: Path, tmp_path: Path) -> Non
             damaged[place] = draw.integers(256)
         path.write_bytes(bytes(damaged[: draw.integers(200, len(damaged))] if draw.random() < 0.3 else damaged))
         try:
-            header = read_header(path) if is_dicom(path) else None
+            headers = read_headers(path, salt=b"") if is_dicom(path) else ()
         except DicomError:
             outcomes["refused"] += 1
             continue
         outcomes["header"] += 1
-        if header is not None:
-            assert isinstance(kind_findings([header]), list)
+        if headers:
+            assert isinstance(kind_findings(headers), list)
             with pytest.raises(DicomError):
                 read_series(path)
     assert min(outcomes.values()) > 0
 
 
-def test_no_tag_of_the_patient_is_read(write_series: WriteSeries) -> None:
-    header = read_header(next(write_series(GRID, VOXELS).iterdir()))
-    assert header is not None
-    assert pydicom.dcmread(header.path).PatientName == "Nightingale^Florence"
-    assert not any(part in repr(header) for part in IDENTITY)
+def test_the_patient_is_known_by_a_salted_hash_alone(write_series: WriteSeries) -> None:
+    def others(dataset: Dataset, k: int) -> None:
+        dataset.PatientID, dataset.PatientBirthDate = ("", "1820-0512 ", "7", "")[k], "18200512"
+        dataset.PatientName = "" if k == 3 else "Nightingale^Florence"
+        dataset.PatientBirthDate = "" if k == 3 else "18200512"
+
+    paths = sorted(write_series(GRID, VOXELS).iterdir())
+    (first, *rest) = [read_headers(path, salt=b"salt")[0] for path in paths]
+    assert pydicom.dcmread(first.path).PatientName == "Nightingale^Florence"
+    assert not any(part in repr(first) for part in IDENTITY)
+    # HMAC-SHA256 as any implementation gives it; the identifier comes first, then who issued it.
+    assert first.patient_key == hmac.new(b"salt", b"1820-0512\0", "sha256").hexdigest()[:12]
+    assert {header.patient_key for header in rest} == {first.patient_key}
+    assert read_headers(first.path, salt=b"pepper")[0].patient_key != first.patient_key
+    folder = write_series(GRID, VOXELS, edit=others, folder="others")
+    headers = sorted((read_headers(path, salt=b"salt")[0] for path in folder.iterdir()), key=lambda h: h.sop_uid)
+    by_name, padded, other, nobody = [header.patient_key for header in headers]
+    assert padded == first.patient_key
+    assert len({by_name, padded, other}) == 3
+    assert nobody == ""
