@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[Place, ...]] = {
     "stack": (("FrameContentSequence", "StackID"), ("StackID",)),
     "temporal position": (
         ("FrameContentSequence", "TemporalPositionIndex"),
-        ("TemporalPositionTimeOffsetSequence", "TemporalPositionTimeOffset"),
+        ("TemporalPositionSequence", "TemporalPositionTimeOffset"),
         ("TemporalPositionIdentifier",),
     ),
     "trigger time": (("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"), ("TriggerTime",)),
