@@ -197,6 +197,12 @@ def _verify_seg(path: Path, job: Job) -> Verification:
     return verify_seg(path, job.segmentation, job.series)
 
 
+def _write_labelmap(target: Path, job: Job) -> None:
+    from pipeline.export.dicom_seg import write_labelmap
+
+    write_labelmap(target, job.segmentation, job.series)
+
+
 def _write_nifti(target: Path, job: Job) -> None:
     from pipeline.export.nifti import write_nifti
 
@@ -217,6 +223,7 @@ def _write_overlay(target: Path, job: Job) -> None:
 
 FORMATS: dict[str, Format] = {
     "seg": Format(".seg.dcm", "DICOM SEG, BINARY", _write_seg, _verify_seg, needs_dicom=True),
+    "labelmap": Format(".labelmap.dcm", "DICOM SEG, LABELMAP", _write_labelmap, _verify_seg, needs_dicom=True),
     "nifti": Format(".nii.gz", "NIfTI label map", _write_nifti, _verify_nifti),
     "overlay": Format(".png", "picture in three planes", _write_overlay),
 }

@@ -6,8 +6,10 @@ back afterwards, so that no library puts them into a message and what is not qui
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 from pydicom import Dataset, dcmread
 from pydicom.uid import (
@@ -17,9 +19,11 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
     generate_uid,
 )
+from pydicom.valuerep import format_number_as_ds
 
 from pipeline.errors import ExportError
 from pipeline.segmentation import Algorithm
+from transforms.dicom import DicomSeries
 from transforms.dicom_header import Header
 
 LO_CHARACTERS, SH_CHARACTERS = 64, 16
@@ -28,6 +32,16 @@ LO_CHARACTERS, SH_CHARACTERS = 64, 16
 _PATIENT_GROUP = 0x0010
 _STUDY_KEYWORDS = ("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName")
 _REQUIRED_KEYWORDS = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", *_STUDY_KEYWORDS)
+_SOURCE_FOR_PROCESSING = ("121322", "Source image for image processing operation")
+"""PS3.16 CID 7202."""
+_FRAME_GROUPS = (
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "DimensionIndexSequence",
+    "DimensionOrganizationSequence",
+    "DimensionOrganizationType",
+    "NumberOfFrames",
+)
 _IMAGE_CLASSES = {
     "CT": CTImageStorage,
     "MR": MRImageStorage,
@@ -36,11 +50,74 @@ _IMAGE_CLASSES = {
 
 
 def source_header(found: Header) -> Dataset:
-    """A slice's elements without its pixels; what refers to the slice is there even where the file leaves it out."""
+    """A slice's elements without its pixels; what refers to the slice is there even where the file leaves it out.
+
+    A frame of a multi-frame file is described as if it were a file of its own: the functional groups are left out.
+
+    Raises:
+        ExportError: the slice has no identifier to refer to, or no place.
+    """
+    if not found.sop_uid or found.plane is None:
+        raise ExportError(
+            f"{found.path} has no {'position' if found.sop_uid else 'SOPInstanceUID'} for a DICOM object to refer to; "
+            "export another format, as nifti"
+        )
     header = dcmread(found.path, stop_before_pixels=True, force=True)
-    header.SOPClassUID = found.sop_class or _IMAGE_CLASSES.get(found.modality, SecondaryCaptureImageStorage)
-    header.SOPInstanceUID = found.sop_uid
+    header.SOPClassUID, header.SOPInstanceUID = sop_class(found), found.sop_uid
+    if found.frame is not None:
+        for keyword in _FRAME_GROUPS:
+            header.pop(keyword, None)
+    plane = found.plane
+    header.ImagePositionPatient = decimal_strings(plane.position_lps_mm)
+    header.ImageOrientationPatient = decimal_strings((*plane.row_cosines_lps, *plane.column_cosines_lps))
+    header.PixelSpacing = decimal_strings((plane.row_spacing_mm, plane.column_spacing_mm))
     return header
+
+
+def sop_class(found: Header) -> str:
+    """The SOP class of a slice's file; where the file names none, the modality's."""
+    return found.sop_class or str(_IMAGE_CLASSES.get(found.modality, SecondaryCaptureImageStorage))
+
+
+def decimal_strings(numbers: Iterable[float]) -> list[str]:
+    """DS values of at most 16 characters, as precise as that allows (PS3.5 section 6.2)."""
+    return [format_number_as_ds(float(number)) for number in numbers]
+
+
+def frame_of_reference(series: DicomSeries) -> str:
+    """The source's FrameOfReferenceUID; one made from its SeriesInstanceUID where it has none.
+
+    Objects that give positions need one (PS3.3 section C.7.4.1). A new one claims nothing about other series: it says
+    that the positions count from where the source's own do. All objects made from one series share it, and viewers
+    find the source by the references to its slices.
+    """
+    # A UID made from a UUID (PS3.5 section B.2), and that from the series.
+    return series.slices[0].frame_of_reference or f"2.25.{uuid5(NAMESPACE_OID, series.series_uid).int}"
+
+
+def referenced_instances(series: DicomSeries) -> list[Dataset]:
+    """An item of a ReferencedInstanceSequence for each of the source's files, in slice order."""
+    classes = {found.sop_uid: sop_class(found) for found in series.slices}
+    return [_reference(class_uid, uid) for uid, class_uid in classes.items()]
+
+
+def source_image(found: Header) -> Dataset:
+    """An item of a SourceImageSequence (PS3.3 section C.7.6.16.2.6): the file, and the frame of a multi-frame one."""
+    item = _reference(sop_class(found), found.sop_uid)
+    if found.frame is not None:
+        item.ReferencedFrameNumber = found.frame
+    item.SpatialLocationsPreserved = "YES"
+    purpose = Dataset()
+    purpose.CodeValue, purpose.CodeMeaning = _SOURCE_FOR_PROCESSING
+    purpose.CodingSchemeDesignator = "DCM"
+    item.PurposeOfReferenceCodeSequence = [purpose]
+    return item
+
+
+def _reference(class_uid: str, instance_uid: str) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = class_uid, instance_uid
+    return item
 
 
 def take_identity(header: Dataset) -> Dataset:

@@ -8,7 +8,7 @@ by the file's own numbers. Here they are placed on the source grid and compared,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipeline.errors import ExportError
 from pipeline.metrics import confusion_counts
 from pipeline.segmentation import Segmentation
 from transforms.geometry import Geometry
+from transforms.labels import MAX_LABEL_ID, LabelSchema
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,9 +28,11 @@ VOLUME_PART = 5e-3
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Voxels of one label in a file: their centres (N, 3) in LPS+ mm, and the volume of one."""
+    """Voxels in a file: the id of their label, one for all or (N,) one each, their centres (N, 3) in LPS+ mm, and
+    the volume of one.
+    """
 
-    label_id: int
+    label_id: int | npt.NDArray[Any]
     points_lps_mm: Floats
     voxel_volume_mm3: float
 
@@ -112,32 +115,65 @@ class _Found:
     """A file's voxels on the source grid, and per class what its own numbers say."""
 
     label_map: npt.NDArray[Any]
-    offset_voxels: float
     voxels: npt.NDArray[np.int64]
     volumes_mm3: Floats
     sums_lps_mm: Floats
+    offset_voxels: float = 0.0
 
 
 def _place(pieces: Iterable[Piece], segmentation: Segmentation) -> _Found:
     schema, geometry = segmentation.schema, segmentation.geometry
-    label_map, offset = np.zeros_like(segmentation.label_map), 0.0
-    voxels = np.zeros(schema.class_count, dtype=np.int64)
-    volumes_mm3, sums_lps_mm = np.zeros(schema.class_count), np.zeros((schema.class_count, 3))
-    classes = {label_id: c for c, label_id in enumerate(schema.ids, start=1)}
+    found = _Found(
+        label_map=np.zeros_like(segmentation.label_map),
+        voxels=np.zeros(schema.class_count, dtype=np.int64),
+        volumes_mm3=np.zeros(schema.class_count),
+        sums_lps_mm=np.zeros((schema.class_count, 3)),
+    )
+    offset, classes = 0.0, _ClassTable(schema)
     for piece in pieces:
-        if piece.label_id not in classes:
-            raise ExportError(f"it holds label {piece.label_id}, which the schema does not know")
-        c, count = classes[piece.label_id], len(piece.points_lps_mm)
-        voxels[c] += count
-        volumes_mm3[c] += count * piece.voxel_volume_mm3
-        sums_lps_mm[c] += piece.points_lps_mm.sum(axis=0)
+        _count(piece, classes, found)
         indices = indices_of(piece.points_lps_mm, geometry)
         nearest = np.rint(indices).astype(np.int64)
         offset = max(offset, float(np.abs(indices - nearest).max(initial=0.0)))
         # What lies outside the grid, or where another label lies already, is in no voxel: it lowers the Dice.
-        inside = nearest[((nearest >= 0) & (nearest < geometry.shape)).all(axis=1)]
-        label_map[tuple(inside.T)] = piece.label_id
-    return _Found(label_map, offset, voxels, volumes_mm3, sums_lps_mm)
+        is_inside = ((nearest >= 0) & (nearest < geometry.shape)).all(axis=1)
+        ids = piece.label_id if isinstance(piece.label_id, int) else piece.label_id[is_inside]
+        found.label_map[tuple(nearest[is_inside].T)] = ids
+    return replace(found, offset_voxels=offset)
+
+
+class _ClassTable:
+    """Classes by label id; an id that the schema does not know is an ExportError."""
+
+    def __init__(self, schema: LabelSchema) -> None:
+        self._classes = np.zeros(MAX_LABEL_ID + 1, dtype=np.int64)
+        self._classes[list(schema.ids)] = range(1, schema.class_count)
+
+    def of(self, label_ids: int | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        ids = np.asarray(label_ids)
+        found = self._classes[np.where((ids >= 0) & (ids <= MAX_LABEL_ID), ids, 0)]
+        if not found.all():
+            raise ExportError(f"it holds label {ids[found == 0].min()}, which the schema does not know")
+        return found
+
+
+def _count(piece: Piece, classes: _ClassTable, found: _Found) -> None:
+    """Add a piece's voxels to what the file's own numbers say of their classes."""
+    if isinstance(piece.label_id, int):
+        # Files of many small pieces would be slow if each were counted over all classes.
+        c, count = int(classes.of(piece.label_id)), len(piece.points_lps_mm)
+        found.voxels[c] += count
+        found.volumes_mm3[c] += count * piece.voxel_volume_mm3
+        found.sums_lps_mm[c] += piece.points_lps_mm.sum(axis=0)
+        return
+    numbers = classes.of(piece.label_id)
+    counts = np.bincount(numbers, minlength=len(found.voxels))
+    found.voxels[:] += counts
+    found.volumes_mm3[:] += counts * piece.voxel_volume_mm3
+    for axis in range(3):
+        found.sums_lps_mm[:, axis] += np.bincount(
+            numbers, weights=piece.points_lps_mm[:, axis], minlength=len(found.voxels)
+        )
 
 
 def _figures(found: _Found, segmentation: Segmentation) -> tuple[LabelFigures, ...]:

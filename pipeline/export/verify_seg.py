@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from pipeline.export.verify import Piece, Verification, compare, indices_of
 from pipeline.segmentation import Segmentation
 from transforms.dicom import DicomSeries
 from transforms.geometry import Geometry
-from transforms.labels import CodedConcept, Label
+from transforms.labels import MAX_LABEL_ID, CodedConcept, Label
 
 Floats = npt.NDArray[np.float64]
 
@@ -26,18 +27,15 @@ orthonormal, slices evenly spaced); half a voxel or more is an error."""
 COLOUR_STEPS = 2.0
 """How far a colour may be off after CIELab and back, in steps of 255."""
 
-_LINKS = (
-    "PatientID",
-    "PatientName",
-    "PatientBirthDate",
-    "AccessionNumber",
-    "StudyInstanceUID",
-    "FrameOfReferenceUID",
-)
+_LINKS = ("PatientID", "PatientName", "PatientBirthDate", "AccessionNumber", "StudyInstanceUID")
+
+Array = npt.NDArray[Any]
+Named = tuple[str, int | None]
+"""A source slice as files refer to it: the instance, and the frame of a multi-frame one."""
 
 
 def verify_seg(path: Path, segmentation: Segmentation, series: DicomSeries) -> Verification:
-    """Compare a DICOM SEG with what was to be written: links, segments, references, voxels.
+    """Compare a DICOM SEG, BINARY or LABELMAP, with what was to be written: links, segments, references, voxels.
 
     Raises:
         ExportError: anything differs.
@@ -46,7 +44,8 @@ def verify_seg(path: Path, segmentation: Segmentation, series: DicomSeries) -> V
         dataset = dcmread(path)
         _check_links(dataset, series)
         label_ids = _check_segments(dataset, segmentation)
-        pieces = _pieces(dataset, label_ids, segmentation.geometry, [header.sop_uid for header in series.slices])
+        slices = [(header.sop_uid, header.frame) for header in series.slices]
+        pieces = _pieces(dataset, label_ids, segmentation.geometry, slices)
         return compare(pieces, segmentation, reader="pydicom", placing_voxels=PLACING_VOXELS)
 
 
@@ -56,9 +55,16 @@ def _check_links(dataset: Dataset, series: DicomSeries) -> None:
         # The values stay out of the message: they are the patient's.
         if str(dataset.get(keyword) or "") != str(source.get(keyword) or ""):
             raise ExportError(f"its {keyword} is not the source's")
+    # A source may have none; the file must.
+    expected = str(source.get("FrameOfReferenceUID") or dataset.FrameOfReferenceUID)
+    if str(dataset.FrameOfReferenceUID) != expected or not expected:
+        raise ExportError("its FrameOfReferenceUID is not the source's")
     referenced = [str(item.SeriesInstanceUID) for item in dataset.ReferencedSeriesSequence]
     if referenced != [series.series_uid]:
         raise ExportError("it does not refer to the source series")
+    named = [str(x.ReferencedSOPInstanceUID) for x in dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence]
+    if sorted(named) != sorted({header.sop_uid for header in series.slices}):
+        raise ExportError("it does not name every file of the source series once")
 
 
 def _check_segments(dataset: Dataset, segmentation: Segmentation) -> dict[int, int]:
@@ -103,42 +109,58 @@ def _rgb_from_lab(scaled_lab: Iterable[int]) -> Floats:
 
 
 def _pieces(
-    dataset: Dataset, label_ids: dict[int, int], geometry: Geometry, instance_uids: Sequence[str]
+    dataset: Dataset, label_ids: dict[int, int], geometry: Geometry, slices: Sequence[Named]
 ) -> Iterator[Piece]:
     shared = dataset.SharedFunctionalGroupsSequence[0]
     measures = shared.PixelMeasuresSequence[0]
     row_step_mm, column_step_mm = (float(v) for v in measures.PixelSpacing)
     cosines = np.asarray(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=np.float64)
     volume_mm3 = row_step_mm * column_step_mm * float(measures.SpacingBetweenSlices)
-    for frame, groups in zip(_frames(dataset), dataset.PerFrameFunctionalGroupsSequence, strict=True):
+    frames = _label_frames if dataset.SegmentationType == "LABELMAP" else _segment_frames
+    for values, groups in zip(frames(dataset, label_ids), dataset.PerFrameFunctionalGroupsSequence, strict=True):
         corner_lps_mm = np.asarray(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=np.float64)
-        _check_reference(groups, corner_lps_mm, geometry, instance_uids)
-        rows, columns = np.nonzero(frame)
+        _check_reference(groups, corner_lps_mm, geometry, slices)
+        rows, columns = np.nonzero(values)
         points_lps_mm = (
             corner_lps_mm + columns[:, None] * column_step_mm * cosines[:3] + rows[:, None] * row_step_mm * cosines[3:]
         )
-        # A schema of one label has its segment number among the shared groups.
-        segment = groups if "SegmentIdentificationSequence" in groups else shared
-        number = int(segment.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
-        yield Piece(label_ids[number], points_lps_mm, volume_mm3)
+        yield Piece(values[rows, columns], points_lps_mm, volume_mm3)
 
 
-def _frames(dataset: Dataset) -> Iterator[npt.NDArray[np.uint8]]:
-    """Frames (rows, columns) of packed bits: one follows the other without filling up bytes (PS3.5 section 8.1.1)."""
+def _label_frames(dataset: Dataset, label_ids: dict[int, int]) -> Iterator[Array]:
+    """Label ids (rows, columns) of frames whose pixels are segment numbers."""
+    by_number = np.zeros(MAX_LABEL_ID + 1, dtype=np.int64)
+    by_number[list(label_ids)] = list(label_ids.values())
+    count = dataset.Rows * dataset.Columns
+    pixels = np.frombuffer(dataset.PixelData, dtype=f"<u{dataset.BitsAllocated // 8}")
+    for frame in pixels[: count * int(dataset.NumberOfFrames)].reshape(-1, dataset.Rows, dataset.Columns):
+        values = by_number[frame]
+        if ((values == 0) & (frame != 0)).any():
+            raise ExportError("it holds a segment that it does not describe")
+        yield values
+
+
+def _segment_frames(dataset: Dataset, label_ids: dict[int, int]) -> Iterator[Array]:
+    """Label ids (rows, columns) of frames of packed bits, of which each says whose they are.
+
+    One follows the other without filling up bytes (PS3.5 section 8.1.1).
+    """
     count = dataset.Rows * dataset.Columns
     packed = np.frombuffer(dataset.PixelData, dtype=np.uint8)
-    for start in range(0, count * int(dataset.NumberOfFrames), count):
+    for n, groups in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+        start = n * count
         bits = np.unpackbits(packed[start // 8 : -(-(start + count) // 8)], bitorder="little")
-        yield bits[start % 8 :][:count].reshape(dataset.Rows, dataset.Columns)
+        number = int(groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        yield bits[start % 8 :][:count].reshape(dataset.Rows, dataset.Columns) * np.int64(label_ids[number])
 
 
-def _check_reference(groups: Dataset, corner_lps_mm: Floats, geometry: Geometry, instance_uids: Sequence[str]) -> None:
+def _check_reference(groups: Dataset, corner_lps_mm: Floats, geometry: Geometry, slices: Sequence[Named]) -> None:
     """The source slice that a frame names is the one that lies where the frame does."""
     k = round(float(indices_of(corner_lps_mm[None], geometry)[0, 2]))
     named = [
-        str(image.ReferencedSOPInstanceUID)
+        (str(image.ReferencedSOPInstanceUID), image.get("ReferencedFrameNumber"))
         for derivation in groups.DerivationImageSequence
         for image in derivation.SourceImageSequence
     ]
-    if not 0 <= k < len(instance_uids) or named != [instance_uids[k]]:
+    if not 0 <= k < len(slices) or named != [slices[k]]:
         raise ExportError("a frame does not refer to the source slice that lies at its position")

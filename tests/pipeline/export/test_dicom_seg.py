@@ -147,10 +147,11 @@ def test_maker(phantom: Segmentation, source: Source, tmp_path: Path) -> None:
     assert found.ContentTime
 
 
-def test_an_empty_result_has_a_frame_a_segment(phantoms: SimpleNamespace, source: Source, tmp_path: Path) -> None:
+def test_an_empty_result_has_one_empty_frame(phantoms: SimpleNamespace, source: Source, tmp_path: Path) -> None:
     empty = phantoms.segmentation_of(source, np.zeros(source.image.geometry.shape, dtype=np.uint8))
     found = pydicom.dcmread(written(empty, source, tmp_path))
-    assert int(found.NumberOfFrames) == len(found.SegmentSequence) == 3
+    assert int(found.NumberOfFrames) == len(found.PerFrameFunctionalGroupsSequence) == 1
+    assert len(found.SegmentSequence) == 3
     assert not found.pixel_array.any()
     assert len(found.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 6
 
@@ -208,11 +209,17 @@ def test_nothing_is_said_about_the_patient(
         assert secret not in path.with_name("x.verification.json").read_text(encoding="utf-8")
 
 
-def test_without_a_frame_of_reference(phantoms: SimpleNamespace, tmp_path: Path) -> None:
-    source = phantoms.source_of(phantoms.write_series(tmp_path / "in", FrameOfReferenceUID=None))
-    with pytest.raises(ExportError, match="no FrameOfReferenceUID"):
-        written(phantoms.segmentation_of(source), source, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+def test_a_frame_of_reference_is_made_where_the_source_has_none(phantoms: SimpleNamespace, tmp_path: Path) -> None:
+    """All objects of one series share it, those of another do not."""
+    first, second = (
+        phantoms.source_of(phantoms.write_series(tmp_path / n, FrameOfReferenceUID=None)) for n in ("in", "other")
+    )
+    segmentation = phantoms.segmentation_of(first)
+    made = [pydicom.dcmread(written(segmentation, first, tmp_path / n)).FrameOfReferenceUID for n in "ab"]
+    other = pydicom.dcmread(written(phantoms.segmentation_of(second), second, tmp_path / "c")).FrameOfReferenceUID
+    assert made[0] == made[1] != other
+    assert made[0].startswith("2.25.")
+    assert UID(made[0]).is_valid
 
 
 @pytest.mark.parametrize(
