@@ -15,6 +15,9 @@ from transforms.geometry import AxisMap, Geometry
 Order = Literal[0, 1, 3]
 """0 nearest, 1 linear, 3 exact cubic B-spline."""
 
+_ROUNDING = 1e-6
+"""Part of a voxel by which positions that are meant whole come out of matrices inexact."""
+
 # torch cannot flip these, so their bits are moved as signed integers.
 _AS_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
@@ -183,10 +186,14 @@ def _weights(source_count: int, target_count: int, scale: float, offset: float, 
     reach = max(1.0, abs(scale)) + 1e-6
     outside = (positions < -reach) | (positions > source_count - 1 + reach)
     positions = np.clip(positions, 0, source_count - 1)
-    if order == 3 and source_count > 1:
+    nearest = np.rint(positions)
+    if order == 0 or np.abs(positions - nearest).max() < _ROUNDING:
+        # Both splines go through the voxels' values, so these are copied whatever the order.
+        weights = _linear_weights(nearest, source_count)
+    elif order == 3 and source_count > 1:
         weights = _cubic_weights(positions, source_count)
     else:
-        weights = _linear_weights(np.rint(positions) if order == 0 else positions, source_count)
+        weights = _linear_weights(positions, source_count)
     weights[outside] = 0.0
     return weights.astype(np.float32)
 
