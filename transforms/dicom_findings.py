@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,17 @@ def names(paths: Sequence[Path]) -> str:
 
 def files(headers: Headers) -> str:
     """A few of the files that these slices lie in, for evidence."""
-    return names([header.path for header in headers])
+    return names(list(dict.fromkeys(header.path for header in headers)))
+
+
+def slice_name(header: Header) -> str:
+    """What a slice is called: its file, and its frame in a file of several."""
+    return header.path.name if header.frame is None else f"frame {header.frame} of {header.path.name}"
+
+
+def ask(name: str, evidence: str) -> Finding:
+    """What only the caller can decide."""
+    return Finding(name, "ask", evidence)
 
 
 def refuse(name: str, evidence: str) -> Finding:
@@ -48,6 +58,11 @@ def refuse(name: str, evidence: str) -> Finding:
 def mend(name: str, evidence: str) -> Finding:
     """A fault that was set right."""
     return Finding(name, "mend", evidence)
+
+
+def is_refused(findings: Iterable[Finding]) -> bool:
+    """Whether any finding keeps the series from being read."""
+    return any(finding.outcome != "mend" for finding in findings)
 
 
 def where(headers: Headers, test: Callable[[Header], bool]) -> list[Header]:

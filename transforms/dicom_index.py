@@ -1,37 +1,46 @@
-"""A folder of DICOM files -> the series in it: slices in order, their grid, and what is wrong with them.
+"""A folder of DICOM files -> the volumes in it: slices in order, their grid, and what is wrong with them.
 
-Headers only. Files that are not DICOM are set aside; DICOM files that cannot be parsed condemn the series that lie
-beside them, because one of their slices may be missing.
+Headers only. Files that are no DICOM objects are set aside and counted; DICOM files that cannot be parsed condemn
+the series that lie beside them, because one of their slices may be missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-import pydicom
-
-from transforms.dicom_checks import background_of, kind_findings, pixel_findings
-from transforms.dicom_findings import Finding, names
-from transforms.dicom_header import PARSE_FAULTS, Header, is_dicom, quiet_pydicom, read_header
-from transforms.dicom_placing import frame_findings, place_slices
-from transforms.dicom_stacks import series_findings
+from transforms.dicom_checks import background_of
+from transforms.dicom_findings import Finding, names, refuse
+from transforms.dicom_header import Header, is_dicom, quiet_pydicom, read_headers
+from transforms.dicom_stacks import Stack, is_localizer, stacks_of
 from transforms.errors import DicomError
 from transforms.geometry import Geometry
 
-_LISTED = 20
-_NOT_IMAGES = {"no-pixels", "segmentation"}
+Progress = Callable[[int, int], None]
+"""Told of files done, and of all files."""
+
+NAMED_STACKS = 3
+"""So many volumes of one series are named one by one in a message."""
+
+_LISTED = 8
+# What has rows and columns and is no image to segment: doses and other radiotherapy objects (PS3.4 B.5).
+_RADIOTHERAPY = "1.2.840.10008.5.1.4.1.1.481."
 
 
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
-    """One series of a folder. `slices` are in order along the normal when `geometry` is known.
+    """One volume: a series of a folder, or one stack of it. `slices` are in order along the normal when `geometry`
+    is known.
 
-    `description` is the scanner's or the technician's free text about the protocol; it is no identity.
+    `description` is the scanner's or the technician's free text about the protocol; it is no identity. `stack` is
+    empty, or what sets the volume apart in its series, as 'echo 2'; `stack_number` counts those from 1.
+    `patient_key` stands for the patient as long as the salt is the same. `slice_positions_k` is where each slice
+    lies on the grid's k axis when the volume must be interpolated; None when the slices are the grid's planes.
     """
 
     series_uid: str
@@ -42,15 +51,19 @@ class DicomSeries:
     slices: tuple[Header, ...]
     geometry: Geometry | None
     findings: tuple[Finding, ...]
+    stack: str = ""
+    stack_number: int = 1
+    patient_key: str = ""
+    slice_positions_k: tuple[float, ...] | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files in slice order."""
+        """The files in slice order; one of several frames is named for each."""
         return tuple(header.path for header in self.slices)
 
     @property
     def slice_count(self) -> int:
-        """Files that belong to the volume."""
+        """Slices that belong to the volume."""
         return len(self.slices)
 
     @property
@@ -65,72 +78,159 @@ class DicomSeries:
 
     @property
     def is_image(self) -> bool:
-        """Whether it holds images at all, readable or not."""
-        return bool(self.slices) and not any(finding.name in _NOT_IMAGES for finding in self.problems)
+        """Whether it holds images to segment at all, readable or not."""
+        pictures = any(header.rows and header.columns for header in self.slices)
+        made = any(header.sop_class.startswith(_RADIOTHERAPY) for header in self.slices[:1])
+        return pictures and not made and not any(finding.name == "segmentation" for finding in self.problems)
+
+    @property
+    def is_localizer(self) -> bool:
+        """Whether it is made of planning images."""
+        return bool(self.slices) and all(is_localizer(header) for header in self.slices)
 
     def describe(self) -> str:
-        """One line: modality, description, slices, identifier, and the first problem if there is one."""
+        """One line: modality, description, stack, slices, identifier, and the first problem if there is one."""
         title = f"{self.modality or 'no modality'} '{self.description}'" if self.slices else "damaged files"
+        stack = f" {self.stack}" if self.stack else ""
         problem = f" (not readable: {self.problems[0].name})" if self.problems else ""
-        return f"{title}, {self.slice_count} slices, {self.series_uid or 'no SeriesInstanceUID'}{problem}"
+        return f"{title}{stack}, {self.slice_count} slices, {self.series_uid or 'no SeriesInstanceUID'}{problem}"
 
 
-def index_series(folder: Path) -> list[DicomSeries]:
-    """The series in a folder and the folders below it, or in one DICOM file, by series number and identifier.
+@dataclass(frozen=True)
+class SetAside:
+    """A file that is no DICOM object, and why it is none."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class FolderIndex:
+    """What a folder holds: volumes in listing order, files set aside, and how many files there are in all."""
+
+    series: tuple[DicomSeries, ...]
+    set_aside: tuple[SetAside, ...]
+    file_count: int
+
+
+def index_series(folder: Path, *, resample_uneven: bool = False) -> list[DicomSeries]:
+    """The volumes of `index_folder`."""
+    return list(index_folder(folder, resample_uneven=resample_uneven).series)
+
+
+def index_folder(
+    folder: Path, *, resample_uneven: bool = False, salt: bytes | None = None, progress: Progress | None = None
+) -> FolderIndex:
+    """The volumes in a folder and the folders below it, or in one DICOM file, by patient, study, series and stack.
 
     Reads headers only. A series that cannot be read is listed with its problems; damaged files that lie beside no
     series are listed as a series without slices.
 
+    Args:
+        folder: a folder, searched with all below it, or one file.
+        resample_uneven: put slices with uneven gaps on an even grid instead of refusing them.
+        salt: what patient keys are hashed with; random when None. The order of the listing does not depend on it.
+        progress: called now and then.
+
     Raises:
         DicomError: `folder` does not exist or cannot be listed.
     """
-    headers: list[Header] = []
-    damaged: dict[Path, str] = {}
-    for path in _files(folder):
-        try:
-            header = read_header(path) if is_dicom(path) else None
-        except OSError as fault:
-            damaged[path] = f"cannot be opened: {fault.strerror}"
-        except DicomError:
-            damaged[path] = "cannot be parsed as DICOM: cut short or damaged"
-        else:
-            if header is not None and (header.series_uid or header.rows):
-                headers.append(header)
-            elif header is not None:
-                damaged[path] = "names no series and no image size: cut short"
+    read = _read_all(_files(folder), secrets.token_bytes(16) if salt is None else salt, progress)
     groups: defaultdict[tuple[object, ...], list[Header]] = defaultdict(list)
-    for header in headers:
+    for header in read.headers:
         groups[_series_key(header)].append(header)
-    series = [_series(group, damaged) for group in groups.values()]
-    homes = {header.path.parent for header in headers}
-    series += _orphans({path: why for path, why in damaged.items() if path.parent not in homes})
-    return sorted(series, key=_listing_order)
+    series = [volume for group in groups.values() for volume in _volumes(group, read.damaged, resample_uneven)]
+    homes = {header.path.parent for header in read.headers}
+    series += _orphans({path: why for path, why in read.damaged.items() if path.parent not in homes})
+    return FolderIndex(tuple(_in_order(series)), tuple(read.set_aside), read.file_count)
 
 
 def choose_series(listed: Sequence[DicomSeries], *, series: str | None, folder: Path) -> DicomSeries:
-    """The one image series, or the one that `series` names: its number in the listing (from 1) or the beginning of
-    its SeriesInstanceUID.
+    """The one image volume, or the one that `series` names: its number in the listing (from 1), the beginning of its
+    SeriesInstanceUID, or that with # and the number of the volume in the series.
+
+    Planning images and single slices are never chosen by themselves where another image is.
 
     Raises:
         DicomError: none or several fit; the message lists the choices.
     """
     if series is None:
-        images = [candidate for candidate in listed if candidate.is_image]
-        if len(images) == 1:
-            return images[0]
-        if not images:
+        if not any(candidate.is_image for candidate in listed):
             raise DicomError(f"{folder}: no DICOM image series; found {_listing(listed) or 'no DICOM files'}")
-        raise DicomError(
-            f"{folder}: {len(images)} image series, name one by number or SeriesInstanceUID: {_listing(listed)}"
-        )
+        return _only_image(listed, listed, folder)
     if series.isdecimal() and 1 <= int(series) <= len(listed):
         return listed[int(series) - 1]
-    fitting = [candidate for candidate in listed if candidate.series_uid.startswith(series) and series]
-    exact = [candidate for candidate in fitting if candidate.series_uid == series]
-    if len(fitting) != 1 and len(exact) != 1:
-        how_many = f"{len(fitting)} series begin with" if fitting else "no series has the number or identifier"
+    beginning, _, number = series.partition("#")
+    fitting = [candidate for candidate in listed if candidate.series_uid.startswith(beginning) and beginning]
+    exact = [candidate for candidate in fitting if candidate.series_uid == beginning]
+    fitting = exact or fitting
+    found = len({candidate.series_uid for candidate in fitting})
+    if found != 1:
+        how_many = f"{found} series begin with" if found else "no series has the number or identifier"
         raise DicomError(f"{folder}: {how_many} '{series}': {_listing(listed) or 'no DICOM files'}")
-    return (exact or fitting)[0]
+    if not number:
+        return fitting[0] if len(fitting) == 1 else _only_image(fitting, listed, folder)
+    for candidate in fitting:
+        if number == str(candidate.stack_number):
+            return candidate
+    raise DicomError(f"{folder}: the series has no volume #{number}, but {len(fitting)}: {_listing(listed)}")
+
+
+def _only_image(candidates: Sequence[DicomSeries], listed: Sequence[DicomSeries], folder: Path) -> DicomSeries:
+    images = [candidate for candidate in candidates if candidate.is_image] or list(candidates)
+    likely = [image for image in images if not image.is_localizer] or images
+    likely = [image for image in likely if image.slice_count > 1] or likely
+    if len(likely) == 1:
+        return likely[0]
+    series = len({image.series_uid for image in images})
+    patients = len({image.patient_key for image in images})
+    found = (
+        f"{len(images)} image series" if series == len(images) else f"{len(images)} volumes in {series} image series"
+    )
+    of_whom = f" of {patients} patients" if patients > 1 else ""
+    raise DicomError(
+        f"{folder}: {found}{of_whom}, name one by number or SeriesInstanceUID"
+        f"{'' if series == len(images) else '#VOLUME'}: {_listing(listed)}"
+    )
+
+
+@dataclass
+class _Read:
+    """What the files of a folder were found to be."""
+
+    headers: list[Header]
+    damaged: dict[Path, str]
+    set_aside: list[SetAside]
+    file_count: int = 0
+
+
+def _read_all(files: Sequence[Path], salt: bytes, progress: Progress | None) -> _Read:
+    read = _Read([], {}, [], len(files))
+    with quiet_pydicom():
+        for done, path in enumerate(files, start=1):
+            _read_one(path, salt, read)
+            if progress is not None and (done % 64 == 0 or done == len(files)):
+                progress(done, len(files))
+    return read
+
+
+def _read_one(path: Path, salt: bytes, read: _Read) -> None:
+    try:
+        if not is_dicom(path):
+            read.set_aside.append(SetAside(path, "not DICOM" if path.stat().st_size else "empty file"))
+            return
+        headers = read_headers(path, salt=salt)
+    except OSError as fault:
+        read.damaged[path] = f"cannot be opened: {fault.strerror}"
+    except DicomError:
+        read.damaged[path] = "cannot be parsed as DICOM: cut short or damaged"
+    else:
+        if not headers:
+            read.set_aside.append(SetAside(path, "media directory (DICOMDIR)"))
+        elif headers[0].series_uid or headers[0].rows:
+            read.headers += headers
+        else:
+            read.damaged[path] = "names no series and no image size: cut short"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -138,98 +238,61 @@ def _files(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise DicomError(f"{folder}: no such file or folder")
-    faults: list[OSError] = []
-    files = [Path(root) / name for root, _, found in os.walk(folder, onerror=faults.append) for name in sorted(found)]
-    if faults:
-        raise DicomError(f"{faults[0].filename}: cannot be listed: {faults[0].strerror}")
-    return [path for path in files if path.is_file()]
+    try:
+        return list(_walk(folder))
+    except OSError as fault:
+        raise DicomError(f"{fault.filename}: cannot be listed: {fault.strerror}") from None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files in order, those of a folder before those of the folders in it; links to folders are not followed."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    yield from (folder / entry.name for entry in entries if entry.is_file())
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder / entry.name)
 
 
 def _series_key(header: Header) -> tuple[object, ...]:
     """SeriesInstanceUID; where an anonymiser has removed it, the folder and what describes the series."""
     if header.series_uid:
         return (header.series_uid,)
-    return "", header.path.parent, header.modality, header.description, header.series_number
+    return "", header.patient_key, header.path.parent, header.modality, header.description, header.series_number
 
 
-def _series(headers: Iterable[Header], damaged: dict[Path, str]) -> DicomSeries:
-    kept, findings = _without_localizers(sorted(headers, key=lambda header: str(header.path)))
-    kept, dropped = _without_copies(kept)
-    findings += [*dropped, *series_findings(kept)]
-    if not _refused(findings):
-        findings += kind_findings(kept)
-    beside = {header.path.parent for header in kept}
-    findings += _damage({path: why for path, why in damaged.items() if path.parent in beside})
-    geometry = None
-    if not _refused(findings):
-        findings += pixel_findings(kept) + frame_findings(kept)
-    if not _refused(findings):
-        kept, geometry, placed = place_slices(kept)
-        findings += placed
-    first = kept[0]
+def _volumes(headers: Sequence[Header], damaged: dict[Path, str], resample_uneven: bool) -> Iterator[DicomSeries]:
+    ordered = sorted(headers, key=lambda header: (str(header.path), header.frame or 0))
+    beside = {header.path.parent for header in ordered}
+    damage = tuple(_damage({path: why for path, why in damaged.items() if path.parent in beside}))
+    for number, stack in enumerate(stacks_of(ordered, resample_uneven=resample_uneven), start=1):
+        yield _volume(stack, number, damage)
+
+
+def _volume(stack: Stack, number: int, damage: tuple[Finding, ...]) -> DicomSeries:
+    first = stack.slices[0]
     return DicomSeries(
         series_uid=first.series_uid,
         study_uid=first.study_uid,
         modality=first.modality,
         description=first.description,
         series_number=first.series_number,
-        slices=tuple(kept),
-        geometry=geometry,
-        findings=tuple(findings),
+        slices=stack.slices,
+        geometry=None if damage else stack.geometry,
+        findings=stack.findings + damage,
+        stack=stack.name,
+        stack_number=number,
+        patient_key=first.patient_key,
+        slice_positions_k=stack.slice_positions_k,
     )
 
 
-def _refused(findings: Iterable[Finding]) -> bool:
-    return any(finding.outcome != "mend" for finding in findings)
-
-
-def _without_localizers(headers: Sequence[Header]) -> tuple[Sequence[Header], list[Finding]]:
-    """Set planning images (PS3.3 C.8.2.1.1.1, ImageType value 3) aside when they lie among others."""
-    scouts = {header: None for header in headers if "LOCALIZER" in header.image_type[2:3]}
-    rest = [header for header in headers if header not in scouts]
-    if not scouts or not rest:
-        return headers, []
-    return rest, [
-        Finding("localizer", "mend", f"planning images set aside: {names([header.path for header in scouts])}")
-    ]
-
-
-def _without_copies(headers: Sequence[Header]) -> tuple[Sequence[Header], list[Finding]]:
-    """Drop files that repeat the same instance: identifier, place, rescaling and pixels."""
-    by_instance: defaultdict[tuple[object, ...], list[Header]] = defaultdict(list)
-    for header in headers:
-        key = (header.sop_uid or str(header.path), header.plane, header.slope, header.intercept)
-        by_instance[key].append(header)
-    copies: dict[Header, None] = {}
-    for twins in by_instance.values():
-        if len(twins) > 1:
-            first = _pixel_digest(twins[0].path)
-            same = [twin for twin in twins[1:] if first is not None and _pixel_digest(twin.path) == first]
-            copies.update(dict.fromkeys(same))
-    if not copies:
-        return headers, []
-    kept = [header for header in headers if header not in copies]
-    return kept, [
-        Finding(
-            "duplicate", "mend", f"copies of the same instance dropped: {names([header.path for header in copies])}"
-        )
-    ]
-
-
-def _pixel_digest(path: Path) -> bytes | None:
-    try:
-        with quiet_pydicom():
-            pixels = pydicom.dcmread(path, specific_tags=["PixelData"], force=True).get("PixelData")
-    except PARSE_FAULTS:
-        return None
-    return hashlib.sha256(pixels).digest() if isinstance(pixels, bytes) and pixels else None
-
-
-def _damage(damaged: dict[Path, str]) -> list[Finding]:
+def _damage(damaged: dict[Path, str]) -> Iterator[Finding]:
     reasons: defaultdict[str, list[Path]] = defaultdict(list)
     for path, why in damaged.items():
         reasons[why].append(path)
-    return [Finding("damaged-file", "refuse", f"{names(paths)} {why}") for why, paths in reasons.items()]
+    for why, paths in reasons.items():
+        yield refuse("damaged-file", f"{names(paths)} {why}")
 
 
 def _orphans(damaged: dict[Path, str]) -> list[DicomSeries]:
@@ -238,12 +301,38 @@ def _orphans(damaged: dict[Path, str]) -> list[DicomSeries]:
     return [DicomSeries("", "", "", "", None, (), None, tuple(_damage(damaged)))]
 
 
-def _listing_order(series: DicomSeries) -> tuple[float, str, str]:
-    number = float("inf") if series.series_number is None else series.series_number
-    return number, series.series_uid, str(series.paths[0]) if series.paths else ""
+def _in_order(series: Sequence[DicomSeries]) -> list[DicomSeries]:
+    """By patient, study, series and stack. A patient comes where the first of his studies does, whatever the salt."""
+    first_study: dict[str, str] = {}
+    for volume in series:
+        known = first_study.get(volume.patient_key, volume.study_uid)
+        first_study[volume.patient_key] = min(known, volume.study_uid)
+
+    def order(volume: DicomSeries) -> tuple[object, ...]:
+        number = float("inf") if volume.series_number is None else volume.series_number
+        patient = first_study[volume.patient_key] if volume.patient_key else volume.study_uid
+        path = str(volume.paths[0]) if volume.slices and not volume.series_uid else ""
+        return not volume.slices, patient, volume.study_uid, number, volume.series_uid, path, volume.stack_number
+
+    return sorted(series, key=order)
 
 
 def _listing(listed: Sequence[DicomSeries]) -> str:
-    shown = [f"{n}: {series.describe()}" for n, series in enumerate(listed[:_LISTED], start=1)]
-    rest = len(listed) - len(shown)
-    return "; ".join(shown) + (f"; and {rest} more" if rest else "")
+    """The volumes with their numbers, all of one series together."""
+    numbered = enumerate(listed, start=1)
+    series = [list(group) for _, group in groupby(numbered, key=lambda item: _same_series(*item))]
+    shown = [_numbered(group) for group in series[:_LISTED]]
+    rest = len(listed) - sum(len(group) for group in series[:_LISTED])
+    return "; ".join(shown) + (f"; and {rest} more, which `volseg dicom ls` shows" if rest else "")
+
+
+def _same_series(number: int, volume: DicomSeries) -> tuple[object, ...]:
+    return (volume.series_uid,) if volume.series_uid else (number,)
+
+
+def _numbered(group: Sequence[tuple[int, DicomSeries]]) -> str:
+    (first, volume), (last, end) = group[0], group[-1]
+    if len(group) <= NAMED_STACKS:
+        return "; ".join(f"{number}: {one.describe()}" for number, one in group)
+    title = f"{volume.modality or 'no modality'} '{volume.description}'"
+    return f"{first} to {last}: {title}, {len(group)} volumes from {volume.stack} to {end.stack}, {volume.series_uid}"

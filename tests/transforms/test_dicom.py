@@ -322,7 +322,9 @@ def test_planning_images_are_set_aside(write_series: WriteSeries) -> None:
     folder = write_series(geometry, phantom(geometry))
     write_series(across, phantom(across), edit=localise, slices=[0], folder="series/scout")
     series = assert_read(folder, geometry, phantom(geometry))
-    assert [str(finding) for finding in series.findings] == ["localizer: planning images set aside: IM000"]
+    assert [str(finding) for finding in series.findings] == [
+        "localizer: planning images set aside as a stack of their own: IM000"
+    ]
 
 
 def test_what_else_lies_in_the_folder(write_series: WriteSeries) -> None:
