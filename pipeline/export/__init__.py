@@ -203,6 +203,18 @@ def _write_labelmap(target: Path, job: Job) -> None:
     write_labelmap(target, job.segmentation, job.series)
 
 
+def _write_sr(target: Path, job: Job) -> None:
+    from pipeline.export.dicom_sr import write_sr
+
+    write_sr(target, job)
+
+
+def _verify_sr(path: Path, job: Job) -> Verification:
+    from pipeline.export.verify_sr import verify_sr
+
+    return verify_sr(path, job)
+
+
 def _write_nifti(target: Path, job: Job) -> None:
     from pipeline.export.nifti import write_nifti
 
@@ -224,6 +236,9 @@ def _write_overlay(target: Path, job: Job) -> None:
 FORMATS: dict[str, Format] = {
     "seg": Format(".seg.dcm", "DICOM SEG, BINARY", _write_seg, _verify_seg, needs_dicom=True),
     "labelmap": Format(".labelmap.dcm", "DICOM SEG, LABELMAP", _write_labelmap, _verify_seg, needs_dicom=True),
+    "sr": Format(
+        ".sr.dcm", "DICOM SR, measurements of the SEG", _write_sr, _verify_sr, needs_dicom=True, refers_to="seg"
+    ),
     "nifti": Format(".nii.gz", "NIfTI label map", _write_nifti, _verify_nifti),
     "overlay": Format(".png", "picture in three planes", _write_overlay),
 }
