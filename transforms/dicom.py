@@ -19,13 +19,16 @@ from transforms.dicom_checks import keeps_padding, syntax_name
 from transforms.dicom_findings import Finding
 from transforms.dicom_header import PARSE_FAULTS, Header, quiet_pydicom
 from transforms.dicom_index import DicomSeries, choose_series, index_series
+from transforms.dicom_uneven import fill_planes
 from transforms.errors import DicomError
 from transforms.geometry import Geometry
 
 __all__ = ["DicomSeries", "Finding", "choose_series", "index_series", "read_series"]
 
 
-def read_series(folder: Path, *, series: str | None = None) -> tuple[npt.NDArray[np.float32], Geometry, DicomSeries]:
+def read_series(
+    folder: Path, *, series: str | None = None, resample_uneven: bool = False
+) -> tuple[npt.NDArray[np.float32], Geometry, DicomSeries]:
     """Voxels (I, J, K) float32 in the modality's unit (HU for CT), their grid, and what was found.
 
     i runs along rows, j down columns, k with the slice normal. Rescaling is done slice by slice; unmeasured voxels
@@ -34,11 +37,12 @@ def read_series(folder: Path, *, series: str | None = None) -> tuple[npt.NDArray
     Args:
         folder: a folder, searched with all below it, or one file.
         series: which one of several: its number in `index_series` (from 1) or the beginning of its identifier.
+        resample_uneven: interpolate slices with uneven gaps onto an even grid instead of refusing them.
 
     Raises:
         DicomError: no or several series fit, or the one that does cannot be read right; the fault is named.
     """
-    chosen = choose_series(index_series(folder), series=series, folder=folder)
+    chosen = choose_series(index_series(folder, resample_uneven=resample_uneven), series=series, folder=folder)
     if chosen.problems or chosen.geometry is None:
         faults = "; ".join(str(problem) for problem in chosen.problems)
         kind = chosen.modality or "unnamed"
@@ -53,6 +57,10 @@ def read_voxels(series: DicomSeries) -> npt.NDArray[np.float32]:
         DicomError: a slice's pixels are cut short or cannot be decoded.
     """
     first = series.slices[0]
+    if series.geometry is not None and series.slice_positions_k is not None:
+        planes = np.empty((series.geometry.shape[2], first.rows, first.columns), dtype=np.float32)
+        fill_planes(planes, lambda n: _measured(series.slices[n], series.background), series.slice_positions_k)
+        return planes.transpose(2, 1, 0)
     stack = np.empty((len(series.slices), first.rows, first.columns), dtype=np.float32)
     for k, header in enumerate(series.slices):
         stack[k] = _measured(header, series.background)

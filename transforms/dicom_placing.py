@@ -132,7 +132,7 @@ def _on_grid(
         limit = min(MOST_FILLED * len(ordered), MAX_VOXELS // (ordered[0].rows * ordered[0].columns))
         if not resample_uneven or planes > limit:
             return Placement(ordered, None, None, (*findings, *uneven))
-        places_k = tuple((along_mm / step_mm).tolist())
+        places_k = tuple(np.round(along_mm / step_mm, 6).tolist())
         findings = [*findings, _resampled(uneven[0], ordered, planes, step_mm)]
     geometry = _grid(ordered, line * step_mm, planes)
     return Placement(ordered, geometry, places_k, (*findings, *_slice_tag(ordered, step_mm)))

@@ -33,12 +33,13 @@ class Volume:
             raise ValueError(f"voxels of {self.voxels.shape} on a grid of {self.geometry.shape}")
 
 
-def read_volume(path: Path, *, series: str | None = None) -> Volume:
+def read_volume(path: Path, *, series: str | None = None, resample_uneven: bool = False) -> Volume:
     """An image: NIfTI, NRRD or MetaImage file, DICOM file or folder. Voxels are float32, in HU for CT.
 
     Args:
         path: the file or folder.
         series: which one of several DICOM series: its number in the listing, or the start of its identifier.
+        resample_uneven: interpolate DICOM slices with uneven gaps onto an even grid instead of refusing them.
 
     Raises:
         VolumeError: the file is missing, of no known format, damaged, or not one volume; the message says which.
@@ -47,7 +48,7 @@ def read_volume(path: Path, *, series: str | None = None) -> Volume:
     path = Path(path)
     reader = None if path.is_dir() else _reader_of(path)
     if reader is None:
-        return _read_dicom(path, series)
+        return _read_dicom(path, series, resample_uneven)
     voxels, geometry = reader(path)
     return Volume(voxels, geometry, None, float(voxels.min()))
 
@@ -68,10 +69,10 @@ def read_label(path: Path) -> Volume:
     return Volume(voxels, geometry, None, 0.0)
 
 
-def _read_dicom(path: Path, series: str | None) -> Volume:
+def _read_dicom(path: Path, series: str | None, resample_uneven: bool) -> Volume:
     from transforms.dicom import read_series
 
-    voxels, geometry, found = read_series(path, series=series)
+    voxels, geometry, found = read_series(path, series=series, resample_uneven=resample_uneven)
     return Volume(voxels, geometry, found.modality or None, found.background)
 
 
