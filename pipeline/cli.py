@@ -180,6 +180,25 @@ def export(
 
 
 @app.command()
+def view(
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="A label map, a DICOM SEG, or a folder of predict.")],
+    image: Annotated[
+        Path | None, typer.Option("--image", help="The image; default: the one that RESULT was made from.")
+    ] = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", help="Manifest or labels.json; default: labels.json beside RESULT.")
+    ] = None,
+    series: SeriesUid = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on loopback; 0: any free one.")] = 0,
+    opens_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+) -> None:
+    """Look at a result in the browser: three planes and 3D; served on this machine only, until Ctrl-C."""
+    from pipeline.cli_view import view_result
+
+    view_result(result, image=image, schema=schema, series=series, port=port, opens_browser=opens_browser)
+
+
+@app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A volume, a DICOM folder, a manifest, a model or a run.")],
 ) -> None:

@@ -1,0 +1,1 @@
+"""`volseg view`: a result in the browser, served on loopback only."""
