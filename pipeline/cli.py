@@ -34,6 +34,9 @@ RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; defau
 Root = Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")]
 Formats = Annotated[str, typer.Option("--as", metavar="FORMAT,...", help="seg (DICOM), nifti, overlay (PNG).")]
 SeriesUid = Annotated[str | None, typer.Option("--series", help="Which series, where a DICOM folder holds several.")]
+ResampleUneven = Annotated[
+    bool, typer.Option("--resample-uneven", help="Interpolate DICOM slices with uneven gaps instead of refusing them.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -136,11 +139,12 @@ def predict(
     root: Root = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
+    resample_uneven: ResampleUneven = False,
 ) -> None:
     """Segment volumes; results lie on the grid of their source."""
     from pipeline.cli_stages import Prediction, predict_inputs
 
-    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force)
+    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven)
     if not predict_inputs(model, inputs, out, wanted, _console()):
         raise typer.Exit(1)
 
@@ -172,11 +176,13 @@ def export(
         Path | None, typer.Option("--schema", help="Manifest or labels.json; default: labels.json beside LABELS.")
     ] = None,
     series: SeriesUid = None,
+    resample_uneven: ResampleUneven = False,
 ) -> None:
     """Write a label map in other formats; each is read back and compared before it is called done."""
     from pipeline.cli_stages import export_labels
 
-    export_labels(labels, source, out, formats=_names(formats), schema=schema, series=series)
+    export_labels(labels, source, out, formats=_names(formats), schema=schema, series=series,
+                  resample_uneven=resample_uneven)  # fmt: skip
 
 
 @app.command()

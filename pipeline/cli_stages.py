@@ -139,6 +139,7 @@ class Prediction:
     root: Path | None
     device: str
     force: bool
+    resample_uneven: bool = False
 
 
 def predict_inputs(
@@ -158,7 +159,7 @@ def predict_inputs(
     device = choose_hardware(TrainConfig.model_validate({"device": wanted.device})).torch_device()
     model = Model(tuple(load_bundle(path, device) for path in find_bundles(model_path)))
     studies = find_studies(inputs, channels=model.plan.channels, root=wanted.root)
-    settings = SegmentSettings(wanted.formats, wanted.mirror, wanted.series, wanted.force)
+    settings = SegmentSettings(wanted.formats, wanted.mirror, wanted.series, wanted.force, wanted.resample_uneven)
     written, failures = segment_studies(model, studies, out, settings=settings, console=console)
     console.close()
     for file in written:
@@ -205,7 +206,14 @@ def evaluate_paths(
 
 
 def export_labels(
-    labels: Path, source: Path, out: Path, *, formats: Sequence[str], schema: Path | None, series: str | None
+    labels: Path,
+    source: Path,
+    out: Path,
+    *,
+    formats: Sequence[str],
+    schema: Path | None,
+    series: str | None,
+    resample_uneven: bool = False,
 ) -> None:
     """`volseg export`."""
     import numpy as np
@@ -221,7 +229,7 @@ def export_labels(
     known = schema_for(labels, schema)
     if known is None:
         known = schema_from_names({int(i): f"label {i}" for i in np.unique(found.voxels) if i != 0} or {1: "label 1"})
-    given = read_source(source, series=series)
+    given = read_source(source, series=series, resample_uneven=resample_uneven)
     dtype = np.uint8 if max(known.ids) <= 255 else np.uint16
     segmentation = Segmentation(
         found.voxels.astype(dtype), found.geometry, known, Algorithm("label map given to volseg export", "")

@@ -37,12 +37,13 @@ class Study:
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """How results are made. `mirror` None takes what the bundle says."""
+    """How results are made. `mirror` None takes what the bundle says; `resample_uneven` as in `read_volume`."""
 
     formats: tuple[str, ...]
     mirror: bool | None
     series: str | None
     force: bool
+    resample_uneven: bool = False
 
 
 def find_studies(inputs: Sequence[Path], *, channels: Sequence[ChannelPlan], root: Path | None = None) -> list[Study]:
@@ -100,13 +101,15 @@ def segment_studies(
 
 
 def _segment(model: Model, study: Study, out: Path, *, mirror: bool, settings: SegmentSettings) -> list[ExportedFile]:
-    sources = [read_source(path, series=settings.series) for path in study.paths]
+    sources = [
+        read_source(path, series=settings.series, resample_uneven=settings.resample_uneven) for path in study.paths
+    ]
     device = next(model.bundles[0].network.parameters()).device
     segmentation = predict(model, [s.image for s in sources], mirror=mirror, device=device)
     return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0])
 
 
-def read_source(path: Path, *, series: str | None) -> Source:
+def read_source(path: Path, *, series: str | None, resample_uneven: bool = False) -> Source:
     """The image at a path, and its DICOM series where it is one.
 
     Raises:
@@ -114,7 +117,7 @@ def read_source(path: Path, *, series: str | None) -> Source:
     """
     if not path.is_dir() and (not path.exists() or not is_dicom(path)):
         return Source(read_volume(path))
-    voxels, geometry, chosen = read_series(path, series=series)
+    voxels, geometry, chosen = read_series(path, series=series, resample_uneven=resample_uneven)
     return Source(Volume(voxels, geometry, chosen.modality or None, chosen.background), chosen)
 
 
