@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
+from transforms.dicom_decoders import ENCAPSULATED_SYNTAXES, LOSSY_SYNTAXES
 from transforms.dicom_findings import Finding, Headers, distinct, files, mend, refuse, where
 from transforms.dicom_header import NATIVE_SYNTAXES, Header, quiet_pydicom
 from transforms.sanity import MAX_VOXELS
@@ -20,6 +20,9 @@ MEASURED_HU = (-1000.0, 3071.0)
 
 BACKGROUND = {"CT": -1024.0}
 """Value of voxels that were not measured, by modality, where it is not 0."""
+
+PHYSICAL_UNITS = ("CT", "PT", "NM")
+"""Modalities whose rescaled values measure something, however they are shown."""
 
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66",)
 
@@ -51,6 +54,16 @@ def keeps_padding(header: Header) -> bool:
     return min(values) < MEASURED_HU[1] and max(values) > MEASURED_HU[0]
 
 
+def is_inverted(header: Header) -> bool:
+    """Whether stored values are to be mirrored, so that what is shown bright is high.
+
+    MONOCHROME1 shows the lowest value as white (PS3.3 C.7.6.3.1.2). That is a matter of display, and comes after
+    rescaling to the modality's unit (PS3.3 C.11.1): a CT number stays what it is. Only values of no unit, whose
+    brightness is all that they mean, are mirrored.
+    """
+    return header.photometric == "MONOCHROME1" and header.modality not in PHYSICAL_UNITS
+
+
 def _no_pixels(headers: Headers) -> Iterator[Finding]:
     if empty := where(headers, lambda header: header.rows < 1 or header.columns < 1):
         yield refuse("no-pixels", f"{files(empty)} holds no image")
@@ -76,17 +89,16 @@ def _colour(headers: Headers) -> Iterator[Finding]:
     if coloured := where(headers, lambda header: header.samples != 1 or header.photometric not in grey):
         kind = coloured[0].photometric or "no PhotometricInterpretation"
         yield refuse("colour", f"{files(coloured)} has {kind}; expected one grey value a pixel")
-
-
-def _inverted(headers: Headers) -> Iterator[Finding]:
-    if inverted := where(headers, lambda header: header.photometric == "MONOCHROME1"):
-        yield refuse("monochrome1", f"{files(inverted)} shows low values bright; what they measure is unclear")
+    elif painted := where(headers, lambda header: header.has_colours):
+        yield refuse("colour", f"{files(painted)} has values that stand for colours of a palette (PixelPresentation)")
 
 
 def _pixel_format(headers: Headers) -> Iterator[Finding]:
     def odd(header: Header) -> bool:
         usual = header.bits_allocated in (8, 16, 32) and 0 < header.bits_stored <= header.bits_allocated
-        return not usual or header.high_bit != header.bits_stored - 1
+        # Bytes in big-endian words lie in pairs the other way round (PS3.5 8.1.1).
+        in_words = header.bits_allocated == 8 and header.pixels is not None and header.pixels.is_words
+        return not usual or header.high_bit != header.bits_stored - 1 or in_words
 
     if strange := where(headers, odd):
         h = strange[0]
@@ -120,10 +132,41 @@ def _padding(headers: Headers) -> Iterator[Finding]:
         yield mend("padding", f"PixelPaddingValue {value} becomes the background {background:g}")
 
 
+def _inverted(headers: Headers) -> Iterator[Finding]:
+    shown = where(headers, lambda header: header.photometric == "MONOCHROME1")
+    if not shown:
+        return
+    if is_inverted(shown[0]):
+        yield mend("monochrome1", f"{files(shown)} shows low values bright; stored values were mirrored")
+    else:
+        yield mend("monochrome1", f"{files(shown)} shows low values bright; values are measurements and were kept")
+
+
+def _private_scaling(headers: Headers) -> Iterator[Finding]:
+    if scaled := where(headers, lambda header: header.has_private_scaling):
+        yield mend(
+            "private-scaling",
+            f"{files(scaled)} has a private scale too (2005,100E); the standard RescaleSlope alone was applied",
+        )
+
+
 def _transfer_syntax(headers: Headers) -> Iterator[Finding]:
     for uid in distinct(headers, lambda header: header.transfer_syntax):
-        if uid and not _decodable(uid):
-            yield refuse("transfer-syntax", f"no decoder for {syntax_name(uid)} is installed")
+        if uid not in (*NATIVE_SYNTAXES, *ENCAPSULATED_SYNTAXES):
+            yield refuse("transfer-syntax", f"no decoder for {syntax_name(uid)}; decompress the files")
+    if odd := where(headers, _is_packed_wrong):
+        name = syntax_name(odd[0].transfer_syntax)
+        yield refuse("transfer-syntax", f"{files(odd)} names {name}, but its pixel data are not stored so")
+    if lossy := where(headers, lambda header: header.is_lossy or header.transfer_syntax in LOSSY_SYNTAXES):
+        yield mend(
+            "lossy", f"{files(lossy)}: lossy compression has changed values; they are not quite what was measured"
+        )
+
+
+def _is_packed_wrong(header: Header) -> bool:
+    """Whether pixels are encapsulated where the transfer syntax says that they are not, or the other way round."""
+    is_native = header.transfer_syntax in NATIVE_SYNTAXES
+    return header.pixels is not None and (header.pixels.fragments is None) != is_native
 
 
 def syntax_name(uid: str) -> str:
@@ -131,14 +174,6 @@ def syntax_name(uid: str) -> str:
     with quiet_pydicom():
         name = UID(uid).name
     return f"{name} ({uid})" if name != uid else uid or "no transfer syntax"
-
-
-def _decodable(uid: str) -> bool:
-    try:
-        with quiet_pydicom():
-            return uid in NATIVE_SYNTAXES or get_decoder(UID(uid)).is_available
-    except NotImplementedError:
-        return False
 
 
 def _size(headers: Headers) -> Iterator[Finding]:
@@ -162,5 +197,8 @@ def _is_cut(header: Header) -> bool:
 
 
 _Check = Callable[[Headers], Iterator[Finding]]
-_KIND_CHECKS: tuple[_Check, ...] = (_no_pixels, _segmentation, _multi_frame, _mosaic, _colour, _inverted)
-_PIXEL_CHECKS: tuple[_Check, ...] = (_pixel_format, _rescale, _padding, _transfer_syntax, _size)
+_KIND_CHECKS: tuple[_Check, ...] = (_no_pixels, _segmentation, _multi_frame, _mosaic, _colour)
+_PIXEL_CHECKS: tuple[_Check, ...] = (
+    *(_pixel_format, _rescale, _private_scaling, _inverted, _padding),
+    *(_transfer_syntax, _size),
+)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from typing import BinaryIO
 
 from transforms.errors import DicomError
+
+ByteFile = BinaryIO | FileIO
+"""An open file, buffered or not."""
 
 Fragment = tuple[int, int]
 """Offset of a fragment's bytes, and their number."""
@@ -28,13 +32,16 @@ _FRAME_STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff")
 class PixelData:
     """The pixel data of a file: `length` bytes from `offset`, or as many `fragments` where they are encapsulated.
 
-    `offset` counts in the file, of a deflated one in what it unpacks to. `is_cut` is true when the file ends first.
+    `offset` counts in the file; in a deflated one in what it unpacks to, whose code begins at `deflated_from`.
+    `is_cut` is true when the file ends first, `is_words` when big-endian values are stored as 16-bit words (OW).
     """
 
     offset: int
     length: int
     fragments: int | None = None
     is_cut: bool = False
+    is_words: bool = False
+    deflated_from: int | None = None
 
 
 def find_pixels(file: BinaryIO, size: int, *, implicit: bool, little: bool) -> PixelData | None:
@@ -47,12 +54,13 @@ def find_pixels(file: BinaryIO, size: int, *, implicit: bool, little: bool) -> P
     start = file.tell() - (0 if is_long else 4)
     (length,) = struct.unpack(f"{order}I", head[8:12] if is_long else head[4:8])
     if length != _UNDEFINED:
-        return PixelData(start, min(length, max(size - start, 0)), is_cut=start + length > size)
+        present = min(length, max(size - start, 0))
+        return PixelData(start, present, is_cut=present < length, is_words=head[4:6] == b"OW" and not little)
     fragments, is_cut = _walk(file, start, size)
     return PixelData(start, size - start, len(fragments[1:]), is_cut)
 
 
-def frame_fragments(file: BinaryIO, pixels: PixelData, frames: int) -> list[list[Fragment]]:
+def frame_fragments(file: ByteFile, pixels: PixelData, frames: int) -> list[list[Fragment]]:
     """The fragments of each frame, in order.
 
     Raises:
@@ -73,7 +81,7 @@ def frame_fragments(file: BinaryIO, pixels: PixelData, frames: int) -> list[list
     return [list(fragments[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
-def join(file: BinaryIO, fragments: Sequence[Fragment]) -> bytes:
+def join(file: ByteFile, fragments: Sequence[Fragment]) -> bytes:
     """The code of one frame."""
     pieces = []
     for offset, length in fragments:
@@ -82,7 +90,7 @@ def join(file: BinaryIO, fragments: Sequence[Fragment]) -> bytes:
     return b"".join(pieces)
 
 
-def _walk(file: BinaryIO, start: int, end: int) -> tuple[list[Fragment], bool]:
+def _walk(file: ByteFile, start: int, end: int) -> tuple[list[Fragment], bool]:
     """All items between two offsets, the offset table among them, and whether they end too early."""
     items: list[Fragment] = []
     place = start
@@ -98,7 +106,7 @@ def _walk(file: BinaryIO, start: int, end: int) -> tuple[list[Fragment], bool]:
     return items, True
 
 
-def _listed_starts(file: BinaryIO, table: Sequence[Fragment], fragments: Sequence[Fragment]) -> list[int]:
+def _listed_starts(file: ByteFile, table: Sequence[Fragment], fragments: Sequence[Fragment]) -> list[int]:
     """The first fragment of each frame by the offset table, whose offsets count from the first fragment's item."""
     listed = join(file, table)
     offsets = struct.unpack(f"<{len(listed) // 4}I", listed[: len(listed) // 4 * 4])
@@ -107,6 +115,6 @@ def _listed_starts(file: BinaryIO, table: Sequence[Fragment], fragments: Sequenc
     return [numbers[offset] for offset in offsets] if is_table else []
 
 
-def _marked_starts(file: BinaryIO, fragments: Sequence[Fragment]) -> list[int]:
+def _marked_starts(file: ByteFile, fragments: Sequence[Fragment]) -> list[int]:
     """The fragments that begin as a frame does."""
     return [n for n, (offset, _) in enumerate(fragments) if join(file, [(offset, 3)]) in _FRAME_STARTS]

@@ -59,12 +59,14 @@ _THICKNESS: tuple[Place, ...] = (("PixelMeasuresSequence", "SliceThickness"), ("
 _SLOPE: tuple[Place, ...] = (("PixelValueTransformationSequence", "RescaleSlope"), ("RescaleSlope",))
 _INTERCEPT: tuple[Place, ...] = (("PixelValueTransformationSequence", "RescaleIntercept"), ("RescaleIntercept",))
 _PRESENTATION = tuple((f"{kind}FrameTypeSequence", "PixelPresentation") for kind in ("MRImage", "CTImage", "PET"))
+# (2005,100E), in enhanced objects within Philips' private sequence of what a single slice would say.
+_PRIVATE_SCALE: tuple[Place, ...] = (("2005140F", "2005100E"), ("2005100E",))
 _SLICE_VECTOR = (0x0054, 0x0080)
 HEADER_TAGS = (
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
     *("RescaleSlope", "RescaleIntercept", "ImageType", "PixelPresentation"),
-    *("FrameIncrementPointer", "SliceVector", "DetectorInformationSequence"),
+    *("2005100E", "FrameIncrementPointer", "SliceVector", "DetectorInformationSequence"),
     *{place[-1] for places in KINDS.values() for place in places if len(place) == 1},
 )
 """The elements of a dataset that frames are made from."""
@@ -88,7 +90,8 @@ class Plane:
 class Frame:
     """What one slice has of its own. `number` is None for a file of one slice, else counts from 1.
 
-    `has_colours` is true where some values stand for colours (PixelPresentation, PS3.3 C.8.16.2.1.1).
+    `has_colours` is true where some values stand for colours (PixelPresentation, PS3.3 C.8.16.2.1.1),
+    `has_private_scaling` where Philips names a scale of its own.
     """
 
     number: int | None
@@ -99,6 +102,7 @@ class Frame:
     slice_spacing_tag_mm: float | None
     thickness_mm: float | None
     has_colours: bool
+    has_private_scaling: bool
     kinds: tuple[tuple[str, bytes], ...]
 
 
@@ -178,6 +182,7 @@ def _frame(groups: _Groups, number: int | None) -> Frame:
         slice_spacing_tag_mm=groups.number(_SLICE_SPACING),
         thickness_mm=groups.number(_THICKNESS),
         has_colours=groups.texts((*_PRESENTATION, ("PixelPresentation",)))[:1] in (("COLOR",), ("MIXED",)),
+        has_private_scaling=bool(groups.find(_PRIVATE_SCALE)[1]),
         kinds=tuple((word, groups.shown(places)) for word, places in KINDS.items()),
     )
 

@@ -28,7 +28,7 @@ from pydicom.uid import (
 )
 
 from transforms.dicom_elements import PARSE_FAULTS, Elements, Text, quiet_pydicom, tag_of
-from transforms.dicom_fragments import PixelData, find_pixels
+from transforms.dicom_fragments import ByteFile, PixelData, find_pixels
 from transforms.dicom_frames import HEADER_TAGS, Frame, Plane, read_frames
 from transforms.errors import DicomError
 
@@ -39,7 +39,6 @@ __all__ = [
     "Plane",
     "is_dicom",
     "quiet_pydicom",
-    "read_header",
     "read_headers",
 ]
 
@@ -58,7 +57,6 @@ _FIRST_BYTES = 1024
 _KEY_LENGTH = 12
 # A file without a preamble begins with one of these groups' first elements, and those are short.
 _LAST_FIRST_ELEMENT, _LAST_FIRST_LENGTH = 0x0070, 1024
-_PRIVATE_SCALING = "2005100E"
 _TAGS = [
     tag_of(keyword)
     for keyword in (
@@ -68,7 +66,7 @@ _TAGS = [
         *("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"),
         *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
         *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-        *("ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", _PRIVATE_SCALING),
+        *("ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "LossyImageCompression"),
     )
 ]
 
@@ -110,6 +108,7 @@ class Header:
     intercept: float | None
     has_lookup_table: bool
     has_private_scaling: bool
+    is_lossy: bool
     padding: tuple[int, int] | None
     pixels: PixelData | None
     plane: Plane | None
@@ -148,28 +147,18 @@ def read_headers(path: Path, *, salt: bytes) -> tuple[Header, ...]:
         raise DicomError(f"{path}: damaged DICOM header ({type(fault).__name__})") from None
 
 
-def read_header(path: Path) -> Header | None:
-    """The first header of a DICOM object; None for a media directory."""
-    return next(iter(read_headers(path, salt=b"")), None)
-
-
-def inflated(file: BinaryIO, meta_bytes: int, most: int) -> bytes:
-    """The first `most` bytes of the dataset in a deflated file (PS3.5 A.5), whose meta information is skipped.
+def inflated(file: ByteFile, start: int, most: int) -> bytes:
+    """The first `most` bytes of a deflated dataset (PS3.5 A.5), whose code begins at `start`.
 
     Raises:
         zlib.error: the file ends before that, or is damaged.
     """
-    file.seek(meta_bytes)
+    file.seek(start)
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     unpacked = unpacker.decompress(file.read(), most)
     if not unpacker.eof and len(unpacked) < most:
         raise zlib.error("cut short")
     return unpacked
-
-
-def meta_bytes(path: Path) -> int:
-    """The bytes before the dataset: preamble, magic, and the meta information with its length (PS3.10 7.1)."""
-    return _PREAMBLE + 4 + 12 + int(read_file_meta_info(path).FileMetaInformationGroupLength)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,14 +192,17 @@ def _plain(file: BinaryIO) -> _Object:
 
 
 def _deflated(path: Path, file: BinaryIO) -> _Object:
-    unpacked = inflated(file, meta_bytes(path), MOST_INFLATED)
+    meta = read_file_meta_info(path)
+    # Preamble and magic, then the group length (12 bytes), which counts the rest of the meta information.
+    start = _PREAMBLE + 4 + 12 + int(meta.FileMetaInformationGroupLength)
+    unpacked = inflated(file, start, MOST_INFLATED)
     buffer = BytesIO(unpacked)
     dataset = read_dataset(buffer, False, True, stop_when=_is_pixel_data, specific_tags=list(_TAGS))
     # What lies beyond the unpacked beginning is judged when it is read.
     size = len(unpacked) if len(unpacked) < MOST_INFLATED else sys.maxsize
     pixels = find_pixels(buffer, size, implicit=False, little=True)
-    meta = Elements(read_file_meta_info(path))
-    return _Object(meta, Elements(dataset), str(DeflatedExplicitVRLittleEndian), pixels)
+    placed = None if pixels is None else replace(pixels, deflated_from=start)
+    return _Object(Elements(meta), Elements(dataset), str(DeflatedExplicitVRLittleEndian), placed)
 
 
 def _is_pixel_data(tag: BaseTag, vr: str | None, length: int) -> bool:
@@ -248,7 +240,8 @@ def _headers(path: Path, size: int, parsed: _Object, salt: bytes) -> tuple[Heade
         high_bit=elements.integer("HighBit"),
         signed=elements.integer("PixelRepresentation") == 1,
         has_lookup_table="ModalityLUTSequence" in elements,
-        has_private_scaling=_PRIVATE_SCALING in elements,
+        has_private_scaling=first.has_private_scaling,
+        is_lossy=elements.code("LossyImageCompression") == "01",
         padding=_padding(elements),
         pixels=parsed.pixels,
         frame=first.number,
@@ -270,6 +263,7 @@ def _of_frame(header: Header, frame: Frame) -> Header:
         frame=frame.number,
         image_type=frame.image_type,
         has_colours=frame.has_colours,
+        has_private_scaling=frame.has_private_scaling,
         slope=frame.slope,
         intercept=frame.intercept,
         plane=frame.plane,

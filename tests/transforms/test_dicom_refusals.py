@@ -86,7 +86,6 @@ REFUSED: list[tuple[str, Edit | None, list[int] | None, str]] = [
     ("colour", tag("PhotometricInterpretation", "RGB"), None, "RGB"),
     ("colour", tag("PhotometricInterpretation", "PALETTE COLOR", only=2), None, "PALETTE COLOR"),
     ("colour", tag("SamplesPerPixel", 3), None, "one grey value"),
-    ("monochrome1", tag("PhotometricInterpretation", "MONOCHROME1"), None, "low values bright"),
     ("segmentation", tag("SOPClassUID", "1.2.840.10008.5.1.4.1.1.66.4"), None, "segmentation object"),
     ("no-pixels", without("Rows", only=3), None, "holds no image"),
     ("mixed-series", tag("StudyInstanceUID", "1.2.99", only=1), None, "StudyInstanceUID differs"),
