@@ -74,15 +74,15 @@ class Measuring:
 
 
 def measure_case(case: Case, images: Sequence[Volume], label: Volume, *, schema: LabelSchema) -> CaseMeasure:
-    """Grid, labels and intensities of one case, on RAS axes."""
+    """Grid, labels and intensities of one case, on RAS axes; those of the orthogonal grid around a sheared one."""
     geometry = label.geometry
-    oriented = geometry.oriented("RAS")
-    boxes = _boxes_ijk(label.voxels)
+    straight = geometry.orthogonal()
+    oriented = straight.oriented("RAS")
     names = {x.id: x.name for x in schema.labels}
     extents, volumes = {}, {}
-    for label_id, (count, sides) in boxes.items():
+    for label_id, (count, sides) in _boxes(label.voxels, geometry, straight).items():
         volumes[names[label_id]] = count * geometry.voxel_volume_mm3
-        extents[names[label_id]] = _on_ras_axes(sides, geometry)
+        extents[names[label_id]] = _on_ras_axes(sides, straight)
     facts = CaseFingerprint(
         case_id=case.case_id,
         shape=oriented.shape,
@@ -104,20 +104,25 @@ def _measure_channel(voxels: npt.NDArray[np.float32], places: npt.NDArray[np.int
     )
 
 
-def _boxes_ijk(label_map: npt.NDArray[np.integer]) -> dict[int, tuple[int, tuple[int, int, int]]]:
-    """Per label id: its number of voxels and the sides of its box."""
+def _boxes(
+    label_map: npt.NDArray[np.integer], geometry: Geometry, straight: Geometry
+) -> dict[int, tuple[int, npt.NDArray[np.float64]]]:
+    """Per label id: its number of voxels, and the sides of its box in voxels of `straight`."""
     places = np.flatnonzero(label_map)
     ids = label_map.reshape(-1)[places]
+    steps = np.round(np.linalg.solve(straight.affine_ras[:3, :3], geometry.affine_ras[:3, :3]), 9)
     boxes = {}
     for label_id in np.unique(ids):
         i, j, k = np.unravel_index(places[ids == label_id], label_map.shape)
-        boxes[int(label_id)] = (len(i), (int(np.ptp(i)) + 1, int(np.ptp(j)) + 1, int(np.ptp(k)) + 1))
+        # Off the diagonal there is only the shift of slices, if there is one.
+        sides = [np.ptp(sum(n * step for n, step in zip((i, j, k), row, strict=True) if step)) + 1 for row in steps]
+        boxes[int(label_id)] = (len(i), np.asarray(sides))
     return boxes
 
 
-def _on_ras_axes(sides_ijk: tuple[int, int, int], geometry: Geometry) -> tuple[float, float, float]:
-    sides_mm = [n * s for n, s in zip(sides_ijk, geometry.spacing_mm, strict=True)]
-    x, y, z = (round(sides_mm[_axis_along(pair, geometry)], 4) for pair in ("RL", "AP", "SI"))
+def _on_ras_axes(sides_ijk: npt.NDArray[np.float64], geometry: Geometry) -> tuple[float, float, float]:
+    sides_mm = sides_ijk * geometry.spacing_mm
+    x, y, z = (round(float(sides_mm[_axis_along(pair, geometry)]), 4) for pair in ("RL", "AP", "SI"))
     return x, y, z
 
 

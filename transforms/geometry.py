@@ -34,6 +34,12 @@ ignored moves no corner by more than `SAME_GRID_VOXELS`."""
 RIGHT_ANGLE = 1e-3
 """Axes are at right angles when the cosine between them is at most this; a grid with others is sheared."""
 
+MAX_SHEAR_DEG = 45.0
+"""A stack that leans more is no scan, and would be mostly empty as an orthogonal grid; gantries tilt by 30 degrees."""
+
+MAX_SIDE = 2**16
+"""Voxels by which slices are widened at most."""
+
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NEGATIVE_CODES, _POSITIVE_CODES = "LPI", "RAS"
 
@@ -250,18 +256,23 @@ class Geometry:
         permutation and flip of this grid gives the same voxels.
 
         Raises:
-            ValueError: no two axes are at right angles, so that no slice could be kept.
+            ValueError: no two axes are at right angles, so that no slice could be kept, or the stack leans by more
+                than `MAX_SHEAR_DEG`.
         """
         if not self.is_sheared:
             return self
         if (stack := self.stack_axis) is None:
-            raise ValueError(f"no two axes are at right angles: {self.describe()}; resample it to an orthogonal grid")
+            raise ValueError(f"no two axes are at right angles: {self.describe()}")
+        if self.shear_degrees > MAX_SHEAR_DEG:
+            raise ValueError(f"slices lean by more than {MAX_SHEAR_DEG:g} degrees: {self.describe()}")
         matrix = self.affine_ras[:3, :3].copy()
         normal = np.cross(matrix[:, stack - 2], matrix[:, stack - 1])
         normal /= np.linalg.norm(normal)
         matrix[:, stack] = normal * (normal @ matrix[:, stack])
         drifts = np.abs(np.linalg.solve(matrix, self.affine_ras[:3, stack])) * (self.shape[stack] - 1)
         drifts[stack] = 0.0
+        if drifts.max() > MAX_SIDE:
+            raise ValueError(f"slices lean by {drifts.max():.2g} voxels: {self.describe()}")
         shape = np.asarray(self.shape) + np.ceil(drifts - EXACT_MOVE_VOXELS).astype(int)
         affine = np.eye(4)
         affine[:3, :3] = matrix

@@ -19,7 +19,7 @@ import SimpleITK as sitk
 
 from transforms.errors import VolumeError
 from transforms.geometry import Geometry
-from transforms.sanity import finite_float32, integral_labels, refuse_oversize, refuse_short_file
+from transforms.sanity import finite_float32, integral_labels, refuse_oversize, refuse_short_file, usable_grid
 
 _HEADER_LIMIT = 1 << 16
 _NRRD_MAGIC = b"NRRD000"
@@ -190,7 +190,7 @@ def _geometry(image: sitk.Image, shape: tuple[int, int, int], path: Path) -> Geo
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
     try:
-        return Geometry.from_lps(shape, affine)
+        return usable_grid(Geometry.from_lps(shape, affine))
     except ValueError as fault:
         raise VolumeError(f"{path}: {fault}; convert the file again from its source") from None
 

@@ -3,7 +3,8 @@
 nibabel knows the header's fields; whether they make sense is judged here, because its own remarks go to the
 terminal and its fallbacks are guesses. Which affine counts: sform when its code is set, else qform when its code is
 set, else none: a file with both codes 0 does not say where its voxels lie, not even which side is left, and is
-refused. When both are set they must agree.
+refused. When both are set they must agree; a quaternion has no shear, so beside a sheared sform (a tilted CT) the
+qform must be what is left without it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from nibabel.spatialimages import HeaderDataError
 
 from transforms.errors import VolumeError
 from transforms.geometry import Geometry
-from transforms.sanity import MAX_VOXELS, finite_float32, integral_labels, refuse_oversize, refuse_short_file
+from transforms.sanity import (
+    MAX_VOXELS,
+    finite_float32,
+    integral_labels,
+    refuse_oversize,
+    refuse_short_file,
+    usable_grid,
+)
 
 FORMS_AGREE_VOXELS = 0.5
 """sform and qform agree when no corner is farther apart than this part of a voxel: a quaternion of half a turn is
 stored no better than the square root of float32's precision, about 0.2 mm over a whole body."""
+
+SAME_SPACING = 1e-3
+"""Spacings of both forms within this part of each other are one."""
 
 _GZIP = b"\x1f\x8b"
 _HEADERS: dict[int, Any] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -122,14 +133,27 @@ def _geometry(header: Any, shape: tuple[int, int, int], path: Path) -> Geometry:
             f"{path}: neither sform nor qform is set, so nothing says where the voxels lie or which side is left; "
             "convert it again from its source, or set the sform if you know it"
         )
-    if len(grids) == 2 and (unlike := grids[0].difference(grids[1], tolerance_voxels=FORMS_AGREE_VOXELS)):
+    unlike = grids[0].difference(grids[-1], tolerance_voxels=FORMS_AGREE_VOXELS)
+    if unlike and not _is_without_shear(grids[-1], grids[0]):
         raise VolumeError(f"{path}: sform and qform disagree: {unlike}; keep the right one, set the other's code to 0")
     return grids[0]
 
 
+def _is_without_shear(orthogonal: Geometry, sheared: Geometry) -> bool:
+    """Whether the first voxel and the spacings are the same, and no axis is turned by more than the shear."""
+    moved_mm = np.linalg.norm(orthogonal.origin_ras_mm - sheared.origin_ras_mm)
+    cosines = np.sum(orthogonal.direction_ras * sheared.direction_ras, axis=0)
+    return bool(
+        sheared.is_sheared
+        and moved_mm <= FORMS_AGREE_VOXELS * min(sheared.spacing_mm)
+        and np.allclose(orthogonal.spacing_mm, sheared.spacing_mm, rtol=SAME_SPACING)
+        and cosines.min() >= np.cos(np.deg2rad(sheared.shear_degrees))
+    )
+
+
 def _grid(name: str, form: Any, shape: tuple[int, int, int], path: Path) -> Geometry:
     try:
-        return Geometry(shape, form())
+        return usable_grid(Geometry(shape, form()))
     except (HeaderDataError, ValueError) as fault:
         raise VolumeError(f"{path}: {name}: {fault}; convert the file again from its source") from None
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transforms.errors import VolumeError
+from transforms.geometry import Geometry
 
 MAX_VOXELS = 2**31
 """Volumes beyond this (8 GiB as float32) are taken for a damaged header."""
@@ -46,6 +47,18 @@ def refuse_short_file(needed: int, present: int, path: Path, *, packed: bool = F
             f"{path}: the header promises {needed} bytes of voxels, the file has {present} {kind}; "
             "it is cut short or damaged: fetch it again"
         )
+
+
+def usable_grid(geometry: Geometry) -> Geometry:
+    """The grid, at right angles or sheared as a tilted scan is.
+
+    Raises:
+        ValueError: no two axes are at right angles, as after an affine registration, or the orthogonal grid around
+            it would have more than `MAX_VOXELS` voxels.
+    """
+    if math.prod(geometry.orthogonal().shape) > MAX_VOXELS:
+        raise ValueError(f"sheared too much for its size: {geometry.describe()}")
+    return geometry
 
 
 def finite_float32(voxels: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,6 +26,7 @@ from scipy.ndimage import zoom
 from pipeline.segmentation import Segmentation
 from transforms.geometry import Geometry
 from transforms.labels import Label
+from transforms.resample import move
 from transforms.volume import Volume
 
 Array = npt.NDArray[Any]
@@ -139,18 +141,22 @@ def _scene(segmentation: Segmentation, image: Volume, reference: Segmentation | 
     geometry = segmentation.geometry
     labels = _turned(segmentation.label_map, geometry)
     expected = None if reference is None else _turned(reference.label_map, geometry)
-    spacing_mm = geometry.oriented(VIEW).spacing_mm
+    lowest = float(image.voxels.min())
+    spacing_mm = geometry.orthogonal().oriented(VIEW).spacing_mm
     box = _box(labels.astype(bool) if expected is None else (labels != 0) | (expected != 0), spacing_mm)
     return _Scene(
-        image=_turned(image.voxels, geometry)[box],
+        image=_turned(image.voxels, geometry, fill=lowest)[box],
         labels=labels[box],
         reference=None if expected is None else expected[box],
         spacing_mm=spacing_mm,
     )
 
 
-def _turned(voxels: Array, geometry: Geometry) -> Array:
-    """Voxels with their axes along `VIEW`: permuted and flipped, never interpolated."""
+def _turned(voxels: Array, geometry: Geometry, *, fill: float = 0.0) -> Array:
+    """Voxels with their axes along `VIEW`: permuted and flipped; only the slices of a sheared grid are shifted."""
+    if geometry.is_sheared:
+        stored = torch.from_numpy(voxels)[None]
+        return move(stored, geometry, geometry.orthogonal().oriented(VIEW), order=0, fill=fill)[0].numpy()
     axes = geometry.axis_map(geometry.oriented(VIEW))
     flips = tuple(t for t, scale in enumerate(axes.scales) if scale < 0)
     return np.asarray(np.flip(voxels.transpose(axes.source_axes), flips))

@@ -67,6 +67,25 @@ def test_the_way_a_file_stores_its_axes_changes_nothing(order: tuple[int, ...], 
     assert sorted(turned.channels[0].inside) == sorted(straight.channels[0].inside)
 
 
+def leaning(degrees: float) -> Geometry:
+    """The phantom's voxels in slices whose stack (k) leans over j, as in a CT with a tilted gantry."""
+    affine = RAS.affine_ras.copy()
+    affine[1, 2] = 3.0 * np.tan(np.deg2rad(degrees))
+    return Geometry(RAS.shape, affine)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_a_sheared_grid_is_measured_as_the_orthogonal_one_around_it(order: tuple[int, ...]) -> None:
+    """By 30 degrees: a slice lies 1.732 mm farther back than the one before, 3 mm above it."""
+    image, label = phantom()
+    facts = measured(image.transpose(order), label.transpose(order), leaning(30).permuted(order)).facts
+    # Eleven steps of 1.732 mm are 19.05 mm: 10 more rows of 2 mm.
+    assert (facts.shape, facts.spacing_mm) == ((20, 34, 12), (1.0, 2.0, 3.0))
+    assert facts.label_volumes_mm3 == pytest.approx({"box": 24 * 6.0, "rod": 6 * 6.0})
+    assert facts.label_extents_mm["box"] == pytest.approx((4.0, 7.7321, 6.0))
+    assert facts.label_extents_mm["rod"] == pytest.approx((1.0, 10.6603, 18.0))
+
+
 def test_a_large_label_is_thinned_evenly() -> None:
     shape = (60, 60, 60)
     label = np.ones(shape, np.uint8)

@@ -74,6 +74,34 @@ def test_nrrd_as_pynrrd_reads_it(tmp_path: Path, frame: str, mirrored: bool, enc
     np.testing.assert_allclose(volume.geometry.affine_ras, expected, atol=1e-6)
 
 
+def sheared_directions() -> np.ndarray:
+    """Slices that lean by 20 degrees, as of a CT with a tilted gantry."""
+    rows = directions()
+    rows[2] += 3.0 * np.tan(np.deg2rad(20)) * rows[1] / 1.1
+    return rows
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_sheared_nrrd_and_metaimage(tmp_path: Path, frame: str) -> None:
+    """Both formats can say that slices lean; ITK hands it on, though it writes no such NIfTI file."""
+    path = write_nrrd(tmp_path / "a.nrrd", space=frame, space_directions=sheared_directions())
+    geometry = read_volume(path).geometry
+    _, header = nrrd.read(str(path))
+    expected = np.diag(TO_RAS[FRAMES[frame]]) @ header["space directions"].T
+    np.testing.assert_allclose(geometry.affine_ras[:3, :3], expected, atol=1e-6)
+    assert (geometry.shear_degrees, geometry.stack_axis) == (pytest.approx(20, abs=1e-4), 2)
+    sitk.WriteImage(sitk.ReadImage(str(path)), str(tmp_path / "b.mha"))
+    again = read_volume(tmp_path / "b.mha").geometry
+    assert again.difference(geometry) is None
+    assert again.is_sheared
+
+
+def test_grids_without_a_right_angle(tmp_path: Path) -> None:
+    rows = np.array([[1, 0, 0], [0.3, 1, 0], [0.2, 0.25, 1]])
+    with pytest.raises(VolumeError, match="no two axes are at right angles: 5x4x3 .* convert the file again"):
+        read_volume(write_nrrd(tmp_path / "a.nrrd", space_directions=rows))
+
+
 def test_nrrd_with_its_voxels_beside_it(tmp_path: Path) -> None:
     assert np.array_equal(read_volume(write_nrrd(tmp_path / "a.nhdr")).voxels, VALUES)
     (tmp_path / "a.raw").unlink()

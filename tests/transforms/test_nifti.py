@@ -143,6 +143,52 @@ def test_half_turns_agree_in_both_forms(tmp_path: Path, axes: tuple[int, int, in
     read_volume(write(tmp_path / "a.nii.gz", np.zeros((500, 400, 2), np.uint8), affine=affine))
 
 
+def sheared() -> np.ndarray:
+    """Slices that lean by 20 degrees, as of a CT with a tilted gantry."""
+    affine = oblique()
+    affine[:3, 2] += 3.0 * np.tan(np.deg2rad(20)) * affine[:3, 1] / 1.1
+    return affine
+
+
+def test_the_sform_alone_can_say_that_slices_lean(tmp_path: Path) -> None:
+    """nibabel, like SPM, then stores the rotation nearest to it as the qform."""
+    path = write(tmp_path / "a.nii.gz", affine=sheared())
+    header = nib.load(path).header
+    assert (header["sform_code"], header["qform_code"]) == (1, 1)
+    assert np.abs(header.get_qform() - header.get_sform()).max() > 0.4
+    assert_as_nibabel(path)
+    geometry = read_volume(path).geometry
+    assert (geometry.shear_degrees, geometry.stack_axis) == (pytest.approx(20, abs=1e-3), 2)
+    assert_as_nibabel(write(tmp_path / "b.nii.gz", affine=sheared(), change=codes(1, 0)))
+
+
+@pytest.mark.parametrize("fault", ["mirrored", "moved", "turned", "other spacing"])
+def test_a_qform_that_is_not_the_sform_without_its_shear(tmp_path: Path, fault: str) -> None:
+    def other_qform(header: nib.Nifti1Header) -> None:
+        qform = header.get_qform()
+        if fault == "mirrored":
+            qform[:3, 0] *= -1
+        elif fault == "moved":
+            qform[:3, 3] += 0.5
+        elif fault == "turned":
+            qform[:3, :3] = Rotation.from_euler("z", 15, degrees=True).as_matrix() @ qform[:3, :3]
+        else:
+            qform[:3, 2] *= 1.01
+        header.set_qform(qform, 1)
+
+    with pytest.raises(VolumeError, match=r"sform and qform disagree: 5x4x3 .* sheared by 20\.0 degrees"):
+        read_volume(write(tmp_path / "a.nii", affine=sheared(), change=other_qform))
+
+
+def crooked_sform(header: nib.Nifti1Header) -> None:
+    header["srow_x"], header["srow_y"], header["srow_z"] = (1, 0.3, 0.2, 0), (0, 1, 0.25, 0), (0, 0, 1, 0)
+
+
+def far_apart_sform(header: nib.Nifti1Header) -> None:
+    header["dim"] = [3, 5000, 4000, 70, 1, 1, 1, 1]
+    header["srow_x"], header["srow_y"], header["srow_z"] = (0.1, 0, 0, 0), (0, 0.1, 8, 0), (0, 0, 9, 0)
+
+
 def mirrored_qform(header: nib.Nifti1Header) -> None:
     header.set_qform(oblique(mirrored=True), 1)
 
@@ -170,6 +216,8 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("no form", codes(0, 0), "neither sform nor qform is set, .* which side is left"),
     ("singular", singular_sform, "sform: the affine is singular"),
     ("zero", zero_sform, "sform: the affine is singular"),
+    ("no right angle", crooked_sform, "sform: no two axes are at right angles: 5x4x3 .* convert the file again"),
+    ("much too large without its shear", far_apart_sform, "sform: sheared too much for its size: 5000x4000x70"),
     ("NaN affine", field("srow_x", np.nan), "sform: an affine is a 4x4 matrix of finite numbers"),
     ("quaternion", impossible_quaternion, "qform: w2 should be positive"),
     ("metres", field("xyzt_units", 1), "counts in metres; expected mm"),

@@ -172,9 +172,22 @@ class TestGrid:
         crooked = Geometry((5, 6, 7), affine)
         assert crooked.is_sheared
         assert crooked.stack_axis is None
-        with pytest.raises(ValueError, match=r"no two axes are at right angles: 5x6x7 .* sheared by .* resample it"):
+        with pytest.raises(ValueError, match=r"no two axes are at right angles: 5x6x7 .* sheared by"):
             crooked.orthogonal()
         assert crooked.axis_map(crooked.oriented("LPS").respaced((2, 2, 2))).stack_axis is None
+
+    @pytest.mark.parametrize(
+        ("spacing_mm", "tilt_deg", "message"),
+        [
+            ((1, 1, 4), 46, r"slices lean by more than 45 degrees: 40x36x12 .* sheared by 46\.0 degrees"),
+            ((1e-5, 1e-5, 4), 30, r"slices lean by 2\.2e\+06 voxels"),
+        ],
+    )
+    def test_what_leans_so_far_that_it_would_be_mostly_empty(
+        self, spacing_mm: tuple[float, float, float], tilt_deg: float, message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            tilted(spacing_mm=spacing_mm, tilt_deg=tilt_deg).orthogonal()
 
     def test_what_is_not_related_by_a_shift_of_slices(self) -> None:
         source = tilted()
