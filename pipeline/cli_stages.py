@@ -151,14 +151,16 @@ def predict_inputs(
     from pipeline.device import choose_hardware
     from pipeline.export import check_formats
     from pipeline.predict import Model
-    from pipeline.segment import SegmentSettings, find_studies, segment_studies
+    from pipeline.segment import SegmentSettings, segment_studies
+    from pipeline.studies import Wanted, find_studies
 
     check_formats(wanted.formats)
     if wanted.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {wanted.device}: expected auto, cpu or cuda")
     device = choose_hardware(TrainConfig.model_validate({"device": wanted.device})).torch_device()
     model = Model(tuple(load_bundle(path, device) for path in find_bundles(model_path)))
-    studies = find_studies(inputs, channels=model.plan.channels, root=wanted.root)
+    meant = Wanted(model.plan.channels, wanted.root, wanted.series, wanted.resample_uneven)
+    studies = find_studies(inputs, meant, console=console)
     settings = SegmentSettings(wanted.formats, wanted.mirror, wanted.series, wanted.force, wanted.resample_uneven)
     written, failures = segment_studies(model, studies, out, settings=settings, console=console)
     console.close()
@@ -170,7 +172,8 @@ def predict_inputs(
     for failure in failures:
         console.note(f"set aside {failure.case_id}: {failure.reason}")
     if failures:
-        console.note(f"{len(failures)} of {len(studies)} studies were set aside, the others are done")
+        rest = "nothing was segmented" if len(failures) == len(studies) else "the others are done"
+        console.note(f"{len(failures)} of {len(studies)} studies were set aside, {rest}")
     return not failures
 
 
@@ -238,11 +241,11 @@ def export_labels(
         print(file.path)
 
 
-def describe(path: Path) -> None:
+def describe(path: Path, *, resample_uneven: bool = False) -> None:
     """`volseg info`."""
     from pipeline.describe import facts_of
 
-    title, rows = facts_of(path)
+    title, rows = facts_of(path, resample_uneven=resample_uneven)
     show_table(title, rows)
 
 

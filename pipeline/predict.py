@@ -104,18 +104,27 @@ def check_input(plan: Plan, channels: Sequence[Volume]) -> None:
         names = ", ".join(f"{c.name} ({c.modality})" for c in plan.channels)
         raise VolumeError(f"{len(channels)} channel(s) given, the model wants {len(plan.channels)}: {names}")
     for volume, channel in zip(channels, plan.channels, strict=True):
-        _check_modality(volume, channel)
+        refuse_modality(volume.modality, channel)
+        _check_intensities(volume, channel)
         difference = channels[0].geometry.difference(volume.geometry)
         if difference:
             raise GeometryMismatch(f"channel {channel.name} lies on another grid than the first: {difference}")
 
 
-def _check_modality(volume: Volume, channel: ChannelPlan) -> None:
-    if volume.modality is not None and volume.modality != channel.modality:
+def refuse_modality(modality: str | None, channel: ChannelPlan) -> None:
+    """Refuse what a header says is another modality (DICOM's code) than the channel's; None says nothing.
+
+    Raises:
+        VolumeError: as said.
+    """
+    if modality is not None and modality != channel.modality:
         raise VolumeError(
-            f"the input is {volume.modality}, the model's channel {channel.name} is {channel.modality}; "
-            f"choose a model that was trained on {volume.modality}"
+            f"the input is {modality}, the model's channel {channel.name} is {channel.modality}; "
+            f"choose a model that was trained on {modality}"
         )
+
+
+def _check_intensities(volume: Volume, channel: ChannelPlan) -> None:
     lowest, highest = float(volume.voxels.min()), float(volume.voxels.max())
     found = f"intensities from {lowest:g} to {highest:g}"
     if channel.modality == "CT" and channel.lowest < AIR_HU <= lowest:

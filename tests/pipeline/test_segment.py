@@ -21,7 +21,8 @@ from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.plan import ChannelPlan
 from pipeline.predict import Model
-from pipeline.segment import SegmentSettings, find_studies, read_source, schema_for, segment_studies
+from pipeline.segment import SegmentSettings, read_source, schema_for, segment_studies
+from pipeline.studies import Wanted, find_studies
 from transforms.volume import read_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,13 +61,13 @@ def planned(count: int) -> list[ChannelPlan]:
 
 
 def found(*inputs: Path, channels: int = 1, root: Path | None = None) -> dict[str, list[str]]:
-    studies = find_studies(inputs, channels=planned(channels), root=root)
+    studies = find_studies(inputs, Wanted(planned(channels), root), console=Silence())
     return {study.name: [path.name for path in study.paths] for study in studies}
 
 
 def segment(model: Model, inputs: Sequence[Path], out: Path, **settings: Any) -> tuple[list[str], dict[str, str]]:
     """Names of the files written, and of the studies set aside with the reason."""
-    studies = find_studies(inputs, channels=model.plan.channels)
+    studies = find_studies(inputs, Wanted(model.plan.channels), console=Silence())
     chosen = replace(SETTINGS, **settings)
     written, failures = segment_studies(model, studies, out, settings=chosen, console=Silence())
     return [file.path.name for file in written], {failure.case_id: failure.reason for failure in failures}
@@ -223,7 +224,7 @@ class TestAgain:
     def test_results_are_kept(self, model: Model, images: Path, out: Path) -> None:
         before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.nii.gz")}
         listener = Listener()
-        studies = find_studies([images], channels=model.plan.channels)
+        studies = find_studies([images], Wanted(model.plan.channels), console=Silence())
         assert segment_studies(model, studies, out, settings=SETTINGS, console=listener) == ([], [])
         assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.nii.gz")} == before
         assert listener.notes[0] == (

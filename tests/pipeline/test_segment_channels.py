@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.console import Silence
 from pipeline.errors import VolumeError
 from pipeline.files import write_json
 from pipeline.plan import ChannelPlan
-from pipeline.segment import find_studies
+from pipeline.studies import Wanted, find_studies
 
 MODEL = [("FLAIR", "MR"), ("T1c", "MR")]
 
@@ -42,7 +43,7 @@ def manifest_of(folder: Path, channels: Sequence[tuple[str, str]]) -> Path:
 def test_channels_of_a_manifest_are_put_in_the_models_order(
     tmp_path: Path, channels: Sequence[tuple[str, str]]
 ) -> None:
-    (study,) = find_studies([manifest_of(tmp_path, channels)], channels=planned(MODEL))
+    (study,) = find_studies([manifest_of(tmp_path, channels)], Wanted(planned(MODEL)), console=Silence())
     assert [path.name.casefold() for path in study.paths] == ["a_flair.nii.gz", "a_t1c.nii.gz"]
 
 
@@ -51,11 +52,11 @@ def test_channels_of_a_manifest_are_put_in_the_models_order(
 )
 def test_a_manifest_of_other_channels_is_refused(tmp_path: Path, channels: Sequence[tuple[str, str]]) -> None:
     with pytest.raises(VolumeError, match=r"the model wants FLAIR \(MR\), T1c \(MR\)"):
-        find_studies([manifest_of(tmp_path, channels)], channels=planned(MODEL))
+        find_studies([manifest_of(tmp_path, channels)], Wanted(planned(MODEL)), console=Silence())
 
 
 def test_a_single_channel_may_have_another_name_but_no_other_modality(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, [("T1", "MR")])
-    assert len(find_studies([manifest], channels=planned([("MRI", "MR")]))) == 1
+    assert len(find_studies([manifest], Wanted(planned([("MRI", "MR")])), console=Silence())) == 1
     with pytest.raises(VolumeError, match=r"channels are T1 \(MR\), the model wants CT \(CT\)"):
-        find_studies([manifest], channels=planned([("CT", "CT")]))
+        find_studies([manifest], Wanted(planned([("CT", "CT")])), console=Silence())
