@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from pipeline.cli_dicom import dicom_app
+from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
+
 if TYPE_CHECKING:
     from pipeline.cli_console import TerminalConsole
     from pipeline.config import Config
@@ -27,6 +30,8 @@ app = typer.Typer(
 )
 manifest_app = typer.Typer(help="Datasets described as JSON.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(manifest_app, name="manifest")
+app.add_typer(dicom_app, name="dicom")
+app.add_typer(pacs_app, name="pacs")
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a config value.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file as in configs/.")]
@@ -131,7 +136,10 @@ def crossval(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="A model bundle or a run folder (its folds are averaged).")],
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, folders, DICOM folders, manifests.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Files, folders, DICOM folders, manifests; or an archive."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the results, each named after its input.")],
     mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="Average over mirrored passes.")] = None,
     formats: Formats = "nifti",
@@ -140,12 +148,29 @@ def predict(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
     resample_uneven: ResampleUneven = False,
+    study: Annotated[str | None, typer.Option("--study", help="StudyInstanceUID, where INPUT is an archive.")] = None,
+    send: Annotated[bool, typer.Option("--send", help="Send verified DICOM results back to the archive.")] = False,
+    credentials: CredentialsFile = None,
+    keyring: KeyringUser = None,
+    aet: Aet = "VOLSEG",
+    receive_port: ReceivePort = None,
 ) -> None:
     """Segment volumes; results lie on the grid of their source."""
+    from pipeline.cli_pacs import predict_study
     from pipeline.cli_stages import Prediction, predict_inputs
+    from pipeline.pacs.node import is_node
 
     wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven)
-    if not predict_inputs(model, inputs, out, wanted, _console()):
+    if any(map(is_node, inputs)):
+        if len(inputs) > 1:
+            raise typer.BadParameter("one archive at a time, and nothing beside it", param_hint="INPUT")
+        reach = Reach(credentials, keyring, aet, receive_port)
+        done = predict_study(model, inputs[0], out, wanted, study=study, sends=send, reach=reach)
+    elif study or send:
+        raise typer.BadParameter("only where INPUT is the address of an archive", param_hint="--study, --send")
+    else:
+        done = predict_inputs(model, [Path(text) for text in inputs], out, wanted, _console())
+    if not done:
         raise typer.Exit(1)
 
 
@@ -207,11 +232,12 @@ def view(
 @app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A volume, a DICOM folder, a manifest, a model or a run.")],
+    resample_uneven: ResampleUneven = False,
 ) -> None:
     """Say what a file or folder is."""
     from pipeline.cli_stages import describe
 
-    describe(path)
+    describe(path, resample_uneven=resample_uneven)
 
 
 @app.command("config")

@@ -23,7 +23,8 @@ from pipeline.config import reference
 from .conftest import ROOT, Outcome, World, environment
 
 HEAVY = ("highdicom", "lightning_fabric", "matplotlib", "mlflow", "monai", "nibabel", "scipy", "SimpleITK", "torch")
-COMMANDS = ("manifest", "check", "plan", "train", "crossval", "predict", "evaluate", "export", "info", "config")
+COMMANDS = ("manifest", "dicom", "check", "plan", "train", "crossval", "predict", "evaluate", "export", "view", "info",
+            "config", "pacs")  # fmt: skip
 Call = Callable[..., Outcome]
 
 
@@ -60,8 +61,9 @@ print("loaded:", *sorted(set({HEAVY}) & set(sys.modules)))
 
     def test_every_option_of_every_subcommand_is_explained(self) -> None:
         group: Any = typer.main.get_command(app)
-        commands = {**group.commands, **group.commands["manifest"].commands}
-        assert set(commands) == {*COMMANDS, "build"}
+        nested = [group.commands[name].commands for name in ("manifest", "dicom", "pacs")]
+        commands = {**group.commands, **nested[0], **nested[1], **nested[2]}
+        assert set(commands) == {*COMMANDS, "build", "ls", "echo", "find", "fetch", "send"}
         for name, found in commands.items():
             assert found.help, name
             for parameter in found.params:

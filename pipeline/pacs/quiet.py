@@ -1,0 +1,26 @@
+"""Silence for the network libraries: their log lines quote addresses, queries and data sets."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LOGGERS = ("pynetdicom", "pydicom", "dicomweb_client", "urllib3", "requests", "keyring")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warning and no log line of these libraries inside, whatever thread they write from."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
