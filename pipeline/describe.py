@@ -10,8 +10,8 @@ from pipeline.errors import VolumeError
 Facts = tuple[str, list[dict[str, Any]]]
 
 
-def facts_of(path: Path) -> Facts:
-    """Facts of a model, a run, a manifest, a DICOM folder or a volume.
+def facts_of(path: Path, *, resample_uneven: bool = False) -> Facts:
+    """Facts of a model, a run, a manifest, a DICOM folder or a volume; `resample_uneven` as in `read_volume`.
 
     Raises:
         VolsegError: it is none of these, or cannot be read.
@@ -19,14 +19,14 @@ def facts_of(path: Path) -> Facts:
     if not path.exists():
         raise VolumeError(f"{path}: no such file or folder")
     if not path.is_dir():
-        return _manifest(path) if path.suffix == ".json" else _volume(path)
+        return _manifest(path) if path.suffix == ".json" else _volume(path, resample_uneven)
     # Only folders can be models and runs, whose modules take seconds to load.
     from pipeline.bundle import is_bundle
     from pipeline.runs import DATASET
 
     if is_bundle(path):
         return _bundle(path)
-    return _run(path) if (path / DATASET).is_file() else _dicom(path)
+    return _run(path) if (path / DATASET).is_file() else _dicom(path, resample_uneven)
 
 
 def _bundle(path: Path) -> Facts:
@@ -83,31 +83,33 @@ def _manifest(path: Path) -> Facts:
     return f"manifest '{manifest.name}'", _rows(rows)
 
 
-def _dicom(path: Path) -> Facts:
-    from transforms.dicom_index import index_series
+def _dicom(path: Path, resample_uneven: bool) -> Facts:
+    from pipeline.dicom_listing import listing_rows, summary
+    from transforms.dicom_index import index_folder
 
-    found = index_series(path)
-    if not found:
+    index = index_folder(path, resample_uneven=resample_uneven)
+    if not index.series:
         raise VolumeError(f"{path}: neither a model, a run nor a folder with DICOM files")
     rows = [
         {
-            "no.": number,
-            "modality": series.modality,
-            "description": series.description,
-            "slices": series.slice_count,
-            "grid": series.geometry.describe() if series.geometry else "-",
-            "findings": "; ".join(f"{f.name} ({f.outcome})" for f in series.findings) or "none",
-            "series": series.series_uid,
+            "no.": row.numbers,
+            "modality": row.modality,
+            "description": row.description,
+            "size": row.size,
+            "spacing (mm)": row.spacing_mm,
+            "plane": row.orientation,
+            "usable": {True: "yes", False: "no", None: "not an image"}[row.is_usable],
+            "findings": "; ".join(row.problems or row.findings) or "none",
         }
-        for number, series in enumerate(found, start=1)
+        for row in listing_rows(index)
     ]
-    return f"DICOM series in {path.name}", rows
+    return f"DICOM in {path.name}, {summary(index)}", rows
 
 
-def _volume(path: Path) -> Facts:
+def _volume(path: Path, resample_uneven: bool) -> Facts:
     from transforms.volume import read_volume
 
-    volume = read_volume(path)
+    volume = read_volume(path, resample_uneven=resample_uneven)
     rows = {
         "grid": volume.geometry.describe(),
         "extent": " x ".join(f"{x:.1f}" for x in volume.geometry.extent_mm) + " mm",

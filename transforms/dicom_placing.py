@@ -196,7 +196,7 @@ def _same_place_mm(gaps_mm: Floats, pixel_mm: float) -> float:
 
 def _same_position(ordered: Headers, repeats: npt.NDArray[np.bool_]) -> Finding:
     places = len(ordered) - int(repeats.sum())
-    kinds = [dict(header.kinds) for header in ordered]
+    kinds = [{**dict(header.kinds), "transfer syntax": header.transfer_syntax.encode()} for header in ordered]
     differing = [kind for kind in kinds[0] if kind != "instance number" and len({k.get(kind) for k in kinds}) > 1]
     what = f"they differ in {', '.join(differing)}" if differing else "nothing in the headers tells them apart"
     first = int(np.argmax(repeats))

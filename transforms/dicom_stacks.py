@@ -203,7 +203,7 @@ def _matrix(header: Header) -> str:
 
 def _pixels(header: Header) -> str:
     down_mm, across_mm = _numbers(header.plane)[6:]
-    return f"{across_mm:.4g}x{down_mm:.4g} mm"
+    return f"{across_mm:.3g}x{down_mm:.3g} mm"
 
 
 def _scattered(headers: Headers, groups: Sequence[_Group]) -> Finding:

@@ -15,8 +15,8 @@ def fill_planes(
 ) -> None:
     """Fill (K, rows, columns) from slices that lie at these places of the k axis.
 
-    The first slice lies at 0. A plane beyond the last slice is like it. Slices are read in order, each at most once, and two
-    are held at a time.
+    The first slice lies at 0. A plane beyond the last slice is like it. Slices are read in order, each at most once,
+    and two are held at a time.
 
     Args:
         planes: what is filled.
