@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -59,6 +61,12 @@ class Job:
             raise ExportError("the source is no DICOM series")
         return self.source.series
 
+
+_UNREADABLE = (
+    *(AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    *(struct.error, zlib.error),
+)
+"""What readers raise on a file that is none of theirs; a text that is no XML is a SyntaxError."""
 
 Write = Callable[[Path, Job], None]
 Verify = Callable[[Path, Job], "Verification"]
@@ -165,7 +173,7 @@ def _read_back(verify: Verify, written: Path, target: Path, job: Job) -> Verific
         return verify(written, job)
     except ExportError as error:
         raise ExportError(f"{target} was not written: {error}") from error
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ExportError(
             f"{target} was not written: it cannot be read back ({type(error).__name__}); "
             "this is a fault of volseg, please report it"
@@ -215,6 +223,18 @@ def _verify_sr(path: Path, job: Job) -> Verification:
     return verify_sr(path, job)
 
 
+def _write_capture(target: Path, job: Job) -> None:
+    from pipeline.export.capture import write_capture
+
+    write_capture(target, job)
+
+
+def _verify_capture(path: Path, job: Job) -> Verification:
+    from pipeline.export.verify_capture import verify_capture
+
+    return verify_capture(path, job)
+
+
 def _write_nifti(target: Path, job: Job) -> None:
     from pipeline.export.nifti import write_nifti
 
@@ -225,6 +245,18 @@ def _verify_nifti(path: Path, job: Job) -> Verification:
     from pipeline.export.verify_nifti import verify_nifti
 
     return verify_nifti(path, job.segmentation)
+
+
+def _write_seg_nrrd(target: Path, job: Job) -> None:
+    from pipeline.export.seg_nrrd import write_seg_nrrd
+
+    write_seg_nrrd(target, job.segmentation)
+
+
+def _verify_seg_nrrd(path: Path, job: Job) -> Verification:
+    from pipeline.export.verify_seg_nrrd import verify_seg_nrrd
+
+    return verify_seg_nrrd(path, job.segmentation)
 
 
 def _write_overlay(target: Path, job: Job) -> None:
@@ -239,6 +271,15 @@ FORMATS: dict[str, Format] = {
     "sr": Format(
         ".sr.dcm", "DICOM SR, measurements of the SEG", _write_sr, _verify_sr, needs_dicom=True, refers_to="seg"
     ),
-    "nifti": Format(".nii.gz", "NIfTI label map", _write_nifti, _verify_nifti),
+    "capture": Format(
+        ".capture",
+        "DICOM secondary captures, slices with outlines",
+        _write_capture,
+        _verify_capture,
+        needs_dicom=True,
+        is_folder=True,
+    ),
+    "nifti": Format(".nii.gz", "NIfTI label map with a table of its labels", _write_nifti, _verify_nifti),
+    "nrrd": Format(".seg.nrrd", "segmentation for 3D Slicer", _write_seg_nrrd, _verify_seg_nrrd),
     "overlay": Format(".png", "picture in three planes", _write_overlay),
 }
