@@ -74,6 +74,11 @@ def _segmentation(headers: Headers) -> Iterator[Finding]:
         yield refuse("segmentation", "a DICOM segmentation object, not an image")
 
 
+def _truncated(headers: Headers) -> Iterator[Finding]:
+    if cut := where(headers, lambda header: header.pixels is not None and header.pixels.is_cut):
+        yield refuse("truncated", f"{files(cut)} ends before its pixels do; fetch it again")
+
+
 def _multi_frame(headers: Headers) -> Iterator[Finding]:
     if whole := where(headers, lambda header: bool(header.frames_fault)):
         yield refuse("multi-frame", f"{files(whole)}: {whole[0].frames_fault}")
@@ -182,22 +187,21 @@ def _size(headers: Headers) -> Iterator[Finding]:
         yield refuse("too-large", f"{voxels} voxels, more than {MAX_VOXELS}; are the headers damaged?")
     if bare := where(headers, lambda header: header.pixels is None):
         yield refuse("no-pixel-data", f"{files(bare)} promises an image and holds no whole numbers for it")
-    if cut := where(headers, _is_cut):
-        yield refuse("truncated", f"{files(cut)} is shorter than its pixels; fetch it again")
+    if short := where(headers, _holds_less):
+        yield refuse("truncated", f"{files(short)} holds fewer pixels than its header promises; fetch it again")
 
 
-def _is_cut(header: Header) -> bool:
-    """Whether a file ends before its pixels do, or holds fewer than its header promises."""
-    pixels = header.pixels
-    if pixels is None or pixels.is_cut:
-        return pixels is not None
-    if pixels.fragments is not None:
-        return pixels.fragments < header.frames
-    return pixels.length < header.frames * header.rows * header.columns * header.bits_allocated // 8
+def _holds_less(header: Header) -> bool:
+    """Whether the pixel data are fewer than the header promises."""
+    if header.pixels is None:
+        return False
+    if header.pixels.fragments is not None:
+        return header.pixels.fragments < header.frames
+    return header.pixels.length < header.frames * header.rows * header.columns * header.bits_allocated // 8
 
 
 _Check = Callable[[Headers], Iterator[Finding]]
-_KIND_CHECKS: tuple[_Check, ...] = (_no_pixels, _segmentation, _multi_frame, _mosaic, _colour)
+_KIND_CHECKS: tuple[_Check, ...] = (_no_pixels, _segmentation, _truncated, _multi_frame, _mosaic, _colour)
 _PIXEL_CHECKS: tuple[_Check, ...] = (
     *(_pixel_format, _rescale, _private_scaling, _inverted, _padding),
     *(_transfer_syntax, _size),

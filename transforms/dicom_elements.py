@@ -10,14 +10,16 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from io import BytesIO
 
 import pydicom
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import RawDataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.filereader import data_element_generator
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
 
@@ -43,6 +45,9 @@ PARSE_FAULTS = (
 )
 """What pydicom and its decoders raise on damaged input."""
 
+Element = RawDataElement | DataElement
+
+_ITEM, _UNDEFINED = (0xFFFE, 0xE000), 0xFFFFFFFF
 _DESCRIPTION_LENGTH = 64
 _UID = re.compile(r"[0-9.]{1,64}")
 _CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
@@ -70,32 +75,34 @@ def tag_of(keyword: str) -> BaseTag:
 class Elements:
     """The elements of a dataset, or of an item of a sequence in it."""
 
-    def __init__(self, dataset: pydicom.Dataset) -> None:
-        self._dataset = dataset
+    def __init__(self, elements: Mapping[BaseTag, Element]) -> None:
+        self._elements = elements
+        self._items: dict[str, tuple[Elements, ...]] = {}
+
+    @classmethod
+    def of(cls, dataset: pydicom.Dataset) -> Elements:
+        """The elements of a dataset as it was read."""
+        return cls(dict(dataset.items()))
 
     def __contains__(self, keyword: str) -> bool:
-        return tag_of(keyword) in self._dataset
+        return tag_of(keyword) in self._elements
 
     def raw(self, keyword: str) -> tuple[bytes, bool]:
         """The bytes of an element, and whether they are little endian."""
-        tag = tag_of(keyword)
-        if tag not in self._dataset:
-            return b"", True
-        element = self._dataset.get_item(tag)
+        element = self._elements.get(tag_of(keyword))
         if isinstance(element, RawDataElement):
             return element.value or b"", element.is_little_endian
-        if isinstance(element.value, Sequence):
+        if element is None or isinstance(element.value, Sequence):
             return b"", True
         parts = [element.value] if isinstance(element.value, str) else list(element.value or [])
         return "\\".join(str(part) for part in parts).encode(), True
 
     def items(self, keyword: str) -> tuple[Elements, ...]:
-        """The items of a sequence; none when it is absent or no sequence."""
-        tag = tag_of(keyword)
-        if tag not in self._dataset:
-            return ()
-        items = self._dataset[tag].value
-        return tuple(Elements(item) for item in items) if isinstance(items, Sequence) else ()
+        """The items of a sequence, parsed once; none when it is absent or no sequence."""
+        known = self._items.get(keyword)
+        if known is None:
+            known = self._items[keyword] = tuple(_items_of(self._elements.get(tag_of(keyword))))
+        return known
 
     def within(self, sequence: str) -> Elements | None:
         """The first item of a sequence."""
@@ -159,6 +166,26 @@ class Elements:
         encoding = _ENCODINGS.get(self.text("SpecificCharacterSet"), "ascii")
         text = self.raw("SeriesDescription")[0].decode(encoding, errors="replace")
         return " ".join(_printable(text).split())[:_DESCRIPTION_LENGTH]
+
+
+def _items_of(element: Element | None) -> Iterator[Elements]:
+    """The items of a sequence (PS3.5 7.5), without a pydicom Dataset for each: enhanced objects have thousands."""
+    if element is None or not isinstance(element, RawDataElement):
+        items = element.value if element is not None else None
+        yield from (Elements.of(item) for item in items) if isinstance(items, Sequence) else ()
+        return
+    if element.VR not in ("SQ", "UN", None) or not element.value:
+        return
+    # What a writer did not know is implicit VR little endian (PS3.5 6.2.2).
+    is_unknown = element.VR == "UN"
+    implicit, little = element.is_implicit_VR or is_unknown, element.is_little_endian or is_unknown
+    file = BytesIO(element.value)
+    while len(head := file.read(8)) == 8:
+        group, number, length = struct.unpack("<HHI" if little else ">HHI", head)
+        if (group, number) != _ITEM:
+            return
+        content = file if length == _UNDEFINED else BytesIO(file.read(length))
+        yield Elements({part.tag: part for part in data_element_generator(content, implicit, little)})
 
 
 def _printable(text: str) -> str:

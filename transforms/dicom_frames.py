@@ -182,7 +182,8 @@ def _frame(groups: _Groups, number: int | None) -> Frame:
         slice_spacing_tag_mm=groups.number(_SLICE_SPACING),
         thickness_mm=groups.number(_THICKNESS),
         has_colours=groups.texts((*_PRESENTATION, ("PixelPresentation",)))[:1] in (("COLOR",), ("MIXED",)),
-        has_private_scaling=bool(groups.find(_PRIVATE_SCALE)[1]),
+        # All frames or none have it, and it lies among much else.
+        has_private_scaling=number in (None, 1) and bool(groups.find(_PRIVATE_SCALE)[1]),
         kinds=tuple((word, groups.shown(places)) for word, places in KINDS.items()),
     )
 

@@ -183,12 +183,12 @@ def _parse(path: Path, file: BinaryIO, salt: bytes) -> tuple[Header, ...]:
 def _plain(file: BinaryIO) -> _Object:
     dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS), force=True)
     implicit, little = (bool(value) for value in dataset.original_encoding)
-    meta = Elements(dataset.file_meta)
+    meta = Elements.of(dataset.file_meta)
     # Files without a preamble name no transfer syntax; the parser has seen which one it is.
     explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     syntax = meta.uid("TransferSyntaxUID") or str(ImplicitVRLittleEndian if implicit else explicit)
     size = os.fstat(file.fileno()).st_size
-    return _Object(meta, Elements(dataset), syntax, find_pixels(file, size, implicit=implicit, little=little))
+    return _Object(meta, Elements.of(dataset), syntax, find_pixels(file, size, implicit=implicit, little=little))
 
 
 def _deflated(path: Path, file: BinaryIO) -> _Object:
@@ -202,7 +202,7 @@ def _deflated(path: Path, file: BinaryIO) -> _Object:
     size = len(unpacked) if len(unpacked) < MOST_INFLATED else sys.maxsize
     pixels = find_pixels(buffer, size, implicit=False, little=True)
     placed = None if pixels is None else replace(pixels, deflated_from=start)
-    return _Object(Elements(meta), Elements(dataset), str(DeflatedExplicitVRLittleEndian), placed)
+    return _Object(Elements.of(meta), Elements.of(dataset), str(DeflatedExplicitVRLittleEndian), placed)
 
 
 def _is_pixel_data(tag: BaseTag, vr: str | None, length: int) -> bool:

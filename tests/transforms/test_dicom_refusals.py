@@ -221,7 +221,7 @@ def test_a_header_cut_short_condemns_its_folder(write_series: WriteSeries) -> No
 def test_pixels_cut_short(write_series: WriteSeries, capfd: pytest.CaptureFixture[str]) -> None:
     folder = write_series(GRID, VOXELS)
     (folder / "IM002").write_bytes((folder / "IM002").read_bytes()[:-20])
-    with pytest.raises(DicomError, match="truncated: IM002 is shorter than its pixels; fetch it again"):
+    with pytest.raises(DicomError, match="truncated: IM002 ends before its pixels do; fetch it again"):
         read_series(folder)
     assert capfd.readouterr() == ("", "")
 
@@ -234,7 +234,7 @@ def test_compressed_pixels_cut_short(write_series: WriteSeries, capfd: pytest.Ca
 
     folder = write_series(GRID, VOXELS, edit=pack)
     (folder / "IM002").write_bytes((folder / "IM002").read_bytes()[:-20])
-    with pytest.raises(DicomError, match="truncated: IM002 is shorter than its pixels; fetch it again"):
+    with pytest.raises(DicomError, match="truncated: IM002 ends before its pixels do; fetch it again"):
         read_series(folder)
     assert capfd.readouterr() == ("", "")
 
