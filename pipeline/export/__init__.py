@@ -235,6 +235,18 @@ def _verify_capture(path: Path, job: Job) -> Verification:
     return verify_capture(path, job)
 
 
+def _write_rtstruct(target: Path, job: Job) -> None:
+    from pipeline.export.rtstruct import write_rtstruct
+
+    write_rtstruct(target, job.segmentation, job.series)
+
+
+def _verify_rtstruct(path: Path, job: Job) -> Verification:
+    from pipeline.export.verify_rtstruct import verify_rtstruct
+
+    return verify_rtstruct(path, job.segmentation, job.series)
+
+
 def _write_nifti(target: Path, job: Job) -> None:
     from pipeline.export.nifti import write_nifti
 
@@ -279,6 +291,7 @@ FORMATS: dict[str, Format] = {
         needs_dicom=True,
         is_folder=True,
     ),
+    "rtstruct": Format(".rtstruct.dcm", "DICOM RT Structure Set", _write_rtstruct, _verify_rtstruct, needs_dicom=True),
     "nifti": Format(".nii.gz", "NIfTI label map with a table of its labels", _write_nifti, _verify_nifti),
     "nrrd": Format(".seg.nrrd", "segmentation for 3D Slicer", _write_seg_nrrd, _verify_seg_nrrd),
     "overlay": Format(".png", "picture in three planes", _write_overlay),
