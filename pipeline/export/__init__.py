@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -61,12 +59,6 @@ class Job:
             raise ExportError("the source is no DICOM series")
         return self.source.series
 
-
-_UNREADABLE = (
-    *(AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
-    *(struct.error, zlib.error),
-)
-"""What readers raise on a file that is none of theirs; a text that is no XML is a SyntaxError."""
 
 Write = Callable[[Path, Job], None]
 Verify = Callable[[Path, Job], "Verification"]
@@ -173,7 +165,9 @@ def _read_back(verify: Verify, written: Path, target: Path, job: Job) -> Verific
         return verify(written, job)
     except ExportError as error:
         raise ExportError(f"{target} was not written: {error}") from error
-    except _UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Whatever a library makes of a file that is none of its own.
         raise ExportError(
             f"{target} was not written: it cannot be read back ({type(error).__name__}); "
             "this is a fault of volseg, please report it"

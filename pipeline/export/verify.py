@@ -37,6 +37,25 @@ class Piece:
     voxel_volume_mm3: float
 
 
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """A plane of voxels in a file: label ids (rows, columns), 0 for none, and where they lie, LPS+ mm.
+
+    `corner` is the centre of the first voxel; the steps lead to the next row and to the next column.
+    """
+
+    label_ids: npt.NDArray[Any]
+    corner_lps_mm: Floats
+    row_step_lps_mm: Floats
+    column_step_lps_mm: Floats
+    voxel_volume_mm3: float
+
+    @property
+    def steps_lps_mm(self) -> Floats:
+        """(2, 3): to the next row, to the next column."""
+        return np.stack([self.row_step_lps_mm, self.column_step_lps_mm])
+
+
 @dataclass(frozen=True)
 class LabelFigures:
     """One label as read back. `dice` is None where it is in neither map, the distance where it is not in both."""
@@ -64,7 +83,7 @@ class Verification:
 
 
 def compare(
-    pieces: Iterable[Piece],
+    pieces: Iterable[Piece | Sheet],
     segmentation: Segmentation,
     *,
     reader: str,
@@ -121,25 +140,76 @@ class _Found:
     offset_voxels: float = 0.0
 
 
-def _place(pieces: Iterable[Piece], segmentation: Segmentation) -> _Found:
+def _place(pieces: Iterable[Piece | Sheet], segmentation: Segmentation) -> _Found:
     schema, geometry = segmentation.schema, segmentation.geometry
     found = _Found(
-        label_map=np.zeros_like(segmentation.label_map),
+        label_map=np.zeros(segmentation.label_map.shape, dtype=np.uint16),
         voxels=np.zeros(schema.class_count, dtype=np.int64),
         volumes_mm3=np.zeros(schema.class_count),
         sums_lps_mm=np.zeros((schema.class_count, 3)),
     )
     offset, classes = 0.0, _ClassTable(schema)
     for piece in pieces:
-        _count(piece, classes, found)
-        indices = indices_of(piece.points_lps_mm, geometry)
-        nearest = np.rint(indices).astype(np.int64)
-        offset = max(offset, float(np.abs(indices - nearest).max(initial=0.0)))
-        # What lies outside the grid, or where another label lies already, is in no voxel: it lowers the Dice.
-        is_inside = ((nearest >= 0) & (nearest < geometry.shape)).all(axis=1)
-        ids = piece.label_id if isinstance(piece.label_id, int) else piece.label_id[is_inside]
-        found.label_map[tuple(nearest[is_inside].T)] = ids
+        if isinstance(piece, Sheet):
+            _count_sheet(piece, classes, found)
+            farthest = _lay(piece, geometry, found.label_map)
+        else:
+            _count(piece, classes, found)
+            farthest = _drop(piece.label_id, piece.points_lps_mm, geometry, found.label_map)
+        offset = max(offset, farthest)
     return replace(found, offset_voxels=offset)
+
+
+def _drop(
+    label_ids: int | npt.NDArray[Any], points_lps_mm: Floats, geometry: Geometry, label_map: npt.NDArray[np.uint16]
+) -> float:
+    """Put each voxel where the nearest centre of the grid is. Gives the largest distance from one, in voxels."""
+    indices = indices_of(points_lps_mm, geometry)
+    nearest = np.rint(indices).astype(np.int64)
+    # What lies outside the grid, or where another label lies already, is in no voxel: it lowers the Dice.
+    is_inside = ((nearest >= 0) & (nearest < geometry.shape)).all(axis=1)
+    label_map[tuple(nearest[is_inside].T)] = label_ids if isinstance(label_ids, int) else label_ids[is_inside]
+    return float(np.abs(indices - nearest).max(initial=0.0))
+
+
+def _lay(sheet: Sheet, geometry: Geometry, label_map: npt.NDArray[np.uint16]) -> float:
+    """As `_drop`, and at once where the sheet's rows and columns run along axes of the grid."""
+    box = _box(sheet.label_ids)
+    if box is None:
+        return 0.0
+    values = sheet.label_ids[box]
+    first_lps_mm = sheet.corner_lps_mm + np.array([box[0].start, box[1].start]) @ sheet.steps_lps_mm
+    # Places are linear in row and column: what holds at the four corners holds between them.
+    ends = np.array([(r, c) for r in (0, values.shape[0] - 1) for c in (0, values.shape[1] - 1)])
+    indices = indices_of(first_lps_mm + ends @ sheet.steps_lps_mm, geometry)
+    steps = np.rint(sheet.steps_lps_mm @ np.linalg.inv(geometry.affine_lps[:3, :3]).T).astype(np.int64)
+    nearest = np.rint(indices[0]).astype(np.int64) + ends @ steps
+    offset = float(np.abs(indices - nearest).max())
+    is_inside = bool(((nearest >= 0) & (nearest < geometry.shape)).all())
+    if offset >= 0.5 or not is_inside or not np.array_equal(np.abs(steps) @ np.abs(steps).T, np.eye(2)):
+        rows_and_columns = np.argwhere(values)
+        return _drop(values[values != 0], first_lps_mm + rows_and_columns @ sheet.steps_lps_mm, geometry, label_map)
+    target = _section(label_map, nearest, steps)
+    np.copyto(target, values, where=values != 0, casting="unsafe")
+    return offset
+
+
+def _box(values: npt.NDArray[Any]) -> tuple[slice, slice] | None:
+    """The rows and columns that hold something."""
+    rows, columns = np.flatnonzero(values.any(axis=1)), np.flatnonzero(values.any(axis=0))
+    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows.size else None
+
+
+def _section(
+    label_map: npt.NDArray[np.uint16], ends: npt.NDArray[np.int64], steps: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint16]:
+    """The part of the map between four corners, with its axes in the order and sense of the two steps."""
+    low, high = ends.min(axis=0), ends.max(axis=0) + 1
+    row_axis, column_axis = (int(np.flatnonzero(step)[0]) for step in steps)
+    across = 3 - row_axis - column_axis
+    section = label_map[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    section = section.transpose(row_axis, column_axis, across)[:, :, 0]
+    return section[:: steps[0, row_axis], :: steps[1, column_axis]]
 
 
 class _ClassTable:
@@ -159,27 +229,50 @@ class _ClassTable:
 
 def _count(piece: Piece, classes: _ClassTable, found: _Found) -> None:
     """Add a piece's voxels to what the file's own numbers say of their classes."""
+    points_lps_mm = piece.points_lps_mm
     if isinstance(piece.label_id, int):
-        # Files of many small pieces would be slow if each were counted over all classes.
-        c, count = int(classes.of(piece.label_id)), len(piece.points_lps_mm)
-        found.voxels[c] += count
-        found.volumes_mm3[c] += count * piece.voxel_volume_mm3
-        found.sums_lps_mm[c] += piece.points_lps_mm.sum(axis=0)
-        return
-    numbers = classes.of(piece.label_id)
-    counts = np.bincount(numbers, minlength=len(found.voxels))
-    found.voxels[:] += counts
-    found.volumes_mm3[:] += counts * piece.voxel_volume_mm3
-    for axis in range(3):
-        found.sums_lps_mm[:, axis] += np.bincount(
-            numbers, weights=piece.points_lps_mm[:, axis], minlength=len(found.voxels)
-        )
+        c = int(classes.of(piece.label_id))
+        kept, counts, sums_lps_mm = slice(c, c + 1), np.array([len(points_lps_mm)]), points_lps_mm.sum(axis=0)
+    else:
+        kept, counts, sums_lps_mm = _sums(classes.of(piece.label_id), points_lps_mm)
+    _add(found, kept, counts, sums_lps_mm, piece.voxel_volume_mm3)
+
+
+def _count_sheet(sheet: Sheet, classes: _ClassTable, found: _Found) -> None:
+    """As `_count`, from the sums of rows and columns of each class."""
+    places = np.flatnonzero(sheet.label_ids)
+    rows_and_columns = np.stack(np.divmod(places, sheet.label_ids.shape[1]), axis=1)
+    kept, counts, sums = _sums(classes.of(sheet.label_ids.ravel()[places]), rows_and_columns)
+    sums_lps_mm = counts[:, None] * sheet.corner_lps_mm + sums @ sheet.steps_lps_mm
+    _add(found, kept, counts, sums_lps_mm, sheet.voxel_volume_mm3)
+
+
+def _sums(classes: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> tuple[slice, npt.NDArray[np.int64], Floats]:
+    """How often each class occurs, and the sums of the columns of `values` over it.
+
+    Only of the classes from the first to the last that occur, which the slice names: most sheets hold few of many.
+    """
+    first = int(classes.min()) if classes.size else 0
+    numbers = classes - first
+    counts = np.bincount(numbers)
+    sums = [np.bincount(numbers, weights=column) for column in values.T]
+    return slice(first, first + counts.size), counts, np.stack(sums, axis=1)
+
+
+def _add(
+    found: _Found, kept: slice, counts: npt.NDArray[np.int64], sums_lps_mm: Floats, voxel_volume_mm3: float
+) -> None:
+    found.voxels[kept] += counts
+    found.volumes_mm3[kept] += counts * voxel_volume_mm3
+    found.sums_lps_mm[kept] += sums_lps_mm
 
 
 def _figures(found: _Found, segmentation: Segmentation) -> tuple[LabelFigures, ...]:
     schema, geometry = segmentation.schema, segmentation.geometry
     reference = schema.classes_from_ids(segmentation.label_map)
-    counts = confusion_counts(schema.classes_from_ids(found.label_map), reference, schema.class_count)
+    is_same = np.array_equal(found.label_map, segmentation.label_map)
+    placed = reference if is_same else schema.classes_from_ids(found.label_map)
+    counts = confusion_counts(placed, reference, schema.class_count)
     centroids_lps_mm = _centroids_lps_mm(reference, schema.class_count, geometry)
     figures = []
     for c, label in enumerate(schema.labels, start=1):

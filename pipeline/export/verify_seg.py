@@ -12,7 +12,7 @@ from pydicom import Dataset, dcmread
 
 from pipeline.errors import ExportError
 from pipeline.export.quiet import quiet
-from pipeline.export.verify import Piece, Verification, compare, indices_of
+from pipeline.export.verify import Sheet, Verification, compare, indices_of
 from pipeline.segmentation import Segmentation
 from transforms.dicom import DicomSeries
 from transforms.geometry import Geometry
@@ -45,8 +45,8 @@ def verify_seg(path: Path, segmentation: Segmentation, series: DicomSeries) -> V
         _check_links(dataset, series)
         label_ids = _check_segments(dataset, segmentation)
         slices = [(header.sop_uid, header.frame) for header in series.slices]
-        pieces = _pieces(dataset, label_ids, segmentation.geometry, slices)
-        return compare(pieces, segmentation, reader="pydicom", placing_voxels=PLACING_VOXELS)
+        sheets = _sheets(dataset, label_ids, segmentation.geometry, slices)
+        return compare(sheets, segmentation, reader="pydicom", placing_voxels=PLACING_VOXELS)
 
 
 def _check_links(dataset: Dataset, series: DicomSeries) -> None:
@@ -108,9 +108,9 @@ def _rgb_from_lab(scaled_lab: Iterable[int]) -> Floats:
     return np.asarray(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055))
 
 
-def _pieces(
+def _sheets(
     dataset: Dataset, label_ids: dict[int, int], geometry: Geometry, slices: Sequence[Named]
-) -> Iterator[Piece]:
+) -> Iterator[Sheet]:
     shared = dataset.SharedFunctionalGroupsSequence[0]
     measures = shared.PixelMeasuresSequence[0]
     row_step_mm, column_step_mm = (float(v) for v in measures.PixelSpacing)
@@ -120,16 +120,12 @@ def _pieces(
     for values, groups in zip(frames(dataset, label_ids), dataset.PerFrameFunctionalGroupsSequence, strict=True):
         corner_lps_mm = np.asarray(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=np.float64)
         _check_reference(groups, corner_lps_mm, geometry, slices)
-        rows, columns = np.nonzero(values)
-        points_lps_mm = (
-            corner_lps_mm + columns[:, None] * column_step_mm * cosines[:3] + rows[:, None] * row_step_mm * cosines[3:]
-        )
-        yield Piece(values[rows, columns], points_lps_mm, volume_mm3)
+        yield Sheet(values, corner_lps_mm, row_step_mm * cosines[3:], column_step_mm * cosines[:3], volume_mm3)
 
 
 def _label_frames(dataset: Dataset, label_ids: dict[int, int]) -> Iterator[Array]:
     """Label ids (rows, columns) of frames whose pixels are segment numbers."""
-    by_number = np.zeros(MAX_LABEL_ID + 1, dtype=np.int64)
+    by_number = np.zeros(MAX_LABEL_ID + 1, dtype=np.uint16)
     by_number[list(label_ids)] = list(label_ids.values())
     count = dataset.Rows * dataset.Columns
     pixels = np.frombuffer(dataset.PixelData, dtype=f"<u{dataset.BitsAllocated // 8}")
@@ -151,7 +147,7 @@ def _segment_frames(dataset: Dataset, label_ids: dict[int, int]) -> Iterator[Arr
         start = n * count
         bits = np.unpackbits(packed[start // 8 : -(-(start + count) // 8)], bitorder="little")
         number = int(groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
-        yield bits[start % 8 :][:count].reshape(dataset.Rows, dataset.Columns) * np.int64(label_ids[number])
+        yield bits[start % 8 :][:count].reshape(dataset.Rows, dataset.Columns) * np.uint16(label_ids[number])
 
 
 def _check_reference(groups: Dataset, corner_lps_mm: Floats, geometry: Geometry, slices: Sequence[Named]) -> None:

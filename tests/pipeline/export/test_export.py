@@ -18,7 +18,7 @@ from pipeline.export import FORMATS, Source, check_formats, export
 from pipeline.export.nifti import write_nifti
 from pipeline.segmentation import Segmentation
 
-EXACT = ("seg", "labelmap", "nifti")
+EXACT = ("seg", "labelmap", "nifti", "nrrd")
 """The formats that hold voxels."""
 
 
@@ -107,13 +107,15 @@ def test_a_mirrored_file_is_not_kept(
     assert good.path.exists()
 
 
+@pytest.mark.parametrize("key", EXACT)
+@pytest.mark.parametrize("content", [b"", b"no such file", gzip.compress(b"\1" * 4000)])
 def test_a_file_that_cannot_be_read_back_is_not_kept(
-    phantom: Segmentation, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantom: Segmentation, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, content: bytes
 ) -> None:
-    careless = replace(FORMATS["nifti"], write=lambda target, *_: target.write_bytes(gzip.compress(bytes(400))))
-    monkeypatch.setitem(FORMATS, "nifti", careless)
-    with pytest.raises(ExportError, match=r"x\.nii\.gz was not written: it cannot be read back"):
-        export(phantom, formats=["nifti"], out=tmp_path / "out", name="x", source=source)
+    careless = replace(FORMATS[key], write=lambda target, *_: target.write_bytes(content))
+    monkeypatch.setitem(FORMATS, key, careless)
+    with pytest.raises(ExportError, match=rf"x\{FORMATS[key].suffix} was not written: it"):
+        export(phantom, formats=[key], out=tmp_path / "out", name="x", source=source)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import gzip
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +18,8 @@ from pipeline.export.nifti import write_nifti
 from pipeline.export.verify_nifti import verify_nifti
 from pipeline.segmentation import Segmentation
 from transforms.geometry import Geometry
-from transforms.labels import schema_from_names
+from transforms.labels import LabelSchema, schema_from_names
+from transforms.volume import read_label
 
 
 def sheared(segmentation: Segmentation) -> Segmentation:
@@ -26,8 +28,12 @@ def sheared(segmentation: Segmentation) -> Segmentation:
     return replace(segmentation, geometry=Geometry(segmentation.geometry.shape, affine))
 
 
-def saved(path: Path, voxels: np.ndarray, affine_ras: np.ndarray) -> Path:
+def saved(path: Path, voxels: np.ndarray, affine_ras: np.ndarray, phantom: Segmentation) -> Path:
+    """Other voxels or another place than the phantom's, with its table of labels."""
+    write_nifti(path, phantom)
+    extensions = nib.load(path).header.extensions
     image = nib.Nifti1Image(voxels, affine_ras)
+    image.header.extensions.extend(extensions)
     image.set_sform(affine_ras, code=1)
     image.set_qform(affine_ras, code=1)
     nib.save(image, path)
@@ -89,7 +95,7 @@ def test_a_lost_shear_is_seen(phantom: Segmentation, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_mirrored_voxels_are_seen(phantom: Segmentation, tmp_path: Path, axis: int) -> None:
-    path = saved(tmp_path / "x.nii.gz", np.flip(phantom.label_map, axis), phantom.geometry.affine_ras)
+    path = saved(tmp_path / "x.nii.gz", np.flip(phantom.label_map, axis), phantom.geometry.affine_ras, phantom)
     with pytest.raises(ExportError, match=r"label 'Höcker' reads back with Dice 0\..* mm away"):
         verify_nifti(path, phantom)
 
@@ -99,13 +105,13 @@ def test_a_mirrored_affine_is_seen(phantom: Segmentation, tmp_path: Path, axis: 
     affine = phantom.geometry.affine_ras.copy()
     affine[:3, axis] *= -1
     with pytest.raises(ExportError, match="reads back with"):
-        verify_nifti(saved(tmp_path / "x.nii.gz", phantom.label_map, affine), phantom)
+        verify_nifti(saved(tmp_path / "x.nii.gz", phantom.label_map, affine, phantom), phantom)
 
 
 def test_the_same_voxels_in_another_order_are_the_same(phantom: Segmentation, tmp_path: Path) -> None:
     turned = np.flip(phantom.label_map.transpose(2, 0, 1), 1)
     affine = phantom.geometry.permuted((2, 0, 1)).flipped(1).affine_ras
-    verification = verify_nifti(saved(tmp_path / "x.nii.gz", turned, affine), phantom)
+    verification = verify_nifti(saved(tmp_path / "x.nii.gz", turned, affine, phantom), phantom)
     assert [label.dice for label in verification.labels] == [1.0, 1.0, None]
 
 
@@ -114,22 +120,67 @@ def test_a_shift_is_seen(phantom: Segmentation, tmp_path: Path, shift_voxels: fl
     affine = phantom.geometry.affine_ras.copy()
     affine[:3, 3] += shift_voxels * affine[:3, 2]
     with pytest.raises(ExportError, match="reads back with"):
-        verify_nifti(saved(tmp_path / "x.nii.gz", phantom.label_map, affine), phantom)
+        verify_nifti(saved(tmp_path / "x.nii.gz", phantom.label_map, affine, phantom), phantom)
 
 
 def test_one_voxel_more_is_seen(phantom: Segmentation, tmp_path: Path) -> None:
     labels = phantom.label_map.copy()
     labels[0, 0, 0] = 7
     with pytest.raises(ExportError, match=r"label 'Nowhere' reads back with Dice 0\.0000"):
-        verify_nifti(saved(tmp_path / "x.nii.gz", labels, phantom.geometry.affine_ras), phantom)
+        verify_nifti(saved(tmp_path / "x.nii.gz", labels, phantom.geometry.affine_ras, phantom), phantom)
 
 
 def test_an_unknown_id_is_seen(phantom: Segmentation, tmp_path: Path) -> None:
     labels = np.where(phantom.label_map == 3, 4, phantom.label_map).astype(np.uint8)
     with pytest.raises(ExportError, match="it holds label 4"):
-        verify_nifti(saved(tmp_path / "x.nii.gz", labels, phantom.geometry.affine_ras), phantom)
+        verify_nifti(saved(tmp_path / "x.nii.gz", labels, phantom.geometry.affine_ras, phantom), phantom)
 
 
 def test_the_compressed_stream_is_one_member(phantom: Segmentation, tmp_path: Path) -> None:
     write_nifti(tmp_path / "x.nii.gz", phantom)
-    assert len(gzip.decompress((tmp_path / "x.nii.gz").read_bytes())) == 352 + phantom.label_map.size
+    content = gzip.decompress((tmp_path / "x.nii.gz").read_bytes())
+    assert len(content) == int(np.frombuffer(content, "<f4", 1, 108)[0]) + phantom.label_map.size
+
+
+def test_the_table_of_labels(phantom: Segmentation, tmp_path: Path) -> None:
+    """As Connectome Workbench and TotalSegmentator look for it; readers without a use for it read the voxels."""
+    path = tmp_path / "x.nii.gz"
+    write_nifti(path, phantom)
+    image = nib.load(path)
+    first, second = image.header.extensions
+    assert (first.get_code(), second.get_code()) == (0, 30)
+    assert first.get_content() == second.content
+    labels = ElementTree.fromstring(first.get_content()).findall("VolumeInformation/LabelTable/Label")
+    assert [(x.get("Key"), x.text) for x in labels] == [("200", "Höcker"), ("3", "Right half"), ("7", "Nowhere")]
+    assert labels[1].attrib == {"Key": "3", "Red": "0.337255", "Green": "0.705882", "Blue": "0.913725", "Alpha": "1"}
+    assert np.array_equal(np.asanyarray(image.dataobj), phantom.label_map)
+    assert np.array_equal(read_label(path).voxels, phantom.label_map)
+
+
+def test_names_that_xml_would_read_as_marks(phantom: Segmentation, tmp_path: Path) -> None:
+    schema = schema_from_names({3: "a < b & 'c' \"d\" ]]>", 7: " 海馬 ", 200: "x\ty"})
+    odd = replace(phantom, schema=schema)
+    write_nifti(tmp_path / "x.nii.gz", odd)
+    assert [label.dice for label in verify_nifti(tmp_path / "x.nii.gz", odd).labels] == [1.0, None, 1.0]
+
+
+def test_exchanged_ids_are_seen(phantom: Segmentation, tmp_path: Path) -> None:
+    labels = np.array([0, 0, 0, 200, 0, 0, 0, 7], np.uint8)[np.where(phantom.label_map == 200, 7, phantom.label_map)]
+    labels[labels == 7] = 3
+    with pytest.raises(ExportError, match=r"label 'Höcker' reads back with Dice 0\."):
+        verify_nifti(saved(tmp_path / "x.nii.gz", labels, phantom.geometry.affine_ras, phantom), phantom)
+
+
+@pytest.mark.parametrize("change", [{"name": "Other"}, {"colour": (1, 2, 3)}, {"id": 8}])
+def test_another_table_is_seen(phantom: Segmentation, tmp_path: Path, change: dict[str, object]) -> None:
+    *others, last = phantom.schema.labels
+    schema = LabelSchema(labels=(*others, last.model_copy(update=change)))
+    write_nifti(tmp_path / "x.nii.gz", replace(phantom, schema=schema))
+    with pytest.raises(ExportError, match="its table of labels has other"):
+        verify_nifti(tmp_path / "x.nii.gz", phantom)
+
+
+def test_a_missing_table_is_seen(phantom: Segmentation, tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(phantom.label_map, phantom.geometry.affine_ras), tmp_path / "x.nii.gz")
+    with pytest.raises(ExportError, match="it has no table of its labels"):
+        verify_nifti(tmp_path / "x.nii.gz", phantom)
