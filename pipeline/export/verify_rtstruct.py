@@ -139,10 +139,9 @@ def _slices(series: DicomSeries) -> Slices:
         sides_mm = plane.column_spacing_mm, plane.row_spacing_mm
         # Row and column are only nearly at right angles, so indices are solved for.
         steps_mm = np.stack([row * sides_mm[0], column * sides_mm[1], np.cross(row, column) * min(sides_mm)], axis=1)
-        first_lps_mm = np.asarray(plane.position_lps_mm)
-        found[header.sop_uid, header.frame] = _Slice(
-            k, first_lps_mm, np.linalg.inv(steps_mm), sides_mm[0] * sides_mm[1]
-        )
+        into_pixels: Floats = np.asarray(np.linalg.inv(steps_mm), dtype=np.float64)
+        area_mm2 = sides_mm[0] * sides_mm[1]
+        found[header.sop_uid, header.frame] = _Slice(k, np.asarray(plane.position_lps_mm), into_pixels, area_mm2)
     return found
 
 

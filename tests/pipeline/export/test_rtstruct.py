@@ -298,19 +298,19 @@ def exchange_spacings(dataset: Dataset, source: Source) -> None:
 
 
 def shift_by_half_a_pixel(dataset: Dataset, source: Source) -> None:
-    change_points(dataset, through_indices(source, lambda ijk: ijk + (0.5, 0, 0)))
+    change_points(dataset, through_indices(source, lambda ijk: np.add(ijk, (0.5, 0, 0))))
 
 
 def shift_by_a_tenth_of_a_pixel(dataset: Dataset, source: Source) -> None:
-    change_points(dataset, through_indices(source, lambda ijk: ijk + (0, 0.1, 0)))
+    change_points(dataset, through_indices(source, lambda ijk: np.add(ijk, (0, 0.1, 0))))
 
 
 def shift_by_a_pixel(dataset: Dataset, source: Source) -> None:
-    change_points(dataset, through_indices(source, lambda ijk: ijk + (1, 0, 0)))
+    change_points(dataset, through_indices(source, lambda ijk: np.add(ijk, (1, 0, 0))))
 
 
 def shift_by_a_slice(dataset: Dataset, source: Source) -> None:
-    change_points(dataset, through_indices(source, lambda ijk: ijk + (0, 0, 1)))
+    change_points(dataset, through_indices(source, lambda ijk: np.add(ijk, (0, 0, 1))))
 
 
 def shift_with_references(dataset: Dataset, source: Source) -> None:
