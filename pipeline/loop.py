@@ -9,9 +9,9 @@ from pathlib import Path
 from pipeline.errors import ExportError, RunError, VolumeError
 from pipeline.export import FORMATS
 from pipeline.pacs.archive import Match
+from pipeline.studies import EVERY_SERIES
 
 IMAGE_MODALITIES = ("CT", "MR", "PT")
-EVERY = "all"
 SOURCE_FOLDER = "source"
 REPORT_SUFFIX = ".verification.json"
 
@@ -29,8 +29,8 @@ def choose_series(found: Sequence[Match], wanted: str | None) -> tuple[list[Matc
     if not images:
         others = ", ".join(sorted({row["Modality"] or "?" for row in found}))
         raise VolumeError(f"the study holds no series of images ({', '.join(IMAGE_MODALITIES)}), only {others}")
-    if wanted == EVERY:
-        return images, None
+    if wanted == EVERY_SERIES:
+        return images, EVERY_SERIES
     if wanted is None:
         fitting, volume = images, ""
     elif wanted.isdecimal() and 1 <= int(wanted) <= len(images):

@@ -39,7 +39,7 @@ from pipeline.pacs.archive import (
     Unreachable,
     row_of,
 )
-from pipeline.pacs.dimse_association import associated, in_words, silence
+from pipeline.pacs.dimse_association import BrokeOff, associated, in_words, silence
 from pipeline.pacs.dimse_retrieve import get, move
 
 _PENDING = (0xFF00, 0xFF01)
@@ -78,7 +78,7 @@ class Dimse:
         if self._gets:
             try:
                 return get(self._access, (study_uid, series_uid), wanted, keep)
-            except NotOffered:
+            except (NotOffered, BrokeOff):
                 if self._access.receive_port is None:
                     raise
                 self._gets = False

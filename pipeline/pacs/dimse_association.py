@@ -27,6 +27,10 @@ _config.LOG_HANDLER_LEVEL = "none"
 REJECTED_TRANSIENT = 2
 
 
+class BrokeOff(Unreachable):
+    """The archive ended an association instead of answering."""
+
+
 @contextmanager
 def associated(
     access: Access,
@@ -56,7 +60,7 @@ def silence(access: Access, started_s: float) -> Unreachable:
     waited = access.patience.answer_s
     if time.monotonic() - started_s >= 0.95 * waited:
         return Unreachable(f"{access.node}: no answer within {waited:g} s")
-    return Unreachable(f"{access.node}: the archive broke the association off")
+    return BrokeOff(f"{access.node}: the archive broke the association off")
 
 
 def in_words(status: Dataset, words: dict[int, tuple[str, str]]) -> str:
@@ -119,7 +123,7 @@ def _explain(association: Association, access: Access, connected_s: float | None
     node = access.node
     if association.is_rejected:
         answer: Any = association.acceptor.primitive
-        reason = str(answer.reason_str).lower()
+        reason = answer.reason_str[:1].lower() + answer.reason_str[1:]
         message = (
             f"{node}: the archive rejected the association ({reason}); check the AE title in the address, and that "
             f"the archive knows ours, {access.aet} (--aet), at this machine"

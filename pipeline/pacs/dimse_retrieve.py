@@ -35,7 +35,7 @@ from pynetdicom.status import GENERAL_STATUS
 from pipeline.errors import PacsError
 from pipeline.pacs.archive import Access, Keep, NotOffered
 from pipeline.pacs.credentials import server_context
-from pipeline.pacs.dimse_association import associated, in_words, silence
+from pipeline.pacs.dimse_association import BrokeOff, associated, in_words, silence
 
 _PENDING = (0xFF00, 0xFF01)
 _SUCCESS = 0x0000
@@ -91,7 +91,13 @@ def get(access: Access, series: tuple[str, str], wanted: Mapping[str, str], keep
                     f"{access.node}: the archive offers no C-GET; for C-MOVE, have it know our AE title {access.aet} "
                     "with this machine and a port, and give that port as --receive-port"
                 )
-            _follow(access, association.send_c_get(request, model), store, "C-GET")
+            try:
+                _follow(access, association.send_c_get(request, model), store, "C-GET")
+            except BrokeOff as error:
+                # Orthanc does not answer a C-GET that it does not allow, but breaks off.
+                if store.kept_count:
+                    raise
+                raise BrokeOff(f"{error}; if it does not allow C-GET, have it send to us: --receive-port") from error
 
 
 def move(access: Access, series: tuple[str, str], wanted: Mapping[str, str], keep: Keep) -> None:
@@ -116,6 +122,7 @@ class _Store:
         self._keep = keep
         self._wanted = wanted
         self.trouble: Exception | None = None
+        self.kept_count = 0
 
     def __call__(self, event: evt.Event) -> int:
         if self.trouble is not None:
@@ -129,6 +136,7 @@ class _Store:
         except Exception as error:  # Raised again in the thread that waits for the answers.
             self.trouble = error
             return _CANNOT_STORE
+        self.kept_count += 1
         return _SUCCESS
 
 

@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 
+# A small model, as the tests of the stages have it.
+from tests.pipeline.conftest import one_thread, small_bundle, small_dataset, small_plan  # noqa: F401
+
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 START_S = 20.0
 CALLING_AET = "VOLSEG"
