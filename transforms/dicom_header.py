@@ -30,6 +30,7 @@ from pydicom.uid import (
 from transforms.dicom_elements import PARSE_FAULTS, Elements, Text, quiet_pydicom, tag_of
 from transforms.dicom_fragments import ByteFile, PixelData, find_pixels
 from transforms.dicom_frames import HEADER_TAGS, Frame, Plane, read_frames
+from transforms.dicom_scan import scan
 from transforms.errors import DicomError
 
 __all__ = [
@@ -69,6 +70,9 @@ _TAGS = [
         *("ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "LossyImageCompression"),
     )
 ]
+
+_META = ("MediaStorageSOPClassUID", "MediaStorageSOPInstanceUID", "TransferSyntaxUID")
+_WANTED = {int(tag): tag for tag in (*_TAGS, *map(tag_of, _META))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +185,25 @@ def _parse(path: Path, file: BinaryIO, salt: bytes) -> tuple[Header, ...]:
 
 
 def _plain(file: BinaryIO) -> _Object:
+    size = os.fstat(file.fileno()).st_size
+    scanned = scan(file, size, _WANTED)
+    if scanned is not None:
+        meta = Elements(scanned.meta)
+        file.seek(scanned.end)
+        pixels = find_pixels(file, size, implicit=scanned.implicit, little=True)
+        return _Object(meta, Elements(scanned.dataset), meta.uid("TransferSyntaxUID"), pixels)
+    return _parsed(file, size)
+
+
+def _parsed(file: BinaryIO, size: int) -> _Object:
+    """What pydicom makes of a file."""
+    file.seek(0)
     dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS), force=True)
     implicit, little = (bool(value) for value in dataset.original_encoding)
     meta = Elements.of(dataset.file_meta)
     # Files without a preamble name no transfer syntax; the parser has seen which one it is.
     explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     syntax = meta.uid("TransferSyntaxUID") or str(ImplicitVRLittleEndian if implicit else explicit)
-    size = os.fstat(file.fileno()).st_size
     return _Object(meta, Elements.of(dataset), syntax, find_pixels(file, size, implicit=implicit, little=little))
 
 
