@@ -68,7 +68,8 @@ Verify = Callable[[Path, Job], "Verification"]
 class Format:
     """How one kind of file, or folder of files, is named, written and read back.
 
-    `refers_to` names the format whose file must lie beside it; it is written too, and first.
+    `refers_to` names the format whose file must lie beside it; it is written too, and first. `takes_uneven`: it can
+    put the label map back on slices that were interpolated onto an even grid.
     """
 
     suffix: str
@@ -78,6 +79,7 @@ class Format:
     needs_dicom: bool = False
     is_folder: bool = False
     refers_to: str | None = None
+    takes_uneven: bool = False
 
 
 def export(
@@ -102,11 +104,7 @@ def export(
     check_formats(formats)
     chosen = {key: FORMATS[key] for key in _with_referred(formats)}
     for key, form in chosen.items():
-        if form.needs_dicom and source.series is None:
-            raise ExportError(
-                f"format '{key}' refers to a DICOM series, and the source is none: "
-                "name the folder of the series as the source, or choose another format, as nifti"
-            )
+        _check_source(key, form, source)
     _check(segmentation, source)
     name = safe_name(name)
     files: list[ExportedFile] = []
@@ -135,6 +133,22 @@ def check_formats(formats: Sequence[str]) -> None:
             near = get_close_matches(name, FORMATS, n=1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'? " if near else ""
             raise ExportError(f"no export format '{name}': {hint}The formats are {', '.join(FORMATS)}")
+
+
+def _check_source(key: str, form: Format, source: Source) -> None:
+    if not form.needs_dicom:
+        return
+    if source.series is None:
+        raise ExportError(
+            f"format '{key}' refers to a DICOM series, and the source is none: "
+            "name the folder of the series as the source, or choose another format, as nifti"
+        )
+    if source.series.slice_positions_k is not None and not form.takes_uneven:
+        fitting = [name for name, other in FORMATS.items() if other.takes_uneven or not other.needs_dicom]
+        raise ExportError(
+            f"format '{key}' needs the source's own slices, and they were interpolated onto an even grid "
+            f"(--resample-uneven): choose {', '.join(fitting)}"
+        )
 
 
 def _check(segmentation: Segmentation, source: Source) -> None:
@@ -272,8 +286,10 @@ def _write_overlay(target: Path, job: Job) -> None:
 
 
 FORMATS: dict[str, Format] = {
-    "seg": Format(".seg.dcm", "DICOM SEG, BINARY", _write_seg, _verify_seg, needs_dicom=True),
-    "labelmap": Format(".labelmap.dcm", "DICOM SEG, LABELMAP", _write_labelmap, _verify_seg, needs_dicom=True),
+    "seg": Format(".seg.dcm", "DICOM SEG, BINARY", _write_seg, _verify_seg, needs_dicom=True, takes_uneven=True),
+    "labelmap": Format(
+        *(".labelmap.dcm", "DICOM SEG, LABELMAP", _write_labelmap, _verify_seg), needs_dicom=True, takes_uneven=True
+    ),
     "sr": Format(
         ".sr.dcm", "DICOM SR, measurements of the SEG", _write_sr, _verify_sr, needs_dicom=True, refers_to="seg"
     ),

@@ -3,6 +3,7 @@
 Patient, study and frame of reference are the source's; series and instance are new. In both kinds segment c is
 class c of the label schema, whether it occurs or not, so that other objects name segments without asking which kind
 it is; label ids with gaps would shift colours in viewers that count the segments. Frames without a voxel are left out.
+Where slices with uneven gaps were interpolated onto an even grid, each slice gets the plane nearest to it.
 
 highdicom makes the object from one plane; the frames are put in here. So the work grows with the frames that are
 written and not with labels times slices, and slices may lie anywhere: frames of one file, or sheared by a gantry.
@@ -32,6 +33,7 @@ from pipeline.export.dicom_source import (
     decimal_strings,
     description,
     frame_of_reference,
+    planes_of_slices,
     referenced_instances,
     source_header,
     source_image,
@@ -55,14 +57,14 @@ Kind = hd.seg.SegmentationTypeValues
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame to write: the plane of the label map, and the segment in it; None for all of them."""
+    """A frame to write: the number of the source slice, and the segment on it; None for all of them."""
 
     k: int
     segment: int | None
 
 
 def write_seg(target: Path, segmentation: Segmentation, series: DicomSeries) -> None:
-    """Write a BINARY segmentation of `series`, whose slices are the k-planes of the label map in order.
+    """Write a BINARY segmentation of `series`, on whose grid the label map lies.
 
     Raises:
         ExportError: the source lacks what a segmentation must refer to, a label does not fit DICOM's limits, or the
@@ -81,8 +83,9 @@ def write_labelmap(target: Path, segmentation: Segmentation, series: DicomSeries
 
 
 def _write(target: Path, segmentation: Segmentation, series: DicomSeries, kind: Kind) -> None:
-    # Slices that are contiguous are encoded many times faster.
-    planes = np.ascontiguousarray(segmentation.schema.classes_from_ids(segmentation.label_map).transpose(2, 1, 0))
+    classes = segmentation.schema.classes_from_ids(segmentation.label_map)
+    # A copy with the slices contiguous: they are encoded many times faster.
+    planes = np.ascontiguousarray(classes.transpose(2, 1, 0)[planes_of_slices(series)])
     frames = list(_frames_of(planes, kind))
     _check_size(planes, frames, kind)
     with quiet():
@@ -96,6 +99,8 @@ def _write(target: Path, segmentation: Segmentation, series: DicomSeries, kind: 
             raise ExportError(
                 f"the source series cannot be described in a DICOM SEG ({error}); export another format, as nifti"
             ) from error
+        if series.slice_positions_k is not None:
+            del dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
         _refer(dataset, series)
         _put_frames(dataset, frames, series)
         dataset.PixelData = _packed(planes, frames) if kind is Kind.BINARY else _stacked(planes, frames)

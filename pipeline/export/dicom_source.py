@@ -6,6 +6,7 @@ back afterwards, so that no library puts them into a message and what is not qui
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
@@ -93,6 +94,14 @@ def frame_of_reference(series: DicomSeries) -> str:
     """
     # A UID made from a UUID (PS3.5 section B.2), and that from the series.
     return series.slices[0].frame_of_reference or f"2.25.{uuid5(NAMESPACE_OID, series.series_uid).int}"
+
+
+def planes_of_slices(series: DicomSeries) -> list[int]:
+    """For each source slice the plane of the label map that lies nearest to it: with even gaps, its own."""
+    if series.slice_positions_k is None:
+        return list(range(len(series.slices)))
+    # Half-way between two planes, the first of them.
+    return [math.ceil(position - 0.5) for position in series.slice_positions_k]
 
 
 def referenced_instances(series: DicomSeries) -> list[Dataset]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,38 @@ def verify_seg(path: Path, segmentation: Segmentation, series: DicomSeries) -> V
         dataset = dcmread(path)
         _check_links(dataset, series)
         label_ids = _check_segments(dataset, segmentation)
-        slices = [(header.sop_uid, header.frame) for header in series.slices]
-        sheets = _sheets(dataset, label_ids, segmentation.geometry, slices)
-        return compare(sheets, segmentation, reader="pydicom", placing_voxels=PLACING_VOXELS)
+        slices = _slices(series, segmentation.geometry)
+        sheets = _sheets(dataset, label_ids, slices)
+        expected = _on_slices(segmentation, slices)
+        return compare(sheets, expected, reader="pydicom", placing_voxels=PLACING_VOXELS)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slices:
+    """The source's slices: how a file refers to each, and where each lies on the k axis of the label map's grid."""
+
+    named: tuple[Named, ...]
+    positions_k: Floats
+    geometry: Geometry
+
+
+def _slices(series: DicomSeries, geometry: Geometry) -> _Slices:
+    named = tuple((header.sop_uid, header.frame) for header in series.slices)
+    positions_k = np.arange(len(named)) if series.slice_positions_k is None else np.array(series.slice_positions_k)
+    return _Slices(named, positions_k.astype(np.float64), geometry)
+
+
+def _on_slices(segmentation: Segmentation, slices: _Slices) -> Segmentation:
+    """The label map with the source's slices as its planes.
+
+    Uneven gaps are left out of its grid, and of the places that are read (`_sheets`): volumes count slices there.
+    """
+    columns, rows, planes = segmentation.geometry.shape
+    nearest = np.abs(np.arange(planes) - slices.positions_k[:, None]).argmin(axis=1)
+    if np.array_equal(nearest, range(planes)):
+        return segmentation
+    geometry = Geometry((columns, rows, len(nearest)), segmentation.geometry.affine_ras)
+    return replace(segmentation, label_map=segmentation.label_map[:, :, nearest], geometry=geometry)
 
 
 def _check_links(dataset: Dataset, series: DicomSeries) -> None:
@@ -108,18 +138,19 @@ def _rgb_from_lab(scaled_lab: Iterable[int]) -> Floats:
     return np.asarray(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055))
 
 
-def _sheets(
-    dataset: Dataset, label_ids: dict[int, int], geometry: Geometry, slices: Sequence[Named]
-) -> Iterator[Sheet]:
+def _sheets(dataset: Dataset, label_ids: dict[int, int], slices: _Slices) -> Iterator[Sheet]:
     shared = dataset.SharedFunctionalGroupsSequence[0]
     measures = shared.PixelMeasuresSequence[0]
     row_step_mm, column_step_mm = (float(v) for v in measures.PixelSpacing)
     cosines = np.asarray(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=np.float64)
-    volume_mm3 = row_step_mm * column_step_mm * float(measures.SpacingBetweenSlices)
+    # Slices with uneven gaps have no one spacing.
+    volume_mm3 = row_step_mm * column_step_mm * float(measures.get("SpacingBetweenSlices") or measures.SliceThickness)
+    k_mm = slices.geometry.affine_lps[:3, 2]
     frames = _label_frames if dataset.SegmentationType == "LABELMAP" else _segment_frames
     for values, groups in zip(frames(dataset, label_ids), dataset.PerFrameFunctionalGroupsSequence, strict=True):
         corner_lps_mm = np.asarray(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=np.float64)
-        _check_reference(groups, corner_lps_mm, geometry, slices)
+        n = _named_slice(groups, corner_lps_mm, slices)
+        corner_lps_mm += (n - slices.positions_k[n]) * k_mm
         yield Sheet(values, corner_lps_mm, row_step_mm * cosines[3:], column_step_mm * cosines[:3], volume_mm3)
 
 
@@ -150,13 +181,15 @@ def _segment_frames(dataset: Dataset, label_ids: dict[int, int]) -> Iterator[Arr
         yield bits[start % 8 :][:count].reshape(dataset.Rows, dataset.Columns) * np.uint16(label_ids[number])
 
 
-def _check_reference(groups: Dataset, corner_lps_mm: Floats, geometry: Geometry, slices: Sequence[Named]) -> None:
-    """The source slice that a frame names is the one that lies where the frame does."""
-    k = round(float(indices_of(corner_lps_mm[None], geometry)[0, 2]))
+def _named_slice(groups: Dataset, corner_lps_mm: Floats, slices: _Slices) -> int:
+    """The number of the source slice that a frame names, which is the one that lies where the frame does."""
+    k = float(indices_of(corner_lps_mm[None], slices.geometry)[0, 2])
+    n = int(np.abs(slices.positions_k - k).argmin())
     named = [
         (str(image.ReferencedSOPInstanceUID), image.get("ReferencedFrameNumber"))
         for derivation in groups.DerivationImageSequence
         for image in derivation.SourceImageSequence
     ]
-    if not 0 <= k < len(slices) or named != [slices[k]]:
+    if abs(k - slices.positions_k[n]) >= 0.5 or named != [slices.named[n]]:
         raise ExportError("a frame does not refer to the source slice that lies at its position")
+    return n
