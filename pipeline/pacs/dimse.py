@@ -93,6 +93,13 @@ class Dimse:
             )
 
     def _store(self, batch: Sequence[Instance], kinds: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
+        try:
+            yield from self._store_associated(batch, kinds)
+        except NotOffered:
+            for instance in batch:
+                yield Outcome(instance, False, _not_taken(instance))
+
+    def _store_associated(self, batch: Sequence[Instance], kinds: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
         contexts = _contexts(kinds)
         with associated(self._access, contexts) as association:
             for number, instance in enumerate(batch, start=1):
@@ -176,11 +183,15 @@ def _sendable(association: Association, instance: Instance) -> Path | Dataset:
     if instance.transfer_syntax_uid in accepted:
         return instance.path
     if not accepted:
-        raise _NotSendable(f"the archive does not take this SOP class ({UID(instance.sop_class_uid).name})")
+        raise _NotSendable(_not_taken(instance))
     syntax = UID(instance.transfer_syntax_uid)
     if not accepted & set(_NATIVE) or syntax == ExplicitVRBigEndian:
         raise _NotSendable(f"the archive does not take this transfer syntax ({syntax.name})")
     return _native(instance.path, syntax)
+
+
+def _not_taken(instance: Instance) -> str:
+    return f"the archive does not take this SOP class ({UID(instance.sop_class_uid).name})"
 
 
 def _native(path: Path, syntax: UID) -> Dataset:

@@ -17,7 +17,7 @@ from pynetdicom.presentation import PresentationContext
 from pynetdicom.status import code_to_category
 
 from pipeline.errors import PacsError
-from pipeline.pacs.archive import Access, Unreachable
+from pipeline.pacs.archive import Access, NotOffered, Unreachable
 from pipeline.pacs.credentials import Credentials, client_context
 
 # Files are sent as they lie on disk, piece by piece; the library's own event log prints whole data sets.
@@ -43,6 +43,7 @@ def associated(
 
     Raises:
         Unreachable: no connection, no answer, or a rejection for the moment.
+        NotOffered: none of the contexts was accepted.
         PacsError: a rejection, or no TLS.
     """
     association = _associate(access, contexts, [*roles, *_identity(access.credentials)], handlers)
@@ -129,6 +130,8 @@ def _explain(association: Association, access: Access, connected_s: float | None
             f"the archive knows ours, {access.aet} (--aet), at this machine"
         )
         return (Unreachable if answer.result == REJECTED_TRANSIENT else PacsError)(message)
+    if any(context.result is not None for context in association.rejected_contexts):
+        return NotOffered(f"{node}: the archive offers nothing of what was asked for to us, {access.aet} (--aet)")
     if connected_s is None:
         return _probe(access)
     if time.monotonic() - connected_s >= 0.95 * access.patience.answer_s:
