@@ -14,6 +14,7 @@ from pipeline.files import atomic_folder, atomic_path, safe_name, write_json
 from pipeline.segmentation import Segmentation
 
 if TYPE_CHECKING:
+    from pipeline.export.confidentiality import Confidentiality
     from pipeline.export.verify import Verification
     from transforms.dicom import DicomSeries
     from transforms.volume import Volume
@@ -38,9 +39,13 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class Options:
-    """How exports are made. `smoothing` is the number of rounds by which meshes are smoothed, 0 for none."""
+    """How exports are made. `smoothing` is the number of rounds by which meshes are smoothed, 0 for none.
+
+    `confidentiality`, if given, says how the source's identity is removed from them.
+    """
 
     smoothing: int = 0
+    confidentiality: Confidentiality | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +107,10 @@ def export(
         RunError: the folder cannot be written.
     """
     check_formats(formats)
+    if options is not None and options.confidentiality is not None:
+        from pipeline.export.confidential import export_confidentially
+
+        return export_confidentially(segmentation, formats=formats, out=out, name=name, source=source, options=options)
     chosen = {key: FORMATS[key] for key in _with_referred(formats)}
     for key, form in chosen.items():
         _check_source(key, form, source)
