@@ -33,7 +33,7 @@ MANY_STACKS = 12
 
 LOCALIZER = "localizer"
 
-_MOST_GROUPS = 1000
+_MOST_GROUPS = 200
 _PLANES = ("sagittal", "coronal", "axial")
 
 
