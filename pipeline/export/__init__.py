@@ -158,6 +158,9 @@ def _check_source(key: str, form: Format, source: Source) -> None:
             f"format '{key}' needs the source's own slices, and they were interpolated onto an even grid "
             f"(--resample-uneven): choose {', '.join(fitting)}"
         )
+    from pipeline.export.dicom_source import check_series
+
+    check_series(source.series)
 
 
 def _check(segmentation: Segmentation, source: Source) -> None:

@@ -218,7 +218,7 @@ def _put_frames(dataset: Dataset, frames: Sequence[Frame], series: DicomSeries) 
 
 def _place(found: Header) -> Dataset:
     """The functional groups of a plane: where it lies, and the source slice that lies there."""
-    assert found.plane is not None  # `source_header` and the intake refuse slices without
+    assert found.plane is not None  # see `check_series`
     position, derivation, groups = Dataset(), Dataset(), Dataset()
     position.ImagePositionPatient = decimal_strings(found.plane.position_lps_mm)
     derivation.SourceImageSequence = [source_image(found)]

@@ -13,6 +13,9 @@ from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 from pydicom import Dataset, dcmread
+from pydicom.config import RAISE
+from pydicom.datadict import keyword_for_tag
+from pydicom.tag import BaseTag
 from pydicom.uid import (
     CTImageStorage,
     MRImageStorage,
@@ -20,7 +23,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
     generate_uid,
 )
-from pydicom.valuerep import format_number_as_ds
+from pydicom.valuerep import format_number_as_ds, validate_value
 
 from pipeline.errors import ExportError
 from pipeline.segmentation import Algorithm
@@ -50,19 +53,34 @@ _IMAGE_CLASSES = {
 }
 
 
+def check_series(series: DicomSeries) -> None:
+    """Refuse a source that a DICOM object cannot refer to.
+
+    Raises:
+        ExportError: a slice has no place or no identifier, or shares it with another file.
+    """
+    files = {(found.sop_uid, found.path) for found in series.slices}
+    is_shared = len({uid for uid, _ in files}) < len(files)
+    for found in series.slices:
+        missing = [
+            *(["position"] if found.plane is None else []),
+            *([] if found.sop_uid else ["SOPInstanceUID"]),
+            *(["SOPInstanceUID of its own"] if is_shared else []),
+            *([] if found.series_uid else ["SeriesInstanceUID"]),
+            *([] if found.study_uid else ["StudyInstanceUID"]),
+        ]
+        if missing:
+            raise ExportError(
+                f"{found.path} has no {missing[0]} for a DICOM object to refer to; export another format, as nifti"
+            )
+
+
 def source_header(found: Header) -> Dataset:
     """A slice's elements without its pixels; what refers to the slice is there even where the file leaves it out.
 
     A frame of a multi-frame file is described as if it were a file of its own: the functional groups are left out.
-
-    Raises:
-        ExportError: the slice has no identifier to refer to, or no place.
     """
-    if not found.sop_uid or found.plane is None:
-        raise ExportError(
-            f"{found.path} has no {'position' if found.sop_uid else 'SOPInstanceUID'} for a DICOM object to refer to; "
-            "export another format, as nifti"
-        )
+    assert found.plane is not None  # see `check_series`
     header = dcmread(found.path, stop_before_pixels=True, force=True)
     header.SOPClassUID, header.SOPInstanceUID = sop_class(found), found.sop_uid
     if found.frame is not None:
@@ -130,16 +148,33 @@ def _reference(class_uid: str, instance_uid: str) -> Dataset:
 
 
 def take_identity(header: Dataset) -> Dataset:
-    """Patient and study, taken out of `header`, which keeps empty values in their place."""
+    """Patient and study, taken out of `header`, which keeps empty values in their place.
+
+    What says who it is stays as it is; other facts, as an age, are left out where DICOM does not allow their values.
+    """
     identity = Dataset()
-    for element in [x for x in header if x.tag.group == _PATIENT_GROUP or x.keyword in _STUDY_KEYWORDS]:
-        identity.add(element)
-        del header[element.tag]
+    for tag in sorted(header.keys()):
+        if tag.group != _PATIENT_GROUP and keyword_for_tag(tag) not in _STUDY_KEYWORDS:
+            continue
+        if keyword_for_tag(tag) in _REQUIRED_KEYWORDS or _is_valid(header, tag):
+            identity.add(header[tag])
+        del header[tag]
     for keyword in _REQUIRED_KEYWORDS:
         setattr(header, keyword, None)
         if keyword not in identity:
             setattr(identity, keyword, None)
     return identity
+
+
+def _is_valid(header: Dataset, tag: BaseTag) -> bool:
+    try:
+        element = header[tag]
+        for value in element.value if element.VM > 1 else [element.value]:
+            if element.VR != "SQ":
+                validate_value(element.VR, getattr(value, "original_string", value), RAISE)
+    except (NotImplementedError, TypeError, ValueError):
+        return False
+    return True
 
 
 def description(algorithm: Algorithm, source: Dataset, *, what: str, number_offset: int) -> dict[str, Any]:

@@ -63,9 +63,8 @@ def test_one_frame_a_slice_of_segment_numbers(phantom: Segmentation, source: Sou
     assert found.NumberOfFrames == len(found.PerFrameFunctionalGroupsSequence) == 5
     expected = phantom.schema.classes_from_ids(phantom.label_map).transpose(2, 1, 0)[1:]
     assert np.array_equal(found.pixel_array, expected)
-    assert [list(g.FrameContentSequence[0].DimensionIndexValues) for g in found.PerFrameFunctionalGroupsSequence] == [
-        [n] for n in range(1, 6)
-    ]
+    contents = [groups.FrameContentSequence[0] for groups in found.PerFrameFunctionalGroupsSequence]
+    assert [content.DimensionIndexValues for content in contents] == [1, 2, 3, 4, 5]
     assert len(found.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 6
 
 
