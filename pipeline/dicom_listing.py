@@ -189,7 +189,7 @@ def _row(volumes: Sequence[tuple[int, DicomSeries]], short: _Short) -> ListingRo
         series=short.series[volume.series_uid],
         modality=volume.modality or "-",
         description=", ".join(filter(None, (volume.description, stack))) or "-",
-        size=f"{_matrix(volume)}x{volume.slice_count}",
+        size=f"{_matrix(volume)}x{volume.slice_count}" if _sizes(volume) else "-",
         spacing_mm=_spacing_mm(volume),
         orientation=_orientation(volume),
         is_usable=state,

@@ -164,5 +164,6 @@ def test_series_without_identifiers_keep_patients_apart(write_series: WriteSerie
         folder = write_series(GRID, VOXELS, edit=edit, slices=slices)
         for path in folder.glob("IM*"):
             path.rename(folder / f"{patient}{path.name}")
-    assert [series.slice_count for series in index_series(folder)] == [2, 2]
-    assert index_series(folder)[0].patient_key != index_series(folder)[1].patient_key
+    listed = index_series(folder)
+    assert [series.slice_count for series in listed] == [2, 2]
+    assert listed[0].patient_key != listed[1].patient_key
