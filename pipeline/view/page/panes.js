@@ -1,6 +1,6 @@
 // The three planes and the 3D view: two NiiVue instances that share one crosshair. Points are RAS+ mm.
 
-const {Niivue, SLICE_TYPE, DRAG_MODE} = window.niivue;
+const {Niivue, NVImage, SLICE_TYPE, DRAG_MODE} = window.niivue;
 
 const LINE = [0.55, 0.82, 1.0, 0.85];
 const QUIET = {logLevel: "error", dragAndDropEnabled: false, loadingText: "", backColor: [0, 0, 0, 1],
@@ -40,15 +40,15 @@ export class Panes {
     const {low, high} = facts.window;
     for (const mesh of [...this.solid.meshes]) this.solid.removeMesh(mesh);
     this.colours = table(facts.labels);
-    await this.planes.loadVolumes([
-      {url: `${base}/image.nii`, name: "image.nii", colormap: "gray", cal_min: low, cal_max: high},
-      {url: `${base}/labels.nii`, name: "labels.nii", opacity: 0.5},
-    ]);
+    for (const volume of [...this.planes.volumes].reverse()) this.planes.removeVolume(volume);
+    this.planes.addVolume(await volume(`${base}/image.nii`, {colormap: "gray", cal_min: low, cal_max: high}));
+    this.planes.addVolume(await volume(`${base}/labels.nii`, {opacity: 0.5}));
     this.setWindow(low, high);
     this.planes.setPan2Dxyzmm([0, 0, 0, 1]);
     this.drawThin();
     this.solid.scene.renderAzimuth = 200;
     this.solid.scene.renderElevation = 12;
+    this.solid.setScale(0.8);
   }
 
   async addSurface(base, label) {
@@ -180,6 +180,13 @@ export class Panes {
   paneAt(x, y) {
     return this.alone ?? PANES.find((p) => { const [l, t, w, h] = QUARTERS[p]; return x >= l && x < l + w && y >= t && y < t + h; });
   }
+}
+
+// NiiVue would ask for the beginning of a file first and hang up; this asks once.
+async function volume(url, options) {
+  const answer = await fetch(url);
+  if (!answer.ok) throw new Error(url);
+  return NVImage.loadFromUrl({url, name: url.split("/").at(-1), buffer: await answer.arrayBuffer(), ...options});
 }
 
 function place(element, [left, top, width, height]) {
