@@ -6,6 +6,7 @@ VolsegError
 ├── VolumeError            a volume's file or content (also a ValueError; defined in transforms.errors)
 │   ├── GeometryMismatch   two volumes that must share a voxel grid do not
 │   └── DicomError         a damaged, ambiguous or unhandled DICOM series
+│       └── SeveralSeries  a folder of several image series, none of them named
 ├── PlanError              a plan that cannot be made, or settings that contradict it
 ├── BundleError            a model bundle that is damaged, foreign or does not fit the input
 ├── RunError               a run folder that cannot be started, resumed or read
@@ -15,7 +16,7 @@ VolsegError
 
 from __future__ import annotations
 
-from transforms.errors import DicomError, GeometryMismatch, VolsegError, VolumeError
+from transforms.errors import DicomError, GeometryMismatch, SeveralSeries, VolsegError, VolumeError
 
 
 class ConfigError(VolsegError):
@@ -56,6 +57,7 @@ __all__ = [
     "PacsError",
     "PlanError",
     "RunError",
+    "SeveralSeries",
     "VolsegError",
     "VolumeError",
 ]

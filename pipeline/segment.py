@@ -6,15 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from pipeline.console import Console
 from pipeline.dataset import Failure
-from pipeline.errors import DicomError, RunError, VolsegError
+from pipeline.errors import DicomError, RunError, SeveralSeries, VolsegError
 from pipeline.evaluate import SCHEMA_FILE
-from pipeline.export import FORMATS, ExportedFile, Source, check_formats, export
+from pipeline.export import FORMATS, ExportedFile, Options, Source, check_formats, export
 from pipeline.files import write_json, write_text
 from pipeline.manifest import load_dataset
 from pipeline.predict import Model, predict, refuse_modality
@@ -25,16 +25,23 @@ from transforms.dicom_header import is_dicom
 from transforms.labels import LabelSchema
 from transforms.volume import Volume, read_volume
 
+if TYPE_CHECKING:
+    from pipeline.export.confidentiality import Confidentiality
+
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """How results are made. `mirror` None takes what the bundle says; the rest of reading is as in `read_volume`."""
+    """How results are made. `mirror` None takes what the bundle says; the rest of reading is as in `read_volume`.
+
+    `confidentiality`, if given, says how the sources' identity is removed.
+    """
 
     formats: tuple[str, ...]
     mirror: bool | None
     series: str | None
     force: bool
     resample_uneven: bool = False
+    confidentiality: Confidentiality | None = None
 
 
 def segment_studies(
@@ -49,7 +56,8 @@ def segment_studies(
     """
     check_formats(settings.formats)
     mirror = model.mirror if settings.mirror is None else settings.mirror
-    record = _open_record(out, model, mirror=mirror, force=settings.force)
+    made = {"mirror": mirror, "deidentified": settings.confidentiality is not None}
+    record = _open_record(out, model, made, force=settings.force)
     write_text(out / SCHEMA_FILE, model.schema.model_dump_json(indent=2) + "\n")
     written: list[ExportedFile] = []
     failures: list[Failure] = []
@@ -62,7 +70,8 @@ def segment_studies(
                 written += files
                 record["studies"][study.name] = sorted(f.format for f in files)
                 write_json(out / RECORD, record)
-                record_sources(out, study.name, study.paths)
+                if settings.confidentiality is None:
+                    record_sources(out, study.name, study.paths)
             except RunError:
                 raise
             except VolsegError as error:
@@ -78,11 +87,19 @@ def _segment(model: Model, study: Study, out: Path, *, mirror: bool, settings: S
         refuse_modality(study.series.modality or None, model.plan.channels[0])
         sources = [_source_of(study.series)]
     else:
-        series = None if settings.series == EVERY_SERIES else settings.series
-        sources = [read_source(path, series=series, resample_uneven=settings.resample_uneven) for path in study.paths]
+        sources = [_study_source(path, settings) for path in study.paths]
     device = next(model.bundles[0].network.parameters()).device
     segmentation = predict(model, [s.image for s in sources], mirror=mirror, device=device)
-    return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0])
+    options = Options(confidentiality=settings.confidentiality)
+    return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
+
+
+def _study_source(path: Path, settings: SegmentSettings) -> Source:
+    series = None if settings.series == EVERY_SERIES else settings.series
+    try:
+        return read_source(path, series=series, resample_uneven=settings.resample_uneven)
+    except SeveralSeries as several:
+        raise SeveralSeries(f"{several}; or give --series {EVERY_SERIES} to segment each") from None
 
 
 def read_source(path: Path, *, series: str | None, resample_uneven: bool = False) -> Source:
@@ -120,8 +137,8 @@ def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
         return load_dataset(path).manifest.labels
 
 
-def _open_record(out: Path, model: Model, *, mirror: bool, force: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {"model": [b.digest for b in model.bundles], "mirror": mirror, "studies": {}}
+def _open_record(out: Path, model: Model, made: dict[str, bool], *, force: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {"model": [b.digest for b in model.bundles], **made, "studies": {}}
     path = out / RECORD
     if not path.exists():
         return record
@@ -133,7 +150,8 @@ def _open_record(out: Path, model: Model, *, mirror: bool, force: bool) -> dict[
         before = {}
     if force:
         return record
-    if before.get("model") != record["model"] or before.get("mirror") != mirror:
+    same_setting = all(before.get(name, False) == value for name, value in made.items())
+    if before.get("model") != record["model"] or not same_setting:
         raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
     return {**record, "studies": dict(before.get("studies", {}))}
 

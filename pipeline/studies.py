@@ -86,7 +86,7 @@ def _studies_at(path: Path, wanted: Wanted, console: Console) -> list[Study]:
             )
         if wanted.series == EVERY_SERIES and is_dicom(path):
             return _every_series(path, wanted, console)
-        return [Study(safe_name(volume_stem(path)), (path,))]
+        return [Study(safe_name(path.stem if path.suffix.lower() == ".dcm" else volume_stem(path)), (path,))]
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(VOLUME_SUFFIXES))
     if not any(p.is_file() for p in path.rglob("*")):
         raise VolumeError(f"{path}: no file in this folder; expected a DICOM series or {', '.join(VOLUME_SUFFIXES)}")

@@ -18,7 +18,7 @@ from transforms.dicom_checks import background_of
 from transforms.dicom_findings import Finding, names, refuse
 from transforms.dicom_header import Header, is_dicom, quiet_pydicom, read_headers
 from transforms.dicom_stacks import Stack, is_localizer, stacks_of
-from transforms.errors import DicomError
+from transforms.errors import DicomError, SeveralSeries
 from transforms.geometry import Geometry
 
 Progress = Callable[[int, int], None]
@@ -156,7 +156,8 @@ def choose_series(listed: Sequence[DicomSeries], *, series: str | None, folder: 
     """
     if series is None:
         if not any(candidate.is_image for candidate in listed):
-            raise DicomError(f"{folder}: no DICOM image series; found {_listing(listed) or 'no DICOM files'}")
+            found = f"{_listing(listed)}; give the images that these belong to" if listed else "no DICOM files"
+            raise DicomError(f"{folder}: no DICOM image series; found {found}")
         return _only_image(listed, listed, folder)
     if series.isdecimal() and 1 <= int(series) <= len(listed):
         return listed[int(series) - 1]
@@ -164,9 +165,9 @@ def choose_series(listed: Sequence[DicomSeries], *, series: str | None, folder: 
     fitting = [candidate for candidate in listed if candidate.series_uid.startswith(beginning) and beginning]
     exact = [candidate for candidate in fitting if candidate.series_uid == beginning]
     fitting = exact or fitting
-    found = len({candidate.series_uid for candidate in fitting})
-    if found != 1:
-        how_many = f"{found} series begin with" if found else "no series has the number or identifier"
+    count = len({candidate.series_uid for candidate in fitting})
+    if count != 1:
+        how_many = f"{count} series begin with" if count else "no series has the number or identifier"
         raise DicomError(f"{folder}: {how_many} '{series}': {_listing(listed) or 'no DICOM files'}")
     if not number:
         return fitting[0] if len(fitting) == 1 else _only_image(fitting, listed, folder)
@@ -188,7 +189,7 @@ def _only_image(candidates: Sequence[DicomSeries], listed: Sequence[DicomSeries]
         f"{len(images)} image series" if series == len(images) else f"{len(images)} volumes in {series} image series"
     )
     of_whom = f" of {patients} patients" if patients > 1 else ""
-    raise DicomError(
+    raise SeveralSeries(
         f"{folder}: {found}{of_whom}, name one by number or SeriesInstanceUID"
         f"{'' if series == len(images) else '#VOLUME'}: {_listing(listed)}"
     )

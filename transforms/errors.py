@@ -17,3 +17,7 @@ class GeometryMismatch(VolumeError):
 
 class DicomError(VolumeError):
     """A DICOM series that is damaged, ambiguous or of a kind that is not handled."""
+
+
+class SeveralSeries(DicomError):
+    """A folder holds several image series and none was named; the message lists them."""

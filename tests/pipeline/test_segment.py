@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import CTImageStorage
+from pydicom.uid import CTImageStorage, RTStructureSetStorage
 
 from pipeline.bundle import load_bundle
 from pipeline.console import Silence
@@ -22,7 +22,7 @@ from pipeline.manifest import Dataset, save_manifest
 from pipeline.plan import ChannelPlan
 from pipeline.predict import Model
 from pipeline.segment import SegmentSettings, read_source, schema_for, segment_studies
-from pipeline.studies import Wanted, find_studies
+from pipeline.studies import Study, Wanted, find_studies
 from transforms.volume import read_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,6 +213,107 @@ class TestSegmenting:
         with pytest.raises(Exception, match=r"no export format 'nifty': did you mean 'nifti'\?"):
             segment(model, [images], tmp_path / "out", formats=("nifty",))
         assert not (tmp_path / "out").exists()
+
+
+class TestEverySeries:
+    """A tree as an archive gives it: two patients' series, and all sorts of files among them."""
+
+    @pytest.fixture
+    def tree(self, data_dir: Path, tmp_path: Path) -> Path:
+        tree = tmp_path / "tree"
+        for number, folder in enumerate(("Nightingale_Florence/MR", "Other^Patient/MR", "Other^Patient/CT")):
+            (tree / folder).mkdir(parents=True)
+            for path in sorted((data_dir / "dicom_hippocrop").glob("*.dcm")):
+                dataset = pydicom.dcmread(path)
+                # Each its own patient, study and instances.
+                dataset.SeriesInstanceUID, dataset.StudyInstanceUID = f"1.2.{number + 1}", f"1.3.{number + 1}"
+                dataset.PatientID, dataset.SeriesNumber = f"patient {number}", 7
+                dataset.SOPInstanceUID = f"{dataset.SOPInstanceUID[:50]}.{number}"
+                dataset.SeriesDescription = "T1 sag/3D"
+                dataset.Modality = folder[-2:]
+                dataset.save_as(tree / folder / path.name)
+        (tree / "note.txt").write_text("hello")
+        return tree
+
+    def studies(self, tree: Path, listener: Listener, **wanted: Any) -> list[Study]:
+        return find_studies([tree], Wanted(planned(1), series="all", **wanted), console=listener)
+
+    def test_each_is_segmented_and_the_others_are_set_aside(self, model: Model, tree: Path, tmp_path: Path) -> None:
+        (tree / "Other^Patient" / "MR" / "cut.dcm").write_bytes(
+            sorted((tree / "Other^Patient" / "MR").glob("*.dcm"))[0].read_bytes()[:400]
+        )
+        listener = Listener()
+        studies = self.studies(tree, listener)
+        settings = replace(SETTINGS, formats=("seg", "nifti"), series="all")
+        written, failures = segment_studies(model, studies, tmp_path / "out", settings=settings, console=listener)
+        names = [study.name for study in studies]
+        assert len(set(names)) == 3
+        assert [name[:-8] for name in names] == ["tree_7_MR_T1_sag_3D_", "tree_7_MR_T1_sag_3D_", "tree_7_CT_T1_sag_3D_"]
+        assert [file.path.name for file in written] == [f"{names[0]}.seg.dcm", f"{names[0]}.nii.gz"]
+        damaged, ct = failures
+        assert (damaged.case_id, ct.case_id) == (names[1], names[2])
+        assert "not readable: damaged-file: cut.dcm names no series" in damaged.reason
+        assert ct.reason.endswith(
+            "the input is CT, the model's channel T1 is MR; choose a model that was trained on CT"
+        )
+        # Folders may be called after patients: not in a name of a result.
+        assert not [
+            path for path in (tmp_path / "out").rglob("*") if "Nightingale" in path.name or "Other" in path.name
+        ]
+
+    def test_names_stay_as_long_as_the_slices_do(self, tree: Path) -> None:
+        first = [study.name for study in self.studies(tree, Listener())]
+        moved = tree.rename(tree.parent / "moved").rename(tree)
+        shutil.rmtree(moved / "Nightingale_Florence")
+        assert [study.name for study in self.studies(tree, Listener())] == first[1:]
+        sorted((tree / "Other^Patient" / "MR").glob("*.dcm"))[0].unlink()
+        assert next(study.name for study in self.studies(tree, Listener())) not in first
+
+    def test_what_is_no_image_is_passed_over(self, tree: Path) -> None:
+        path = sorted((tree / "Other^Patient" / "CT").glob("*.dcm"))[0]
+        dataset = pydicom.dcmread(path)
+        dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = RTStructureSetStorage
+        dataset.Modality, dataset.SeriesInstanceUID = "RTSTRUCT", "1.2.9"
+        for keyword in ("PixelData", "Rows", "Columns"):
+            delattr(dataset, keyword)
+        dataset.save_as(tree / "plan.dcm")
+        listener = Listener()
+        assert len(self.studies(tree, listener)) == 3
+        assert listener.notes == [f"{tree}: passed over 1 series without volumes (RTSTRUCT)"]
+        shutil.rmtree(tree / "Other^Patient")
+        shutil.rmtree(tree / "Nightingale_Florence")
+        with pytest.raises(DicomError, match=r"no DICOM image series; found 1: RTSTRUCT .* give the images that these"):
+            self.studies(tree, listener)
+        (tree / "plan.dcm").unlink()
+        with pytest.raises(DicomError, match="no DICOM image series; found no DICOM files"):
+            self.studies(tree, listener)
+
+    def test_headers_are_read_once(self, tree: Path, model: Model, tmp_path: Path) -> None:
+        """Voxels are read by the index that found them, so files that come later change nothing."""
+        shutil.rmtree(tree / "Other^Patient" / "CT")
+        studies = self.studies(tree, Listener())
+        (tree / "Nightingale_Florence" / "MR" / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"x" * 40)
+        settings = replace(SETTINGS, series="all")
+        written, failures = segment_studies(model, studies, tmp_path / "out", settings=settings, console=Silence())
+        assert (len(written), failures) == (2, [])
+
+    def test_without_it_the_choice_is_the_users(self, model: Model, tree: Path, tmp_path: Path) -> None:
+        _, failures = segment(model, [tree], tmp_path / "out")
+        assert "3 image series of 3 patients, name one by number" in failures["tree"]
+        assert failures["tree"].endswith("; or give --series all to segment each")
+        assert "Nightingale" not in failures["tree"]
+
+    def test_several_channels_cannot_be_told_apart(self, tree: Path) -> None:
+        wanted = Wanted(planned(2), series="all")
+        with pytest.raises(VolumeError, match=r"takes each series for a study, the model wants 2 channels in one"):
+            find_studies([tree], wanted, console=Silence())
+
+    def test_files_and_manifests_are_as_ever(self, model: Model, images: Path, tmp_path: Path) -> None:
+        studies = find_studies([images], Wanted(planned(1), series="all"), console=Silence())
+        assert [study.name for study in studies] == ["hippocampus_001", "hippocampus_015"]
+        settings = replace(SETTINGS, series="all")
+        written, _ = segment_studies(model, studies[:1], tmp_path / "out", settings=settings, console=Silence())
+        assert len(written) == 1
 
 
 class TestAgain:
