@@ -43,7 +43,7 @@ NIIVUE = Package(
 )
 NIIVUE_MEMBER = "package/dist/niivue.umd.js"
 NIIVUE_SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
-NIIVUE_SCRIPT = ROOT / "pipeline" / "view" / "vendor" / "niivue.js"
+NIIVUE_SCRIPT = ROOT / "pipeline" / "view" / "page" / "niivue.js"
 
 OHIF = Package(
     "@ohif/app",

@@ -16,20 +16,22 @@ from pipeline.view.scene import Scene, image_voxels, nifti_bytes, read_scene, to
 from pipeline.view.server import Reply
 from pipeline.view.surfaces import surface_mz3
 
+_HTML, _STYLE, _SCRIPT = (f"text/{kind}; charset=utf-8" for kind in ("html", "css", "javascript"))
+_JSON, _VOLUME = "application/json", "application/octet-stream"
+
 PAGE = {
-    "": ("page/index.html", "text/html; charset=utf-8"),
-    "style.css": ("page/style.css", "text/css; charset=utf-8"),
-    "app.js": ("page/app.js", "text/javascript; charset=utf-8"),
-    "labels.js": ("page/labels.js", "text/javascript; charset=utf-8"),
-    "panes.js": ("page/panes.js", "text/javascript; charset=utf-8"),
-    "niivue.js": ("vendor/niivue.js", "text/javascript; charset=utf-8"),
+    "": ("index.html", _HTML),
+    "style.css": ("style.css", _STYLE),
+    "app.js": ("app.js", _SCRIPT),
+    "labels.js": ("labels.js", _SCRIPT),
+    "panes.js": ("panes.js", _SCRIPT),
+    "niivue.js": ("niivue.js", _SCRIPT),
 }
-"""Name in the address: file in this package, and its type."""
+"""Name in the address: file of the page, and its type."""
 
 KEPT_SCENES = 2
 """Cases in memory at a time."""
 
-_JSON, _VOLUME = "application/json", "application/octet-stream"
 _CASE = re.compile(r"cases/(\d{1,9})/(?:(facts\.json|image\.nii|labels\.nii)|surface-(\d{1,9})\.mz3)")
 
 Load = Callable[[Result], Scene]
@@ -117,9 +119,9 @@ def _surface(scene: Scene, value: int) -> Reply | None:
 
 def _packaged(file: str) -> bytes:
     try:
-        return files("pipeline.view").joinpath(file).read_bytes()
+        return files("pipeline.view.page").joinpath(file).read_bytes()
     except FileNotFoundError:
         raise RunError(
-            f"{Path(file).name} is missing, because volseg was installed without npm; "
+            f"{file} is missing, because volseg was installed without npm; "
             "run `make viewer-assets` in the checkout, which fetches it"
         ) from None
