@@ -36,6 +36,8 @@ LO_CHARACTERS, SH_CHARACTERS = 64, 16
 _PATIENT_GROUP = 0x0010
 _STUDY_KEYWORDS = ("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName")
 _REQUIRED_KEYWORDS = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", *_STUDY_KEYWORDS)
+_REMOVED = "PatientIdentityRemoved"
+_METHODS = ("DeidentificationMethod", "DeidentificationMethodCodeSequence")
 _SOURCE_FOR_PROCESSING = ("121322", "Source image for image processing operation")
 """PS3.16 CID 7202."""
 _FRAME_GROUPS = (
@@ -151,10 +153,11 @@ def take_identity(header: Dataset) -> Dataset:
     """Patient and study, taken out of `header`, which keeps empty values in their place.
 
     What says who it is stays as it is; other facts, as an age, are left out where DICOM does not allow their values.
+    Where the identity was removed, DICOM wants to know how (PS3.3 section C.7.1.1).
     """
     identity = Dataset()
     for tag in sorted(header.keys()):
-        if tag.group != _PATIENT_GROUP and keyword_for_tag(tag) not in _STUDY_KEYWORDS:
+        if tag.group != _PATIENT_GROUP and keyword_for_tag(tag) not in (*_STUDY_KEYWORDS, _REMOVED, *_METHODS):
             continue
         if keyword_for_tag(tag) in _REQUIRED_KEYWORDS or _is_valid(header, tag):
             identity.add(header[tag])
@@ -163,12 +166,16 @@ def take_identity(header: Dataset) -> Dataset:
         setattr(header, keyword, None)
         if keyword not in identity:
             setattr(identity, keyword, None)
+    if identity.get(_REMOVED) == "YES" and not any(x in identity for x in _METHODS):
+        identity.DeidentificationMethod = "not stated by the source"
     return identity
 
 
 def _is_valid(header: Dataset, tag: BaseTag) -> bool:
     try:
         element = header[tag]
+        if element.is_empty:
+            return False
         for value in element.value if element.VM > 1 else [element.value]:
             if element.VR != "SQ":
                 validate_value(element.VR, getattr(value, "original_string", value), RAISE)

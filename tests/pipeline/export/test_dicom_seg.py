@@ -247,6 +247,19 @@ def test_facts_that_dicom_does_not_allow_are_left_out(phantoms: SimpleNamespace,
     assert "PatientSize" not in found
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [(None, "not stated by the source"), ("", "not stated by the source"), ("by hand", "by hand")],
+)
+def test_a_removed_identity_has_a_method(
+    phantoms: SimpleNamespace, tmp_path: Path, method: str | None, expected: str
+) -> None:
+    tags = {"PatientIdentityRemoved": "YES", "DeidentificationMethod": method}
+    source = phantoms.source_of(phantoms.write_series(tmp_path / "in", **tags))
+    found = pydicom.dcmread(written(phantoms.segmentation_of(source), source, tmp_path))
+    assert (found.PatientIdentityRemoved, found.DeidentificationMethod) == ("YES", expected)
+
+
 def rewritten(folder: Path, change: Callable[[Dataset, int, np.ndarray], None]) -> Path:
     """Each file of a phantom series changed, given the number of its slice and the step to the next slice in mm."""
     for path in folder.iterdir():
