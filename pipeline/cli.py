@@ -42,6 +42,15 @@ SeriesUid = Annotated[str | None, typer.Option("--series", help="Which series, w
 ResampleUneven = Annotated[
     bool, typer.Option("--resample-uneven", help="Interpolate DICOM slices with uneven gaps instead of refusing them.")
 ]
+Deidentify = Annotated[
+    bool, typer.Option("--deidentify", help="Remove the patient's identity from the results (PS3.15 basic profile).")
+]
+DeidentifySource = Annotated[
+    bool, typer.Option("--deidentify-source", help="The same, with copies of the DICOM source in NAME.source.")
+]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key", help="File of the key for pseudonyms, made if missing; default: a new key.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -154,14 +163,20 @@ def predict(
     keyring: KeyringUser = None,
     aet: Aet = "VOLSEG",
     receive_port: ReceivePort = None,
+    deidentify: Deidentify = False,
+    deidentify_source: DeidentifySource = False,
+    key: KeyFile = None,
 ) -> None:
     """Segment volumes; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
-    from pipeline.cli_stages import Prediction, predict_inputs
+    from pipeline.cli_stages import Prediction, Removal, predict_inputs
     from pipeline.pacs.node import is_node
 
-    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven)
+    removal = Removal(deidentify, deidentify_source, key)
+    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal)
     if any(map(is_node, inputs)):
+        if removal != Removal():
+            raise typer.BadParameter("not for a study of an archive; fetch it, then predict", param_hint="--deidentify")
         if len(inputs) > 1:
             raise typer.BadParameter("one archive at a time, and nothing beside it", param_hint="INPUT")
         reach = Reach(credentials, keyring, aet, receive_port)
@@ -202,12 +217,16 @@ def export(
     ] = None,
     series: SeriesUid = None,
     resample_uneven: ResampleUneven = False,
+    deidentify: Deidentify = False,
+    deidentify_source: DeidentifySource = False,
+    key: KeyFile = None,
 ) -> None:
     """Write a label map in other formats; each is read back and compared before it is called done."""
-    from pipeline.cli_stages import export_labels
+    from pipeline.cli_stages import Removal, export_labels
 
     export_labels(labels, source, out, formats=_names(formats), schema=schema, series=series,
-                  resample_uneven=resample_uneven)  # fmt: skip
+                  resample_uneven=resample_uneven,
+                  removal=Removal(deidentify, deidentify_source, key))  # fmt: skip
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pipeline.files import write_json, write_text
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.export.confidentiality import Confidentiality
     from pipeline.plan import Plan
     from pipeline.report import Report
 
@@ -130,6 +131,24 @@ def run_folds(config: Config, out: Path | None, *, folds: list[int] | None, cons
 
 
 @dataclass(frozen=True)
+class Removal:
+    """The options that remove identity from exports."""
+
+    deidentify: bool = False
+    copies_source: bool = False
+    key_file: Path | None = None
+
+    def confidentiality(self) -> Confidentiality | None:
+        """What exports are given."""
+        from pipeline.export.confidentiality import chosen
+
+        return chosen(deidentify=self.deidentify, copies_source=self.copies_source, key_file=self.key_file)
+
+
+NO_REMOVAL = Removal()
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The options of `volseg predict`."""
 
@@ -140,6 +159,7 @@ class Prediction:
     device: str
     force: bool
     resample_uneven: bool = False
+    removal: Removal = NO_REMOVAL
 
 
 def predict_inputs(
@@ -161,7 +181,10 @@ def predict_inputs(
     model = Model(tuple(load_bundle(path, device) for path in find_bundles(model_path)))
     meant = Wanted(model.plan.channels, wanted.root, wanted.series, wanted.resample_uneven)
     studies = find_studies(inputs, meant, console=console)
-    settings = SegmentSettings(wanted.formats, wanted.mirror, wanted.series, wanted.force, wanted.resample_uneven)
+    settings = SegmentSettings(
+        *(wanted.formats, wanted.mirror, wanted.series, wanted.force, wanted.resample_uneven),
+        confidentiality=wanted.removal.confidentiality(),
+    )
     written, failures = segment_studies(model, studies, out, settings=settings, console=console)
     console.close()
     for file in written:
@@ -217,11 +240,12 @@ def export_labels(
     schema: Path | None,
     series: str | None,
     resample_uneven: bool = False,
+    removal: Removal = NO_REMOVAL,
 ) -> None:
     """`volseg export`."""
     import numpy as np
 
-    from pipeline.export import export
+    from pipeline.export import Options, export
     from pipeline.manifest_formats import volume_stem
     from pipeline.segment import read_source, schema_for
     from pipeline.segmentation import Algorithm, Segmentation
@@ -237,7 +261,9 @@ def export_labels(
     segmentation = Segmentation(
         found.voxels.astype(dtype), found.geometry, known, Algorithm("label map given to volseg export", "")
     )
-    for file in export(segmentation, formats=formats, out=out, name=volume_stem(labels), source=given):
+    options = Options(confidentiality=removal.confidentiality())
+    name = volume_stem(labels)
+    for file in export(segmentation, formats=formats, out=out, name=name, source=given, options=options):
         print(file.path)
 
 

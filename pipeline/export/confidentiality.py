@@ -131,6 +131,19 @@ def load_key(path: Path) -> bytes:
     return bytes.fromhex(text)
 
 
+def chosen(*, deidentify: bool, copies_source: bool, key_file: Path | None) -> Confidentiality | None:
+    """What the options of the command line ask for; without a key file, a key that is forgotten afterwards.
+
+    Raises:
+        ExportError: a key for nothing, or a key file that cannot be used.
+    """
+    if not (deidentify or copies_source):
+        if key_file is not None:
+            raise ExportError("--key is for --deidentify and --deidentify-source; give one of them, or leave it out")
+        return None
+    return Confidentiality(new_key() if key_file is None else load_key(key_file), copies_source)
+
+
 @cache
 def profile() -> Mapping[tuple[int, int], str]:
     """The basic profile: per tag, `delete`, `empty`, `dummy`, `uid` or `recurse`."""

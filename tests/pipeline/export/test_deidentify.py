@@ -10,19 +10,27 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import torch
 from pydicom import Dataset
 from pydicom.dataelem import DataElement
 from pydicom.uid import ExplicitVRLittleEndian
 
-from pipeline.errors import ExportError
+from pipeline.bundle import load_bundle
+from pipeline.cli_stages import Removal, export_labels
+from pipeline.console import Silence
+from pipeline.errors import ExportError, RunError
 from pipeline.export import Options, Source, export
 from pipeline.export.confidentiality import Confidentiality, Identity, identity_of, load_key, new_key, profile
 from pipeline.export.deidentify import deidentify_file
 from pipeline.export.verify_deidentified import verify_deidentified, verify_plain
+from pipeline.predict import Model
+from pipeline.segment import SegmentSettings, segment_studies
 from pipeline.segmentation import Segmentation
+from pipeline.studies import Study
 from transforms.labels import Label, LabelSchema
 
 BIN = Path(sys.executable).parent
@@ -359,3 +367,41 @@ def test_a_real_series(hippocrop: Source, phantoms: SimpleNamespace, tmp_path: P
     for path in dicom_files(tmp_path / "out"):
         assert b"Dumbledore" not in path.read_bytes()
         assert b"PGBM" not in path.read_bytes()
+
+
+def test_the_command_line_s_options(phantom: Segmentation, known: Source, tmp_path: Path) -> None:
+    affine = nib.Nifti1Image(phantom.label_map, known.image.geometry.affine_ras)
+    nib.save(affine, tmp_path / "case.nii.gz")
+    (tmp_path / "labels.json").write_text(phantom.schema.model_dump_json(), encoding="utf-8")
+    removal = Removal(deidentify=False, copies_source=True, key_file=tmp_path / "key")
+    folder = known.series.paths[0].parent
+    export_labels(
+        *(tmp_path / "case.nii.gz", folder, tmp_path / "out"),
+        formats=["seg"],
+        schema=None,
+        series=None,
+        removal=removal,
+    )
+    seg = pydicom.dcmread(tmp_path / "out" / "case.seg.dcm")
+    assert seg.PatientID == Confidentiality(load_key(tmp_path / "key")).patient(pydicom.dcmread(known.series.paths[0]))
+    assert len(dicom_files(tmp_path / "out" / "case.source")) == 6
+    assert Removal().confidentiality() is None
+    with pytest.raises(ExportError, match="--key is for --deidentify"):
+        Removal(key_file=tmp_path / "key").confidentiality()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_prediction_leaves_no_trace(small_bundle: Path, data_dir: Path, tmp_path: Path) -> None:
+    model = Model((load_bundle(small_bundle, torch.device("cpu")),))
+    studies = [Study("case", (data_dir / "dicom_hippocrop",))]
+    settings = SegmentSettings(("seg", "nifti"), mirror=False, series=None, force=False)
+    hidden = replace(settings, confidentiality=HOW)
+    written, failures = segment_studies(model, studies, tmp_path / "out", settings=hidden, console=Silence())
+    assert ([file.path.name for file in written], failures) == (["case.seg.dcm", "case.nii.gz"], [])
+    assert pydicom.dcmread(written[0].path).PatientIdentityRemoved == "YES"
+    for path in (tmp_path / "out").iterdir():
+        for trace in (b"PGBM", b"Dumbledore", b"dicom_hippocrop", b"1.3.6.1.4.1.14519"):
+            assert trace not in path.read_bytes(), path.name
+    # What is kept from before would not be what is asked for now.
+    with pytest.raises(RunError, match="another model or setting"):
+        segment_studies(model, studies, tmp_path / "out", settings=settings, console=Silence())
