@@ -35,6 +35,7 @@ from pipeline.pacs.archive import (
 
 if TYPE_CHECKING:
     from pipeline.pacs.credentials import Credentials
+    from pipeline.pacs.node import Node
 
 PAGE = 500
 """Rows asked for at a time; an archive may give fewer."""
@@ -165,12 +166,19 @@ class _DicomWeb:
         except requests.Timeout:
             raise Unreachable(f"{node}: no answer within {self._access.patience.answer_s:g} s") from None
         except requests.RequestException as error:
-            raise _explain_connection(error, self._access) from None
+            # A JSON text that cannot be read is one of them, and a ValueError.
+            if not isinstance(error, requests.exceptions.JSONDecodeError):
+                raise _explain_connection(error, self._access) from None
+            raise _foreign(node, error) from None
         except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            # ValueError holds JSON and multipart that cannot be read, and pydicom's own errors.
-            raise PacsError(
-                f"{node}: the answer is not what a DICOMweb service gives ({type(error).__name__}); check the path"
-            ) from None
+            # ValueError holds multipart that cannot be read, and pydicom's own errors.
+            raise _foreign(node, error) from None
+
+
+def _foreign(node: Node, error: Exception) -> PacsError:
+    return PacsError(
+        f"{node}: the answer is not what a DICOMweb service gives ({type(error).__name__}); check the path"
+    )
 
 
 class _Refused(PacsError):

@@ -46,14 +46,19 @@ def associated(
         NotOffered: none of the contexts was accepted.
         PacsError: a rejection, or no TLS.
     """
-    association = _associate(access, contexts, [*roles, *_identity(access.credentials)], handlers)
+    connection = _Connection(access.patience.answer_s)
+    items = [*roles, *_identity(access.credentials)]
     try:
-        yield association
-    except BaseException:
-        association.abort()
-        raise
-    if association.is_established:
-        association.release()
+        association = _associate(access, contexts, connection, items=items, handlers=handlers)
+        try:
+            yield association
+        except BaseException:
+            association.abort()
+            raise
+        if association.is_established:
+            association.release()
+    finally:
+        connection.close()
 
 
 def silence(access: Access, started_s: float) -> Unreachable:
@@ -71,41 +76,61 @@ def in_words(status: Dataset, words: dict[int, tuple[str, str]]) -> str:
     return f"status 0x{code:04X}, {(text or code_to_category(code)).lower()}"
 
 
+class _Connection:
+    """The socket under an association: what the library leaves at its defaults is set when it opens."""
+
+    def __init__(self, answer_s: float) -> None:
+        self._answer_s = answer_s
+        self._socket: socket.socket | None = None
+        self.opened_s: float | None = None
+        self.handlers = [(evt.EVT_CONN_OPEN, self._on_open), (evt.EVT_DATA_SENT, self._on_sent)]
+
+    def close(self) -> None:
+        """Does nothing if it is closed; the library forgets to after the peer has broken off."""
+        if self._socket is not None:
+            self._socket.close()
+
+    def _on_open(self, event: evt.Event) -> None:
+        transport: Any = event.assoc.dul.socket
+        opened: socket.socket = transport.socket
+        self._socket, self.opened_s = opened, time.monotonic()
+        # Without it a write to a peer that has stopped reading would block for ever.
+        opened.settimeout(self._answer_s)
+        # Short messages alternate; held back to be joined, each would wait for the peer's delayed acknowledgement.
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _on_sent(self, event: evt.Event) -> None:
+        # Linux forgets it after a while. Without it a peer that writes an answer in two parts waits 40 ms for each.
+        if hasattr(socket, "TCP_QUICKACK") and self._socket is not None:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
 def _associate(
-    access: Access, contexts: Sequence[PresentationContext], items: Sequence[Any], handlers: Sequence[Any]
+    access: Access,
+    contexts: Sequence[PresentationContext],
+    connection: _Connection,
+    *,
+    items: Sequence[Any],
+    handlers: Sequence[Any],
 ) -> Association:
     node, patience = access.node, access.patience
     entity = AE(ae_title=access.aet)
     entity.connection_timeout = patience.connect_s
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = patience.answer_s
-    connected: list[float] = []
-
-    def on_connection(event: evt.Event) -> None:
-        connected.append(time.monotonic())
-        # Without it a write to a peer that has stopped reading would block for ever.
-        transport: Any = event.assoc.dul.socket
-        transport.socket.settimeout(patience.answer_s)
-        # Short messages alternate; held back to be joined, each would wait for the peer's delayed acknowledgement.
-        transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def on_sent(event: evt.Event) -> None:
-        # Linux forgets it after a while. Without it a peer that writes an answer in two parts waits 40 ms for each.
-        transport: Any = event.assoc.dul.socket
-        if hasattr(socket, "TCP_QUICKACK") and transport.socket is not None:
-            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-
-    started_s = time.monotonic()
-    association = entity.associate(
-        node.host,
-        node.port,
-        list(contexts),
-        node.called_aet,
-        ext_neg=list(items),
-        tls_args=(client_context(access.credentials), node.host) if node.tls else None,
-        evt_handlers=[(evt.EVT_CONN_OPEN, on_connection), (evt.EVT_DATA_SENT, on_sent), *handlers],
-    )
+    try:
+        association = entity.associate(
+            node.host,
+            node.port,
+            list(contexts),
+            node.called_aet,
+            ext_neg=list(items),
+            tls_args=(client_context(access.credentials), node.host) if node.tls else None,
+            evt_handlers=[*connection.handlers, *handlers],
+        )
+    except OSError:  # Of the name's look-up; others do not come out.
+        raise _probe(access) from None
     if not association.is_established:
-        raise _explain(association, access, connected[0] if connected else None, started_s)
+        raise _explain(association, access, connection.opened_s)
     return association
 
 
@@ -120,7 +145,7 @@ def _identity(credentials: Credentials) -> list[UserIdentityNegotiation]:
     return [item]
 
 
-def _explain(association: Association, access: Access, connected_s: float | None, started_s: float) -> PacsError:
+def _explain(association: Association, access: Access, connected_s: float | None) -> PacsError:
     node = access.node
     if association.is_rejected:
         answer: Any = association.acceptor.primitive

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import socket
 import ssl
 import threading
 import time
@@ -356,6 +357,13 @@ class Notes(Silence):
 
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def elapsed_s(action: Callable[[], Any]) -> float:
