@@ -59,7 +59,7 @@ class Scene:
 
     name: str
     image: Volume
-    values: npt.NDArray[np.uint8 | np.uint16]
+    values: Array
     labels: tuple[ShownLabel, ...]
     boxes: tuple[Box, ...]
     """Per value from 1, the part of the grid that it lies in."""

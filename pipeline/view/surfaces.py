@@ -54,4 +54,4 @@ def _shares(mask: npt.NDArray[np.float32], step: int) -> npt.NDArray[np.float32]
         return mask
     padded = np.pad(mask, [(0, -n % step) for n in mask.shape])
     i, j, k = (n // step for n in padded.shape)
-    return padded.reshape(i, step, j, step, k, step).mean(axis=(1, 3, 5))
+    return np.asarray(padded.reshape(i, step, j, step, k, step).mean(axis=(1, 3, 5)))
