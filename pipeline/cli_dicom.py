@@ -24,7 +24,8 @@ WIDE = 100
 """With fewer columns, identifiers of series are left out and findings come under the table."""
 
 _COLUMNS = ("no.", "patient", "study", "series", "kind", "description", "size", "spacing mm", "plane", "usable")
-_WRAPPING = {"description", "plane", "findings"}
+_WRAPPING = {"study", "series", "description", "plane", "findings"}
+_WIDEST = {"study": 8, "series": 8}
 _USABLE = {True: ("yes", "green"), False: ("no", "red"), None: ("-", "dim")}
 
 
@@ -105,7 +106,13 @@ def _table(rows: Sequence[ListingRow], *, is_wide: bool, sparse: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2 if is_wide else 1, 0, 0), header_style="dim")
     for name in [*(name for name in _COLUMNS if is_wide or name != "series"), *(["findings"] if is_wide else [])]:
         wraps, right = name in _WRAPPING, name == "no."
-        table.add_column(name, justify="right" if right else "left", no_wrap=not wraps, overflow="fold")
+        table.add_column(
+            name,
+            justify="right" if right else "left",
+            no_wrap=not wraps,
+            overflow="fold",
+            max_width=_WIDEST.get(name) if sparse else None,
+        )
     before = ("", "")
     for row in rows:
         whose = (row.patient, row.study)

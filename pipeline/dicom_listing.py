@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -148,20 +148,28 @@ class _Short:
 
     @classmethod
     def of(cls, volumes: Sequence[DicomSeries]) -> _Short:
-        keys = _cut({v.patient_key for v in volumes}, lambda key, n: key[:n], SHORTEST_KEY)
-        ends = [
-            _cut(uids, lambda uid, n: uid if len(uid) <= n + 1 else "…" + uid[-n:], SHORTEST_UID)
-            for uids in ({v.study_uid for v in volumes}, {v.series_uid for v in volumes})
-        ]
-        return cls(keys, *ends)
+        keys = _beginnings((v.patient_key for v in volumes), SHORTEST_KEY)
+        studies, series = (_ends(uids) for uids in ([v.study_uid for v in volumes], [v.series_uid for v in volumes]))
+        return cls(keys, studies, series)
 
 
-def _cut(values: Iterable[str], cut: Callable[[str, int], str], shortest: int) -> dict[str, str]:
-    known = sorted(set(values) - {""})
-    length = shortest
-    while len({cut(value, length) for value in known}) < len(known):
-        length += 1
-    return {"": "-", **{value: cut(value, length) for value in known}}
+def _beginnings(values: Iterable[str], shortest: int) -> dict[str, str]:
+    """Each value cut as short as tells it from all others; '-' for none."""
+    known = sorted(set(values))
+    lengths = [shortest] * len(known)
+    for n, (before, after) in enumerate(pairwise(known)):
+        # In sorted order, the value that is most alike stands beside.
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))) + 1
+        lengths[n], lengths[n + 1] = max(lengths[n], alike), max(lengths[n + 1], alike)
+    return {value: value[:length] or "-" for value, length in zip(known, lengths, strict=True)}
+
+
+def _ends(uids: Iterable[str]) -> dict[str, str]:
+    """Each identifier by as many of its last digits as tell it from all others."""
+    backwards = _beginnings((uid[::-1] for uid in uids), SHORTEST_UID)
+    return {
+        uid[::-1]: (uid[::-1] or "-") if len(uid) <= len(end) + 1 else "…" + end[::-1] for uid, end in backwards.items()
+    }
 
 
 def _alike(number: int, volume: DicomSeries) -> tuple[object, ...]:
