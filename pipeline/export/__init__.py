@@ -291,6 +291,30 @@ def _verify_seg_nrrd(path: Path, job: Job) -> Verification:
     return verify_seg_nrrd(path, job.segmentation)
 
 
+def _write_stl(target: Path, job: Job) -> None:
+    from pipeline.export.meshes import write_stl
+
+    write_stl(target, job.segmentation, smoothing=job.options.smoothing)
+
+
+def _verify_stl(path: Path, job: Job) -> Verification:
+    from pipeline.export.verify_meshes import verify_stl
+
+    return verify_stl(path, job.segmentation)
+
+
+def _write_gltf(target: Path, job: Job) -> None:
+    from pipeline.export.meshes import write_gltf
+
+    write_gltf(target, job.segmentation, smoothing=job.options.smoothing)
+
+
+def _verify_gltf(path: Path, job: Job) -> Verification:
+    from pipeline.export.verify_meshes import verify_gltf
+
+    return verify_gltf(path, job.segmentation)
+
+
 def _write_overlay(target: Path, job: Job) -> None:
     from pipeline.export.overlay import write_overlay
 
@@ -316,5 +340,7 @@ FORMATS: dict[str, Format] = {
     "rtstruct": Format(".rtstruct.dcm", "DICOM RT Structure Set", _write_rtstruct, _verify_rtstruct, needs_dicom=True),
     "nifti": Format(".nii.gz", "NIfTI label map with a table of its labels", _write_nifti, _verify_nifti),
     "nrrd": Format(".seg.nrrd", "segmentation for 3D Slicer", _write_seg_nrrd, _verify_seg_nrrd),
+    "stl": Format(".meshes", "STL meshes in LPS+ mm, a file a label", _write_stl, _verify_stl, is_folder=True),
+    "gltf": Format(".glb", "one coloured mesh file (glTF)", _write_gltf, _verify_gltf),
     "overlay": Format(".png", "picture in three planes", _write_overlay),
 }
