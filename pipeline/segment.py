@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.console import Console
 from pipeline.dataset import Failure
-from pipeline.errors import DicomError, RunError, VolsegError
+from pipeline.errors import DicomError, RunError, SeveralSeries, VolsegError
 from pipeline.evaluate import SCHEMA_FILE
 from pipeline.export import FORMATS, ExportedFile, Options, Source, check_formats, export
 from pipeline.files import write_json, write_text
@@ -87,12 +87,19 @@ def _segment(model: Model, study: Study, out: Path, *, mirror: bool, settings: S
         refuse_modality(study.series.modality or None, model.plan.channels[0])
         sources = [_source_of(study.series)]
     else:
-        series = None if settings.series == EVERY_SERIES else settings.series
-        sources = [read_source(path, series=series, resample_uneven=settings.resample_uneven) for path in study.paths]
+        sources = [_study_source(path, settings) for path in study.paths]
     device = next(model.bundles[0].network.parameters()).device
     segmentation = predict(model, [s.image for s in sources], mirror=mirror, device=device)
     options = Options(confidentiality=settings.confidentiality)
     return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
+
+
+def _study_source(path: Path, settings: SegmentSettings) -> Source:
+    series = None if settings.series == EVERY_SERIES else settings.series
+    try:
+        return read_source(path, series=series, resample_uneven=settings.resample_uneven)
+    except SeveralSeries as several:
+        raise SeveralSeries(f"{several}; or give --series {EVERY_SERIES} to segment each") from None
 
 
 def read_source(path: Path, *, series: str | None, resample_uneven: bool = False) -> Source:
