@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections import Counter
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from transforms.colours import PALETTE, distinct_colours
+from transforms.concepts import TISSUE, CodedConcept, concepts_of
+
+__all__ = ["MAX_LABEL_ID", "PALETTE", "TISSUE", "CodedConcept", "Label", "LabelSchema", "schema_from_names"]
+
 MAX_LABEL_ID = 65535
-_UNKNOWN_CLASS = 65535
+"""What unsigned 16-bit voxels hold (DICOM SEG, PS3.3 C.8.20)."""
+
+_SHOWN = 20
 
 
-class CodedConcept(BaseModel):
-    """A coded concept (DICOM PS3.3 section 8.8): SNOMED CT unless another scheme is named."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    value: str
-    meaning: str
-    scheme: str = "SCT"
-
-
-TISSUE = CodedConcept(value="85756007", meaning="Tissue")
-"""Segmented property type and category when a schema names none."""
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class Label(BaseModel):
@@ -33,7 +30,7 @@ class Label(BaseModel):
 
     id: int = Field(ge=1, le=MAX_LABEL_ID)
     name: str = Field(min_length=1)
-    colour: tuple[int, int, int]
+    colour: tuple[Byte, Byte, Byte]
     code: CodedConcept = TISSUE
     category: CodedConcept = TISSUE
     twin: str | None = None
@@ -44,14 +41,14 @@ class LabelSchema(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    labels: tuple[Label, ...] = Field(min_length=1, max_length=_UNKNOWN_CLASS - 1)
+    labels: tuple[Label, ...] = Field(min_length=1, max_length=MAX_LABEL_ID)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for what, values in (("id", [str(x.id) for x in self.labels]), ("name", [x.name for x in self.labels])):
-            repeated = sorted({v for v in values if values.count(v) > 1})
+            repeated = sorted(value for value, count in Counter(values).items() if count > 1)
             if repeated:
-                raise ValueError(f"label {what} {', '.join(repeated)} stands more than once")
+                raise ValueError(f"label {what} {', '.join(repeated[:_SHOWN])} stands more than once")
         by_name = {label.name: label for label in self.labels}
         for label in self.labels:
             if label.twin is None:
@@ -95,13 +92,16 @@ class LabelSchema(BaseModel):
         """
         highest = max(self.ids)
         in_range = not label_map.size or (int(label_map.min()) >= 0 and int(label_map.max()) <= highest)
-        table = np.full(highest + 1, _UNKNOWN_CLASS, dtype=np.uint16)
-        table[[0, *self.ids]] = range(self.class_count)
-        classes = table[label_map] if in_range else None
-        if classes is None or bool((classes == _UNKNOWN_CLASS).any()):
+        known = np.zeros(highest + 1, dtype=bool)
+        known[[0, *self.ids]] = True
+        if not (in_range and bool(known[label_map].all())):
             outside = self.unknown_ids(np.unique(label_map))
-            raise ValueError(f"label values {outside} are not in the schema, which knows {list(self.ids)}")
-        return np.asarray(classes, dtype=np.uint8 if self.class_count <= 256 else np.uint16)
+            raise ValueError(
+                f"label values {_shown(outside)} are not in the schema, which knows {_shown(list(self.ids))}"
+            )
+        table = np.zeros(highest + 1, dtype=np.uint8 if self.class_count <= 256 else np.uint16)
+        table[[0, *self.ids]] = range(self.class_count)
+        return np.asarray(table[label_map])
 
     def ids_from_classes(self, classes: npt.NDArray[Any]) -> npt.NDArray[np.uint8 | np.uint16]:
         """Classes 0..n to the voxel values of files."""
@@ -114,21 +114,22 @@ class LabelSchema(BaseModel):
         return [(x.id, x.name) for x in self.labels] == [(x.id, x.name) for x in other.labels]
 
 
-PALETTE: tuple[tuple[int, int, int], ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-    (153, 153, 153),
-)
-"""Okabe and Ito's colours, told apart by most colour-blind readers (jfly.uni-koeln.de/color, 2008)."""
+def _shown(ids: list[int]) -> str:
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return f"{ids[:_SHOWN]}{more}"
 
 
 def schema_from_names(ids_and_names: dict[int, str]) -> LabelSchema:
-    """A schema with palette colours, for datasets that only name their labels."""
+    """A schema with colours that differ and, where a name is an anatomical one, its code.
+
+    For datasets that only name their labels.
+    """
     rows = sorted((i, n) for i, n in ids_and_names.items() if i != 0)
-    labels = tuple(Label(id=i, name=n, colour=PALETTE[k % len(PALETTE)]) for k, (i, n) in enumerate(rows))
-    return LabelSchema(labels=labels)
+    colours = distinct_colours(len(rows))
+    concepts = concepts_of([name for _, name in rows])
+    return LabelSchema(
+        labels=tuple(
+            Label(id=i, name=n, colour=colour, code=concept.code, category=concept.category)
+            for (i, n), colour, concept in zip(rows, colours, concepts, strict=True)
+        )
+    )

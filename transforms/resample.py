@@ -103,7 +103,8 @@ def _move_sheared(voxels: Tensor, axes: AxisMap, *, order: Order, fill: float, s
         moved = _shift_slices(moved, np.arange(moved.shape[1]), axes, order, fill).movedim(1, 0)
     outside = (between == 0).all(dim=1)
     moved[outside] = fill
-    return moved.movedim(0, 1).movedim(1, stack + 1).contiguous()
+    placed: Tensor = moved.movedim(0, 1).movedim(1, stack + 1).contiguous()
+    return placed
 
 
 def _shift_slices(slices: Tensor, numbers: np.ndarray, axes: AxisMap, order: Order, fill: float) -> Tensor:

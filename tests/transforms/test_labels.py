@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from pydicom.sr.codedict import codes
+from skimage.color import rgb2lab
 
+from transforms.colours import distinct_colours
 from transforms.labels import MAX_LABEL_ID, PALETTE, TISSUE, Label, LabelSchema, schema_from_names
 
 
@@ -123,6 +126,98 @@ def test_names_alone_make_a_schema() -> None:
     assert made.names == ("Anterior", "Posterior")
     assert [label.colour for label in made.labels] == list(PALETTE[:2])
     assert made.labels[0].code == TISSUE
+
+
+@pytest.mark.parametrize("colour", [(256, 0, 0), (0, -1, 0), (0, 0, 1.5), (0, 0)])
+def test_what_is_no_colour(colour: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="colour"):
+        Label.model_validate({"id": 1, "name": "a", "colour": colour})
+
+
+@pytest.fixture(scope="module")
+def full() -> LabelSchema:
+    return schema_from_names({n: f"label {n}" for n in range(1, MAX_LABEL_ID + 1)})
+
+
+class TestAsManyAsVoxelsCanTell:
+    """Unsigned 16-bit voxels: 65,535 labels and background. Each step was once quadratic, which took minutes."""
+
+    def test_every_value_is_a_class(self, full: LabelSchema) -> None:
+        ids = np.arange(MAX_LABEL_ID + 1, dtype=np.uint16)
+        classes = full.classes_from_ids(ids)
+        assert full.class_count == MAX_LABEL_ID + 1
+        assert classes.dtype == np.uint16
+        assert np.array_equal(classes, ids)
+        assert np.array_equal(full.ids_from_classes(classes), ids)
+
+    def test_each_has_its_own_colour(self, full: LabelSchema) -> None:
+        assert len({label.colour for label in full.labels}) == MAX_LABEL_ID
+
+    def test_it_is_read_again_from_json(self, full: LabelSchema) -> None:
+        assert LabelSchema.model_validate_json(full.model_dump_json()) == full
+
+    def test_one_that_is_missing_is_named_and_the_others_are_counted(self, full: LabelSchema) -> None:
+        without = LabelSchema(labels=full.labels[1:])
+        with pytest.raises(ValueError, match=r"values \[1\] are not .*, 21\] and 65514 more$"):
+            without.classes_from_ids(np.array([0, 1, MAX_LABEL_ID]))
+
+    def test_the_last_id_is_not_taken_for_an_unknown_one(self) -> None:
+        high = schema((7, "seven", None), (MAX_LABEL_ID, "last", None))
+        assert high.classes_from_ids(np.array([MAX_LABEL_ID, 7, 0])).tolist() == [2, 1, 0]
+        with pytest.raises(ValueError, match=r"values \[65534\] are not"):
+            high.classes_from_ids(np.array([MAX_LABEL_ID - 1]))
+
+
+def test_colours_begin_alike_and_differ() -> None:
+    assert distinct_colours(8) == PALETTE
+    many = distinct_colours(500)
+    assert many[:40] == distinct_colours(40)
+    assert len(set(many)) == 500
+    assert all(0 <= value <= 255 for colour in many for value in colour)
+
+
+def test_neighbours_are_far_from_each_other_as_eyes_see_it() -> None:
+    """Distances in CIE 1976 L*a*b*, by scikit-image; about 2.3 is just noticeable."""
+    lab = rgb2lab(np.array(distinct_colours(120), dtype=float)[None] / 255)[0]
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1000 * np.eye(120)
+    assert np.diag(apart, k=1).min() > 12
+    assert apart.min() > 2.3
+    assert np.median(apart.min(axis=0)) > 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meaning", "category"),
+    [
+        ("liver", "10200004", "Liver", "Anatomical Structure"),
+        ("LeftKidney", "64033007", "Kidney", "Anatomical Structure"),
+        ("kidney_right", "64033007", "Kidney", "Anatomical Structure"),
+        ("Brainstem", "119238007", "Brain Stem", "Anatomical Structure"),
+        ("Optic chiasm", "244453006", "Optic chiasm", "Anatomical Structure"),
+        ("LTLung", "39607008", "Lung", "Anatomical Structure"),
+        ("lungs", "39607008", "Lung", "Anatomical Structure"),
+        ("tumour", "108369006", "Neoplasm", "Morphologically Abnormal Structure"),
+        ("Urine", "78014005", "Urine", "Body Substance"),
+        # Parts of something, one of many, made up, or nothing at all: no code is better than a wrong one.
+        *(
+            (name, "85756007", "Tissue", "Tissue")
+            for name in ("Head", "Anterior", "rib 7", "liver7", "left", "label 1")
+        ),
+        ("kidney tumour", "85756007", "Tissue", "Tissue"),
+        ("肝臓", "85756007", "Tissue", "Tissue"),
+    ],
+)
+def test_well_known_names_bring_their_code(name: str, value: str, meaning: str, category: str) -> None:
+    (label,) = schema_from_names({1: name}).labels
+    assert (label.code.scheme, label.code.value, label.code.meaning) == ("SCT", value, meaning)
+    assert label.category.meaning == category
+
+
+def test_codes_are_those_of_dicoms_lists() -> None:
+    """Categories are of CID 7150, as highdicom's users find them in pydicom."""
+    for name, keyword in (("liver", "AnatomicalStructure"), ("edema", "MorphologicallyAbnormalStructure")):
+        (label,) = schema_from_names({1: name}).labels
+        assert label.category.value == getattr(codes.cid7150, keyword).value
+    assert schema_from_names({1: "bile"}).labels[0].category.value == codes.cid7150.BodySubstance.value
 
 
 def test_schemas_match_by_number_and_name() -> None:
