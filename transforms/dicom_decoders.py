@@ -2,22 +2,26 @@
 
 Decoders were chosen by comparing each with the uncompressed twin of its file, the quickest right one first; several
 of one syntax never stand in for each other, so a file is decoded in the same way everywhere. What a codestream
-says of its own size is compared with the header before a decoder sees it.
+says of its own size is compared with the header before a decoder sees it, and decoders run in processes of their own
+(`dicom_codec`), because damaged code makes them crash and hang.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from transforms.dicom_codec import ANSWER, REQUEST
 from transforms.errors import DicomError
 
 JPEG_BASELINE, JPEG_EXTENDED = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
@@ -30,12 +34,18 @@ RLE = "1.2.840.10008.1.2.5"
 LOSSY_SYNTAXES = (JPEG_BASELINE, JPEG_EXTENDED, JPEG_LS_NEAR, JPEG_2000, HTJ2K)
 """Syntaxes whose values may differ from those that were measured."""
 
+ENCAPSULATED_SYNTAXES = (
+    *(JPEG_BASELINE, JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LOSSLESS_SV1, JPEG_LS, JPEG_LS_NEAR),
+    *(JPEG_2000_LOSSLESS, JPEG_2000, HTJ2K_LOSSLESS, HTJ2K_RPCL, HTJ2K, RLE),
+)
+"""The compressed transfer syntaxes that can be read."""
+
+_JPEG_LS_FAMILY = (JPEG_LS, JPEG_LS_NEAR)
+_JPEG_2000_FAMILY = (JPEG_2000_LOSSLESS, JPEG_2000, HTJ2K_LOSSLESS, HTJ2K_RPCL, HTJ2K)
 _START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xF7}
 _NO_LENGTH = {0x01, *range(0xD0, 0xD9)}
-_START_OF_SCAN, _SIZE = 0xDA, 0xFF51
-# A header of one component: SOC, SIZ, its length, and 38 bytes of sizes (T.800 A.5.1).
+_START_OF_SCAN = 0xDA
 _JP2_SIGNATURE, _JP2_CODE = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
-_STDERR = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +78,22 @@ def decode(code: bytes, syntax: str, sample: Sample) -> npt.NDArray[Any]:
     """Stored values (rows, columns) of one frame, in the memory that the header allocates to each.
 
     Raises:
-        DicomError: the codestream is of another size than the header promises.
-        Exception: the code is damaged; decoders raise what they like.
+        DicomError: the code is damaged, or of another size than the header promises.
     """
-    if syntax == RLE:
-        return _shaped(_rle(code, sample), sample)
-    stream = jpeg_2000_stream(code) if syntax in _JPEG_2000_FAMILY else jpeg_stream(code)
-    _compare(stream, sample)
-    values = DECODERS[syntax](code, syntax, sample, stream)
-    return _shaped(values, sample)
+    stream = _stream(code, syntax, sample)
+    bits = (sample.bits_allocated, stream.precision, sample.signed)
+    decoded = _ask(REQUEST.pack(syntax.encode(), sample.rows, sample.columns, *bits, len(code)) + code)
+    container = sample.dtype
+    if syntax in (*_JPEG_LS_FAMILY, *_JPEG_2000_FAMILY):
+        # These give values in as much memory as they need; JPEG-LS knows no sign.
+        container = np.dtype(f"<{'i' if stream.signed else 'u'}{_bytes(stream.precision)}")
+    if decoded is None or len(decoded) != sample.rows * sample.columns * container.itemsize:
+        raise DicomError("damaged code")
+    values = np.frombuffer(decoded, container)
+    if container.kind != sample.dtype.kind:
+        # Some encoders wrote the bits of signed values as unsigned ones, or the other way round.
+        values = _with_sign(values, stream.precision, signed=sample.signed)
+    return values.astype(sample.dtype, copy=False).reshape(sample.rows, sample.columns)
 
 
 def jpeg_stream(code: bytes) -> Stream:
@@ -116,6 +133,15 @@ def jpeg_2000_stream(code: bytes) -> Stream:
     return Stream(bottom - top, right - left, components, (depth & 0x7F) + 1, bool(depth & 0x80))
 
 
+def _stream(code: bytes, syntax: str, sample: Sample) -> Stream:
+    if syntax == RLE:
+        # Run lengths know nothing of themselves; their number of values is compared in the end.
+        return Stream(sample.rows, sample.columns, 1, sample.bits_allocated, sample.signed)
+    stream = jpeg_2000_stream(code) if syntax in _JPEG_2000_FAMILY else jpeg_stream(code)
+    _compare(stream, sample)
+    return stream
+
+
 def _compare(stream: Stream, sample: Sample) -> None:
     found = (stream.rows, stream.columns, stream.components)
     if found != (sample.rows, sample.columns, 1) or not 0 < stream.precision <= sample.bits_allocated:
@@ -126,92 +152,76 @@ def _compare(stream: Stream, sample: Sample) -> None:
         )
 
 
-def _shaped(values: npt.NDArray[Any], sample: Sample) -> npt.NDArray[Any]:
-    if values.size != sample.rows * sample.columns:
-        raise DicomError(f"{values.size} values decoded where the header promises {sample.rows} x {sample.columns}")
-    return values.astype(sample.dtype, copy=False).reshape(sample.rows, sample.columns)
+def _bytes(precision: int) -> int:
+    return 1 if precision <= 8 else 2 if precision <= 16 else 4
 
 
-def _rle(code: bytes, sample: Sample) -> npt.NDArray[Any]:
-    from rle.utils import decode_pixel_data
-
-    options: dict[str, Any] = {"rows": sample.rows, "columns": sample.columns, "bits_allocated": sample.bits_allocated}
-    return np.frombuffer(decode_pixel_data(code, version=2, samples_per_pixel=1, **options), sample.dtype)
-
-
-def _jpeg_ls(code: bytes, syntax: str, sample: Sample, stream: Stream) -> npt.NDArray[Any]:
-    from jpeg_ls import decode_pixel_data
-
-    decoded, _ = decode_pixel_data(code)
-    # JPEG-LS knows no sign: the bits of negative values come back as those of large ones.
-    return _as_signed(np.frombuffer(decoded, f"<u{1 if stream.precision <= 8 else 2}"), stream, sample.signed)
-
-
-def _jpeg_2000(code: bytes, syntax: str, sample: Sample, stream: Stream) -> npt.NDArray[Any]:
-    from openjpeg.utils import decode_pixel_data
-
-    container = 1 if stream.precision <= 8 else 2 if stream.precision <= 16 else 4
-    decoded = decode_pixel_data(code, version=2)
-    values = np.frombuffer(decoded, f"<{'i' if stream.signed else 'u'}{container}")
-    # Some encoders wrote the bits of signed values as unsigned ones, and the other way round.
-    return values if stream.signed == sample.signed else _as_signed(values, stream, sample.signed)
-
-
-def _as_signed(values: npt.NDArray[Any], stream: Stream, signed: bool) -> npt.NDArray[Any]:
+def _with_sign(values: npt.NDArray[Any], precision: int, *, signed: bool) -> npt.NDArray[Any]:
     """Read the lowest `precision` bits of each value as a number with or without a sign."""
-    spare = values.dtype.itemsize * 8 - stream.precision
+    spare = values.dtype.itemsize * 8 - precision
     return (values.view(f"<{'i' if signed else 'u'}{values.dtype.itemsize}") << spare) >> spare
 
 
-def _jpeg(code: bytes, syntax: str, sample: Sample, stream: Stream) -> npt.NDArray[Any]:
-    import gdcm
+class _Codec:
+    """One decoding process."""
 
-    fragment = gdcm.Fragment()
-    fragment.SetByteStringValue(code)
-    fragments = gdcm.SequenceOfFragments.New()
-    fragments.AddFragment(fragment)
-    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
-    element.SetValue(fragments.__ref__())
-    image = gdcm.Image()
-    image.SetNumberOfDimensions(2)
-    image.SetDimensions((sample.columns, sample.rows, 1))
-    image.SetDataElement(element)
-    grey = gdcm.PhotometricInterpretation.MONOCHROME2
-    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(grey))
-    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(syntax)))
-    bits = stream.precision
-    image.SetPixelFormat(gdcm.PixelFormat(1, sample.bits_allocated, bits, bits - 1, int(sample.signed)))
-    with _quiet_gdcm(gdcm):
-        # Bytes that are no UTF-8 come back as lone surrogates (PEP 383).
-        decoded = image.GetBuffer()
-    if decoded is None:
-        raise DicomError("damaged code")
-    return np.frombuffer(decoded.encode("utf-8", "surrogateescape"), sample.dtype)
+    def __init__(self) -> None:
+        # -P: what lies beside the script must not hide a library.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("dicom_codec.py"))]
+        self.owner = os.getpid()
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
+    def decode(self, request: bytes) -> bytes | None:
+        """The decoded bytes; None when the code is damaged. A process that has ended cannot be used again."""
+        source, sink = self._process.stdout, self._process.stdin
+        if source is None or sink is None:
+            return None
+        sink.write(request)
+        sink.flush()
+        head = source.read(ANSWER.size)
+        if len(head) < ANSWER.size:
+            raise BrokenPipeError
+        is_right, size = ANSWER.unpack(head)
+        return source.read(size) if is_right else None
 
-@contextmanager
-def _quiet_gdcm(gdcm: Any) -> Iterator[None]:
-    """Keep GDCM from printing: it tries 8-bit code before 12-bit, and complains of that on standard error itself."""
-    for channel in (gdcm.Trace.DebugOff, gdcm.Trace.WarningOff, gdcm.Trace.ErrorOff):
-        channel()
-    with _STDERR:
-        saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, 2)
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            os.close(nowhere)
+    def close(self) -> None:
+        """End the process."""
+        if self.owner == os.getpid():
+            self._process.kill()
+            self._process.communicate()
 
 
-Decoder = Callable[[bytes, str, Sample, Stream], npt.NDArray[Any]]
-_JPEG_2000_FAMILY = (JPEG_2000_LOSSLESS, JPEG_2000, HTJ2K_LOSSLESS, HTJ2K_RPCL, HTJ2K)
-DECODERS: dict[str, Decoder] = {
-    **dict.fromkeys((JPEG_BASELINE, JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LOSSLESS_SV1), _jpeg),
-    **dict.fromkeys((JPEG_LS, JPEG_LS_NEAR), _jpeg_ls),
-    **dict.fromkeys(_JPEG_2000_FAMILY, _jpeg_2000),
-}
+_idle: list[_Codec] = []
+_idle_lock = Lock()
 
-ENCAPSULATED_SYNTAXES = (*DECODERS, RLE)
-"""The compressed transfer syntaxes that can be read."""
+
+@atexit.register
+def _close_idle() -> None:
+    with _idle_lock:
+        for codec in _idle:
+            codec.close()
+        _idle.clear()
+
+
+def _ask(request: bytes) -> bytes | None:
+    """The answer of an idle process, or of a new one: as many as threads that ask at once. None is none."""
+    with _idle_lock:
+        # A forked process must not talk to its parent's.
+        own = [codec for codec in _idle if codec.owner == os.getpid()]
+        codec = own[-1] if own else None
+        if codec is not None:
+            _idle.remove(codec)
+    codec = codec or _Codec()
+    try:
+        answer = codec.decode(request)
+    except OSError:
+        # It has crashed, or was too slow.
+        codec.close()
+        return None
+    except BaseException:
+        # It is in the middle of an answer that nobody waits for.
+        codec.close()
+        raise
+    with _idle_lock:
+        _idle.append(codec)
+    return answer

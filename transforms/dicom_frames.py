@@ -111,7 +111,8 @@ def read_frames(elements: Elements, count: int) -> tuple[tuple[Frame, ...], str]
 
     Each functional group is parsed once: the time is linear in the number of frames.
     """
-    whole = _frame(_Groups(elements, ()), None)
+    alone = _Groups(elements, ())
+    whole = _frame(alone, None, bool(alone.find(_PRIVATE_SCALE)[1]))
     if not 1 <= count <= MAX_FRAMES:
         return (whole,), f"{count} frames, expected 1 to {MAX_FRAMES}; is the header damaged?"
     described = elements.items("PerFrameFunctionalGroupsSequence")
@@ -119,8 +120,10 @@ def read_frames(elements: Elements, count: int) -> tuple[tuple[Frame, ...], str]
         return (whole,), f"{count} frames, but functional groups of {len(described)}"
     if described:
         shared = elements.items("SharedFunctionalGroupsSequence")[:1]
-        groups = (_Groups(elements, (own, *shared)) for own in described)
-        return tuple(_frame(group, number) for number, group in enumerate(groups, start=1)), ""
+        groups = [_Groups(elements, (own, *shared)) for own in described]
+        # All frames have a private scale or none, and it lies among much else.
+        has_scale = bool(groups[0].find(_PRIVATE_SCALE)[1])
+        return tuple(_frame(group, number, has_scale) for number, group in enumerate(groups, start=1)), ""
     if count == 1:
         return (whole,), ""
     planes = tuple(_reconstructed_planes(elements, count))
@@ -170,7 +173,7 @@ def _descend(item: Elements, sequences: Place) -> Elements | None:
     return found
 
 
-def _frame(groups: _Groups, number: int | None) -> Frame:
+def _frame(groups: _Groups, number: int | None, has_private_scaling: bool) -> Frame:
     # An object of several frames may name a position for all of them: that of none.
     position = _POSITION if groups.is_frame else (("ImagePositionPatient",),)
     return Frame(
@@ -182,8 +185,7 @@ def _frame(groups: _Groups, number: int | None) -> Frame:
         slice_spacing_tag_mm=groups.number(_SLICE_SPACING),
         thickness_mm=groups.number(_THICKNESS),
         has_colours=groups.texts((*_PRESENTATION, ("PixelPresentation",)))[:1] in (("COLOR",), ("MIXED",)),
-        # All frames or none have it, and it lies among much else.
-        has_private_scaling=number in (None, 1) and bool(groups.find(_PRIVATE_SCALE)[1]),
+        has_private_scaling=has_private_scaling,
         kinds=tuple((word, groups.shown(places)) for word, places in KINDS.items()),
     )
 
