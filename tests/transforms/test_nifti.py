@@ -114,6 +114,12 @@ def test_content_counts_not_the_name(tmp_path: Path, name: str) -> None:
     assert_as_nibabel(original.rename(tmp_path / name), write(tmp_path / "a.nii.gz"))
 
 
+def test_a_plain_file_that_is_called_packed(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.nii")
+    assert_as_nibabel(plain.rename(tmp_path / "b.nii.gz"), write(tmp_path / "a.nii"))
+    assert read_label(write(tmp_path / "c.nii", np.abs(VALUES)).rename(tmp_path / "c.nii.gz")).voxels.max() == 52
+
+
 @pytest.mark.parametrize(("slope", "intercept"), [(2.5, -3.0), (0.0, 5.0), (np.nan, np.nan), (1.0, 0.0), (-1.0, 0.0)])
 def test_scaling(tmp_path: Path, slope: float, intercept: float) -> None:
     def scale(header: nib.Nifti1Header) -> None:
@@ -129,7 +135,7 @@ def test_trailing_axes_of_one(tmp_path: Path) -> None:
     assert_as_nibabel(write(tmp_path / "a.nii.gz", VALUES[..., None, None]))
 
 
-@pytest.mark.parametrize(("sform", "qform"), [(1, 0), (0, 1), (2, 4)])
+@pytest.mark.parametrize(("sform", "qform"), [(1, 0), (2, 0), (0, 1), (2, 4)])
 def test_either_form_will_do(tmp_path: Path, sform: int, qform: int) -> None:
     assert_as_nibabel(write(tmp_path / "a.nii", change=codes(sform, qform)))
 

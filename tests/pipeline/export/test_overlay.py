@@ -228,3 +228,26 @@ def test_a_real_case(tmp_path: Path) -> None:
     height, width = matplotlib.image.imread(tmp_path / "x.png").shape[:2]
     assert 1800 <= width <= 2100
     assert 450 <= height <= 700
+
+
+def test_a_sheared_grid_is_shown_straight() -> None:
+    """A rod along the body, through slices of a tilted gantry: upright in the sagittal plane, and to scale."""
+    affine = np.diag([*SPACING_MM, 1.0])
+    affine[1, 2] = 1.5
+    leaning = Geometry(SHAPE_RAS, affine)
+    labels = np.zeros(SHAPE_RAS, dtype=np.uint8)
+    for k in range(16):
+        row = round(24 - 1.5 * k)
+        labels[10:13, max(0, row) : row + 3, k] = 1
+    schema = LabelSchema(labels=(Label(id=1, name="Rod", colour=ORANGE),))
+    segmentation = Segmentation(labels, leaning, schema, Algorithm("test", "1"))
+    image = Volume(labels.astype(np.float32) * 100 - 50, leaning, None, 0.0)
+    figure = draw_overlay(segmentation, image)
+    pixels = panel(figure, rendered(figure), 2)
+    near = np.abs(pixels - ORANGE).max(axis=2) < 40
+    rows = np.flatnonzero(near.any(axis=1))
+    upper, lower = (np.flatnonzero(near[part].any(axis=0)).mean() for part in np.array_split(rows, 2))
+    assert upper == pytest.approx(lower, abs=0.03 * pixels.shape[1])
+    across = np.ptp(np.flatnonzero(near.any(axis=0))) + 1
+    # 16 slices 3 mm apart, 3 rows of 1 mm that lie up to half a row off.
+    assert len(rows) / across == pytest.approx(48 / 4, rel=0.25)
