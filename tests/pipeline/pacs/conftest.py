@@ -23,7 +23,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 from pynetdicom.sop_class import (
     StudyRootQueryRetrieveInformationModelFind,
     StudyRootQueryRetrieveInformationModelGet,
@@ -264,7 +264,8 @@ def _on_get(event: evt.Event, store: Store) -> Iterator[Any]:
 
 
 def _on_move(event: evt.Event, store: Store) -> Iterator[Any]:
-    yield "127.0.0.1", int(store.faults.text)
+    contexts = [build_context(dataset.SOPClassUID) for dataset in store.datasets()[:1]]
+    yield "127.0.0.1", int(store.faults.text), {"contexts": contexts}
     yield from _on_get(event, store)
 
 
