@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class SegmentSettings:
     """How results are made. `mirror` None takes what the bundle says; the rest of reading is as in `read_volume`.
 
-    `confidentiality`, if given, says how the sources' identity is removed.
+    `confidentiality`, if given, says how the sources' identity is removed; `smoothing` as in `Options`.
     """
 
     formats: tuple[str, ...]
@@ -42,6 +42,7 @@ class SegmentSettings:
     force: bool
     resample_uneven: bool = False
     confidentiality: Confidentiality | None = None
+    smoothing: int = 0
 
 
 def segment_studies(
@@ -56,7 +57,7 @@ def segment_studies(
     """
     check_formats(settings.formats)
     mirror = model.mirror if settings.mirror is None else settings.mirror
-    made = {"mirror": mirror, "deidentified": settings.confidentiality is not None}
+    made = {"mirror": mirror, "deidentified": settings.confidentiality is not None, "smoothing": settings.smoothing}
     record = _open_record(out, model, made, force=settings.force)
     write_text(out / SCHEMA_FILE, model.schema.model_dump_json(indent=2) + "\n")
     written: list[ExportedFile] = []
@@ -90,7 +91,7 @@ def _segment(model: Model, study: Study, out: Path, *, mirror: bool, settings: S
         sources = [_study_source(path, settings) for path in study.paths]
     device = next(model.bundles[0].network.parameters()).device
     segmentation = predict(model, [s.image for s in sources], mirror=mirror, device=device)
-    options = Options(confidentiality=settings.confidentiality)
+    options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
     return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
 
 
@@ -137,7 +138,7 @@ def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
         return load_dataset(path).manifest.labels
 
 
-def _open_record(out: Path, model: Model, made: dict[str, bool], *, force: bool) -> dict[str, Any]:
+def _open_record(out: Path, model: Model, made: dict[str, bool | int], *, force: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"model": [b.digest for b in model.bundles], **made, "studies": {}}
     path = out / RECORD
     if not path.exists():
