@@ -160,6 +160,7 @@ class Prediction:
     force: bool
     resample_uneven: bool = False
     removal: Removal = NO_REMOVAL
+    smoothing: int = 0
 
 
 def predict_inputs(
@@ -184,6 +185,7 @@ def predict_inputs(
     settings = SegmentSettings(
         *(wanted.formats, wanted.mirror, wanted.series, wanted.force, wanted.resample_uneven),
         confidentiality=wanted.removal.confidentiality(),
+        smoothing=wanted.smoothing,
     )
     written, failures = segment_studies(model, studies, out, settings=settings, console=console)
     console.close()
@@ -241,6 +243,7 @@ def export_labels(
     series: str | None,
     resample_uneven: bool = False,
     removal: Removal = NO_REMOVAL,
+    smoothing: int = 0,
 ) -> None:
     """`volseg export`."""
     import numpy as np
@@ -261,7 +264,7 @@ def export_labels(
     segmentation = Segmentation(
         found.voxels.astype(dtype), found.geometry, known, Algorithm("label map given to volseg export", "")
     )
-    options = Options(confidentiality=removal.confidentiality())
+    options = Options(smoothing=smoothing, confidentiality=removal.confidentiality())
     name = volume_stem(labels)
     for file in export(segmentation, formats=formats, out=out, name=name, source=given, options=options):
         print(file.path)
