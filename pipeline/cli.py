@@ -42,6 +42,7 @@ SeriesUid = Annotated[str | None, typer.Option("--series", help="Which series, w
 ResampleUneven = Annotated[
     bool, typer.Option("--resample-uneven", help="Interpolate DICOM slices with uneven gaps instead of refusing them.")
 ]
+Smooth = Annotated[int, typer.Option("--smooth", metavar="ROUNDS", min=0, help="Rounds of smoothing of meshes.")]
 Deidentify = Annotated[
     bool, typer.Option("--deidentify", help="Remove the patient's identity from the results (PS3.15 basic profile).")
 ]
@@ -166,6 +167,7 @@ def predict(
     deidentify: Deidentify = False,
     deidentify_source: DeidentifySource = False,
     key: KeyFile = None,
+    smooth: Smooth = 0,
 ) -> None:
     """Segment volumes; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
@@ -173,7 +175,7 @@ def predict(
     from pipeline.pacs.node import is_node
 
     removal = Removal(deidentify, deidentify_source, key)
-    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal)
+    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal, smooth)
     if any(map(is_node, inputs)):
         if removal != Removal():
             raise typer.BadParameter("not for a study of an archive; fetch it, then predict", param_hint="--deidentify")
@@ -220,12 +222,13 @@ def export(
     deidentify: Deidentify = False,
     deidentify_source: DeidentifySource = False,
     key: KeyFile = None,
+    smooth: Smooth = 0,
 ) -> None:
     """Write a label map in other formats; each is read back and compared before it is called done."""
     from pipeline.cli_stages import Removal, export_labels
 
     export_labels(labels, source, out, formats=_names(formats), schema=schema, series=series,
-                  resample_uneven=resample_uneven,
+                  resample_uneven=resample_uneven, smoothing=smooth,
                   removal=Removal(deidentify, deidentify_source, key))  # fmt: skip
 
 
