@@ -100,6 +100,7 @@ def _dicom(path: Path, resample_uneven: bool) -> Facts:
             "plane": row.orientation,
             "usable": {True: "yes", False: "no", None: "not an image"}[row.is_usable],
             "findings": "; ".join(row.problems or row.findings) or "none",
+            "series": row.series_uid,
         }
         for row in listing_rows(index)
     ]

@@ -48,6 +48,7 @@ class ListingRow:
     patient: str
     study: str
     series: str
+    series_uid: str
     modality: str
     description: str
     size: str
@@ -195,6 +196,7 @@ def _row(volumes: Sequence[tuple[int, DicomSeries]], short: _Short) -> ListingRo
         patient=short.patients[volume.patient_key],
         study=short.studies[volume.study_uid],
         series=short.series[volume.series_uid],
+        series_uid=volume.series_uid,
         modality=volume.modality or "-",
         description=", ".join(filter(None, (volume.description, stack))) or "-",
         size=f"{_matrix(volume)}x{volume.slice_count}" if _sizes(volume) else "-",

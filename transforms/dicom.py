@@ -31,7 +31,8 @@ def read_series(
 
     Args:
         folder: a folder, searched with all below it, or one file.
-        series: which one of several: its number in `index_series` (from 1) or the beginning of its identifier.
+        series: which one of several: its number in `index_series` (from 1), the beginning of its identifier, or
+            that with # and the number of the volume in the series.
         resample_uneven: interpolate slices with uneven gaps onto an even grid instead of refusing them.
 
     Raises:
