@@ -10,10 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import trimesh
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.errors import ExportError
 from pipeline.export import Options, Source, export
 from pipeline.export.mesh_surface import surface_of, surfaces
@@ -418,3 +421,14 @@ def test_a_schema_of_one_label(tmp_path: Path) -> None:
     [label] = verify_stl(tmp_path, segmentation).labels
     assert (label.voxels, label.dice) == (1, 1.0)
     assert label.volume_mm3 == pytest.approx(1 / 6)
+
+
+def test_smoothing_is_asked_for_on_the_command_line(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.nii.gz"
+    nib.save(nib.Nifti1Image(noise(), np.eye(4)), labels)
+    command = ["export", labels, "--source", labels, "--out", tmp_path / "out", "--as", "stl,gltf"]
+    for options, rounds in (([], 0), (["--smooth", "3"], 3)):
+        run = CliRunner().invoke(app, [str(x) for x in (*command, *options)])
+        assert run.exit_code == 0, run.output
+        index = json.loads((tmp_path / "out" / "labels.meshes" / "meshes.json").read_text(encoding="utf-8"))
+        assert index["smoothing_rounds"] == rounds
