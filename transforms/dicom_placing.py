@@ -50,6 +50,12 @@ SLICE_TAG = 0.01
 MAX_TILT_DEG = 45.0
 """A stack that leans more than this is no tilted scan; gantries tilt by 30 degrees at most."""
 
+FARTHEST_MM = 1e5
+"""No slice lies farther from the origin, none has larger pixels or is deeper: 100 m."""
+
+SMALLEST_MM = 1e-5
+"""No pixel is smaller: 10 nm."""
+
 MOST_FILLED = 20
 """Uneven slices are put on an even grid of at most this many planes a slice."""
 
@@ -76,6 +82,10 @@ def plane_findings(headers: Headers) -> Iterator[Finding]:
             "no-position",
             f"ImagePositionPatient, ImageOrientationPatient or PixelSpacing is missing or malformed in {files(lost)}",
         )
+        return
+    if absurd := where(headers, lambda header: header.plane is not None and not _is_sensible(header.plane)):
+        far = f"beyond {FARTHEST_MM:g} mm, or pixels smaller than {SMALLEST_MM:g} mm"
+        yield refuse("absurd-position", f"{files(absurd)} has a position or a spacing {far}; is the header damaged?")
         return
     errors = _cosine_errors(headers)
     worst = float(errors.max())
@@ -140,7 +150,7 @@ def _on_grid(
 
 def _single_slice(header: Header) -> Placement:
     extent_mm = next((mm for mm in (header.thickness_mm, header.slice_spacing_tag_mm) if mm is not None and mm > 0), 0)
-    if not extent_mm:
+    if not SMALLEST_MM <= extent_mm <= FARTHEST_MM:
         lone = refuse("single-slice", "one slice of unknown thickness; give the folder of the whole series")
         return Placement((header,), None, None, (lone,))
     normal = _axes((header,))[2]
@@ -157,6 +167,13 @@ def _grid(ordered: Headers, step_lps_mm: Floats, planes: int) -> Geometry:
     affine[:3, 2] = step_lps_mm
     affine[:3, 3] = plane.position_lps_mm
     return Geometry.from_lps((first.columns, first.rows, planes), affine)
+
+
+def _is_sensible(plane: Plane) -> bool:
+    sides = (plane.row_spacing_mm, plane.column_spacing_mm)
+    cosines = (*plane.row_cosines_lps, *plane.column_cosines_lps)
+    largest = max(*map(abs, plane.position_lps_mm), *sides)
+    return largest <= FARTHEST_MM and min(sides) >= SMALLEST_MM and max(map(abs, cosines)) <= FARTHEST_MM
 
 
 def _cosine_errors(headers: Headers) -> Floats:
@@ -254,9 +271,9 @@ def _uneven(ordered: Headers, along_mm: Floats) -> Iterator[Finding]:
 
 
 def _two_slices_tag_mm(ordered: Headers, along_mm: Floats) -> float:
-    """SpacingBetweenSlices of two slices that lie at another distance; otherwise 0."""
+    """SpacingBetweenSlices of two slices that lie farther apart; otherwise 0."""
     tag = abs(ordered[0].slice_spacing_tag_mm or 0.0)
-    return tag if len(ordered) == 2 and abs(tag - along_mm[-1]) > SLICE_TAG * along_mm[-1] else 0.0
+    return tag if len(ordered) == 2 and tag < (1 - SLICE_TAG) * along_mm[-1] else 0.0
 
 
 def _usual_gap_mm(ordered: Headers, along_mm: Floats) -> float:

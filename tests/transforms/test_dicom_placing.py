@@ -144,12 +144,46 @@ def test_gaps_beyond_reason_are_not_filled(write_series: WriteSeries) -> None:
         read_series(folder, resample_uneven=True)
 
 
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("ImagePositionPatient", ["0", "0", "1e308"]),
+        ("ImagePositionPatient", ["-1e99", "0", "0"]),
+        ("PixelSpacing", ["1e-300", "1e-300"]),
+        ("PixelSpacing", ["1e300", "1"]),
+        ("ImageOrientationPatient", ["1e200", "0", "0", "0", "1", "0"]),
+    ],
+)
+def test_numbers_of_no_patient(write_series: WriteSeries, keyword: str, value: list[str]) -> None:
+    folder = write_series(GRID, VOXELS, edit=lambda dataset, k: setattr(dataset, keyword, value) if k < 2 else None)
+    for resample in (False, True):
+        with pytest.raises(
+            DicomError, match=r"absurd-position: IM\d+, IM\d+ has a position or a spacing beyond 100000"
+        ):
+            read_series(folder, resample_uneven=resample)
+
+
+@pytest.mark.parametrize("depth", ["1e300", "1e-300"])
+def test_one_slice_of_no_depth(write_series: WriteSeries, depth: str) -> None:
+    (series,) = index_series(write_series(GRID, VOXELS, edit=tag("SliceThickness", depth), slices=[1]))
+    assert series.geometry is None
+
+
 def test_two_slices_with_others_between_them(write_series: WriteSeries) -> None:
     """5 mm apart, where the scanner says that slices are 2.5 mm apart."""
     folder = write_series(GRID, VOXELS, edit=tag("SpacingBetweenSlices", "2.5"), slices=[0, 2])
     read, geometry, _ = read_series(folder, resample_uneven=True)
     assert geometry.shape == (6, 5, 3)
     np.testing.assert_allclose(read[:, :, 1], (VOXELS[:, :, 0] + VOXELS[:, :, 2]) / 2)
+
+
+def test_two_slices_nearer_than_the_tag_says(write_series: WriteSeries) -> None:
+    """Nothing can be missing between them, so the positions decide as ever."""
+    _, geometry, series = read_series(
+        write_series(GRID, VOXELS, edit=tag("SpacingBetweenSlices", "6.5"), slices=[0, 1]), resample_uneven=True
+    )
+    assert geometry.difference(GRID.window((0, 0, 0), (6, 5, 2))) is None
+    assert [finding.name for finding in series.findings] == ["slice-spacing-tag"]
 
 
 def tag(keyword: str, value: object) -> Edit:
