@@ -297,3 +297,14 @@ def test_another_label_map_is_seen(phantom: Segmentation, source: Source, tmp_pa
     mirrored = replace(phantom, label_map=phantom.label_map[::-1].copy())
     with pytest.raises(ExportError, match="reads back with Dice"):
         verify_capture(tmp_path / "out", replace(job, segmentation=mirrored))
+
+
+def test_frames_of_one_file(phantoms: SimpleNamespace, data_dir: Path, tmp_path: Path) -> None:
+    source = phantoms.source_of(data_dir / "dicom_odd" / "enhanced_hyperfine")
+    labels = np.zeros(source.image.geometry.shape, dtype=np.uint8)
+    labels[40:60, 50:75, 2:5] = 3
+    images, job = captured(phantoms.segmentation_of(source, labels), source, tmp_path / "out")
+    verify_capture(tmp_path / "out", job)
+    frames = [image.SourceImageSequence[0].ReferencedFrameNumber for image in images]
+    assert frames == [found.frame for found in job.series.slices]
+    assert validate(tmp_path / "out" / "00003.dcm") == []

@@ -258,8 +258,8 @@ def said_to_be_absent(report: Dataset) -> None:
     next(children(groups(report)[0], "705057003")).ConceptCodeSequence[0].CodeValue = "272519000"
 
 
-def region(report: Dataset) -> Dataset:
-    return next(children(groups(report)[1], "111030"))
+def region(report: Dataset, group: int = 1) -> Dataset:
+    return next(children(groups(report)[group], "111030"))
 
 
 def region_elsewhere(report: Dataset) -> None:
@@ -349,3 +349,22 @@ def test_tampering_is_seen(untouched: tuple[Path, Job], tmp_path: Path, tamper: 
         verify_sr(tmp_path / "tampered.dcm", job)
     for secret in ("Muster", "4711", "4712"):
         assert secret not in str(caught.value)
+
+
+def test_frames_of_one_file(phantoms: SimpleNamespace, data_dir: Path, tmp_path: Path) -> None:
+    source = phantoms.source_of(data_dir / "dicom_odd" / "enhanced_hyperfine")
+    labels = np.zeros(source.image.geometry.shape, dtype=np.uint8)
+    labels[40:60, 50:75, 2:5] = 3
+    path, job = report_of(phantoms.segmentation_of(source, labels), source, tmp_path)
+    verify_sr(path, job)
+    assert validate(path) == ""
+    report = pydicom.dcmread(path)
+    [reference] = region(report, 2).ContentSequence[0].ReferencedSOPSequence
+    assert reference.ReferencedFrameNumber == job.series.slices[2].frame
+    assert (
+        len(report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence) == 1
+    )
+    reference.ReferencedFrameNumber += 3
+    report.save_as(path)
+    with pytest.raises(ExportError, match="an outline"):
+        verify_sr(path, job)
