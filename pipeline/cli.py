@@ -39,6 +39,9 @@ RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; defau
 Root = Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")]
 Formats = Annotated[str, typer.Option("--as", metavar="FORMAT,...", help="seg (DICOM), nifti, overlay (PNG).")]
 SeriesUid = Annotated[str | None, typer.Option("--series", help="Which series, where a DICOM folder holds several.")]
+AnySeries = Annotated[
+    str | None, typer.Option("--series", help="Which series, where a DICOM folder holds several; all: each is a study.")
+]
 ResampleUneven = Annotated[
     bool, typer.Option("--resample-uneven", help="Interpolate DICOM slices with uneven gaps instead of refusing them.")
 ]
@@ -153,7 +156,7 @@ def predict(
     out: Annotated[Path, typer.Option("--out", help="Folder of the results, each named after its input.")],
     mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="Average over mirrored passes.")] = None,
     formats: Formats = "nifti",
-    series: SeriesUid = None,
+    series: AnySeries = None,
     root: Root = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
