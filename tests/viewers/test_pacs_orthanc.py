@@ -267,7 +267,7 @@ class TestLoop:
         formats = [name for name in ("seg", "sr") if name in FORMATS]
         out = tmp_path / "out"
         loop = ("predict", small_bundle, node_of(orthanc, protocol), "--study", study, "--as", ",".join(formats),
-                "--send", "--out", out)  # fmt: skip
+                "--send", "--no-mirror", "--out", out)  # fmt: skip
         code, said, err = call(*loop)
         assert code == 0, err
         assert f"{len(formats)} of {len(formats)} instances are in" in said
@@ -307,7 +307,7 @@ class TestLoop:
             dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
             dataset.save_as(tmp_path / file.name)
         orthanc.upload(*series.glob("*.dcm"), *tmp_path.glob("*.dcm"))
-        loop = ("predict", small_bundle, orthanc.dicomweb, "--study", study, "--as", "seg", "--send")
+        loop = ("predict", small_bundle, orthanc.dicomweb, "--study", study, "--as", "seg", "--send", "--no-mirror")
         code, _, err = call(*loop, "--out", tmp_path / "ask")
         assert code == 1
         assert "2 image series of the study fit" in err

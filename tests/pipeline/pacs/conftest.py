@@ -55,6 +55,8 @@ class Faults:
     """Break off instead of acknowledging, once so many instances were stored."""
     password: str = ""
     forgets_offset: bool = False
+    page: int = 1000
+    """The most rows in an answer."""
     cut: int = 0
     """Bytes that are missing at the end of an instance that is fetched."""
     title: str = "ARCHIVE"
@@ -89,6 +91,9 @@ class Store:
             return False
         self.faults.die_after = None
         return True
+
+    def headers(self) -> list[Dataset]:
+        return [pydicom.dcmread(BytesIO(content), stop_before_pixels=True) for content in self.held.values()]
 
     def datasets(self) -> list[Dataset]:
         return [pydicom.dcmread(BytesIO(content)) for content in self.held.values()]
@@ -174,12 +179,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _search(self, names: list[str], query: dict[str, list[str]]) -> None:
         level = {"studies": "StudyInstanceUID", "series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}[names[-1]]
         offset = 0 if self.store.faults.forgets_offset else int(query.get("offset", ["0"])[0])
-        limit = min(4, int(query.get("limit", ["100"])[0]))
+        limit = min(self.store.faults.page, int(query.get("limit", ["100"])[0]))
         found: dict[str, dict[str, Any]] = {}
-        for dataset in self.store.datasets():
+        for dataset in self.store.headers():
             wanted = {key: values[0] for key, values in query.items() if key not in ("offset", "limit", "includefield")}
             if all(str(dataset.get(key, "")) == value for key, value in wanted.items()):
-                del dataset.PixelData
                 found.setdefault(str(dataset[level].value), dataset.to_json_dict())
         self._answer(200, json.dumps(list(found.values())[offset : offset + limit]).encode())
 
@@ -237,7 +241,7 @@ def _on_find(event: evt.Event, store: Store) -> Iterator[tuple[int, Dataset | No
     level = {"STUDY": "StudyInstanceUID", "SERIES": "SeriesInstanceUID", "IMAGE": "SOPInstanceUID"}
     query = event.identifier
     shown: set[str] = set()
-    for dataset in store.datasets():
+    for dataset in store.headers():
         uid = str(dataset[level[query.QueryRetrieveLevel]].value)
         asked = [e for e in query if e.value and e.keyword != "QueryRetrieveLevel"]
         if uid in shown or any(str(dataset.get(e.keyword, "")) != str(e.value) for e in asked):

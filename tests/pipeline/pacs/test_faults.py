@@ -125,6 +125,7 @@ class TestRefusal:
 
 class TestAnswers:
     def test_pages_are_put_together(self, web: str, store: Store, series: Path) -> None:
+        store.faults.page = 4
         for file in series.glob("*.dcm"):
             store.take(file.read_bytes())
         dataset = store.datasets()[0]
@@ -132,7 +133,7 @@ class TestAnswers:
             assert archive.instances(dataset.StudyInstanceUID, dataset.SeriesInstanceUID).keys() == store.held.keys()
 
     def test_one_that_gives_the_same_page_again_ends(self, web: str, store: Store, series: Path) -> None:
-        store.faults.forgets_offset = True
+        store.faults.forgets_offset, store.faults.page = True, 4
         for file in series.glob("*.dcm"):
             store.take(file.read_bytes())
         dataset = store.datasets()[0]
