@@ -19,7 +19,7 @@ REQUEST = struct.Struct(">64sIIBBBQ")
 ANSWER = struct.Struct(">BQ")
 """1 for success, and the bytes that follow."""
 
-_LEAST_CPU_S, _CPU_S_A_PIXEL = 2.0, 2e-5
+_LEAST_CPU_S, _CPU_S_A_PIXEL = 1.0, 1e-5
 _MOST_MEMORY = 2**34
 
 
