@@ -172,7 +172,7 @@ def predict(
     key: KeyFile = None,
     smooth: Smooth = 0,
 ) -> None:
-    """Segment volumes; results lie on the grid of their source."""
+    """Segment volumes, or a study of an archive; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
     from pipeline.cli_stages import Prediction, Removal, predict_inputs
     from pipeline.pacs.node import is_node

@@ -110,10 +110,10 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
     Raises:
         PacsError: a certificate or key cannot be used.
     """
-    import certifi
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
     try:
-        context = ssl.create_default_context(cafile=str(credentials.ca_file or certifi.where()))
+        context = ssl.create_default_context(cafile=str(credentials.ca_file or DEFAULT_CA_BUNDLE_PATH))
         _load_own_certificate(context, credentials)
     except (ssl.SSLError, OSError):
         raise PacsError(
