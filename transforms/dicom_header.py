@@ -13,12 +13,12 @@ import struct
 import sys
 import zlib
 from dataclasses import dataclass, replace
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 import pydicom
-from pydicom.filereader import read_dataset, read_file_meta_info
+from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -55,6 +55,7 @@ MOST_INFLATED = 2**26
 _PREAMBLE = 128
 # The meta information, with the transfer syntax in it, comes first.
 _FIRST_BYTES = 1024
+_MOST_META = 1 << 16
 _KEY_LENGTH = 12
 # A file without a preamble begins with one of these groups' first elements, and those are short.
 _LAST_FIRST_ELEMENT, _LAST_FIRST_LENGTH = 0x0070, 1024
@@ -144,7 +145,7 @@ def read_headers(path: Path, *, salt: bytes) -> tuple[Header, ...]:
         DicomError: the file cannot be parsed.
     """
     try:
-        with quiet_pydicom(), path.open("rb") as file:
+        with quiet_pydicom(), _BoundedFile(FileIO(path)) as file:
             return _parse(path, file, salt)
     except PARSE_FAULTS as fault:
         # The parser's own words may quote bytes of the file, so only their kind is passed on.
@@ -165,6 +166,16 @@ def inflated(file: ByteFile, start: int, most: int) -> bytes:
     return unpacked
 
 
+class _BoundedFile(BufferedReader):
+    """A file that takes no memory for bytes which it does not have; a damaged length may promise 4 GiB."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file."""
+        if size is not None and size > _FIRST_BYTES:
+            size = min(size, max(os.fstat(self.fileno()).st_size - self.tell(), 0))
+        return super().read(size)
+
+
 @dataclass(frozen=True, slots=True)
 class _Object:
     """A DICOM object up to its pixels."""
@@ -178,7 +189,7 @@ class _Object:
 def _parse(path: Path, file: BinaryIO, salt: bytes) -> tuple[Header, ...]:
     start = file.read(_FIRST_BYTES)
     file.seek(0)
-    parsed = _deflated(path, file) if DeflatedExplicitVRLittleEndian.encode() in start else _plain(file)
+    parsed = _deflated(file) if DeflatedExplicitVRLittleEndian.encode() in start else _plain(file)
     if parsed.meta.uid("MediaStorageSOPClassUID") == MEDIA_DIRECTORY:
         return ()
     return _headers(path, os.fstat(file.fileno()).st_size, parsed, salt)
@@ -207,8 +218,9 @@ def _parsed(file: BinaryIO, size: int) -> _Object:
     return _Object(meta, Elements.of(dataset), syntax, find_pixels(file, size, implicit=implicit, little=little))
 
 
-def _deflated(path: Path, file: BinaryIO) -> _Object:
-    meta = read_file_meta_info(path)
+def _deflated(file: BinaryIO) -> _Object:
+    file.seek(_PREAMBLE + 4)
+    meta = read_dataset(BytesIO(file.read(_MOST_META)), False, True, stop_when=_is_beyond_meta)
     # Preamble and magic, then the group length (12 bytes), which counts the rest of the meta information.
     start = _PREAMBLE + 4 + 12 + int(meta.FileMetaInformationGroupLength)
     unpacked = inflated(file, start, MOST_INFLATED)
@@ -219,6 +231,10 @@ def _deflated(path: Path, file: BinaryIO) -> _Object:
     pixels = find_pixels(buffer, size, implicit=False, little=True)
     placed = None if pixels is None else replace(pixels, deflated_from=start)
     return _Object(Elements.of(meta), Elements.of(dataset), str(DeflatedExplicitVRLittleEndian), placed)
+
+
+def _is_beyond_meta(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return tag.group != 2
 
 
 def _is_pixel_data(tag: BaseTag, vr: str | None, length: int) -> bool:

@@ -110,8 +110,11 @@ def _fault_of_series(folder: Path) -> str:
 
 def _misplaced(path: Path, affine_lps: np.ndarray, k: int) -> str:
     """Compare the grid with what pydicom, which the gate does not use for this, makes of a slice's position."""
-    dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    said = np.array([float(x) for x in dataset.ImagePositionPatient])
+    try:
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        said = np.array([float(x) for x in dataset.ImagePositionPatient])
+    except Exception:
+        return ""  # pydicom makes nothing of it, or takes more memory than there is
     found = affine_lps[:3] @ (0.0, 0.0, k, 1.0)
     smallest = np.linalg.norm(affine_lps[:3, :3], axis=0).min()
     off = float(np.linalg.norm(said - found))
