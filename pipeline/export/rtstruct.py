@@ -83,11 +83,6 @@ def write_rtstruct(target: Path, segmentation: Segmentation, series: DicomSeries
     Raises:
         ExportError: the source lacks what a structure set must refer to, or a label does not fit DICOM's limits.
     """
-    # Resampled stacks have planes on which no slice lies.
-    if series.slice_positions_k is not None:
-        raise ExportError(
-            "the source series was resampled, so contours have no slices to lie on; export another format, as nifti"
-        )
     with quiet():
         lead = source_header(series.slices[0])
         lead.FrameOfReferenceUID = frame_of_reference(series)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from pipeline.errors import ExportError
+from pipeline.export.spans import counted, voxels
 from pipeline.export.verify import Piece, Verification, compare, indices_of
 from pipeline.segmentation import Segmentation
 from transforms.geometry import Geometry
@@ -211,7 +212,7 @@ def _pieces(meshes: Iterator[_Mesh], segmentation: Segmentation) -> Iterator[Pie
                 f"({count * geometry.voxel_volume_mm3:.1f} within {slack_mm3:.1f} expected)"
             )
         for start in range(0, len(spans), _SPANS):
-            points_ijk = _voxels(spans[start : start + _SPANS])
+            points_ijk = voxels(spans[start : start + _SPANS])
             points_lps_mm = points_ijk @ geometry.affine_lps[:3, :3].T + geometry.affine_lps[:3, 3]
             yield Piece(mesh.label.id, points_lps_mm, volume_mm3 / max(count, 1))
 
@@ -269,8 +270,8 @@ def _candidates(points_jk: Floats, triangles: Ints) -> tuple[Ints, Ints, Ints]:
     """The rays in the rectangle around each triangle, as triangle, j and k."""
     corners = points_jk[triangles]
     low, high = np.ceil(corners.min(axis=1)).astype(np.int64), np.floor(corners.max(axis=1)).astype(np.int64) + 1
-    triangle, j = _counted(low[:, 0], high[:, 0])
-    nth, k = _counted(low[triangle, 1], high[triangle, 1])
+    triangle, j = counted(low[:, 0], high[:, 0])
+    nth, k = counted(low[triangle, 1], high[triangle, 1])
     return triangle[nth], j[nth], k
 
 
@@ -281,16 +282,3 @@ def _is_left(points_ijk: Floats, start: Ints, end: Ints, rays: Floats) -> npt.ND
     origin = points_ijk[first, 1:]
     along, aside = points_ijk[last, 1:] - origin, rays - origin
     return np.asarray((along[:, 0] * aside[:, 1] - along[:, 1] * aside[:, 0] > 0) != is_turned)
-
-
-def _voxels(spans: Ints) -> Ints:
-    """(N, 3) indices of the voxels that spans hold."""
-    span, i = _counted(spans[:, 2], spans[:, 3])
-    return np.stack([i, spans[span, 1], spans[span, 0]], axis=1)
-
-
-def _counted(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
-    """All whole numbers of all ranges, and which range each is of."""
-    lengths = np.maximum(stops - starts, 0)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    return owner, np.arange(len(owner)) + (starts - np.cumsum(lengths) + lengths)[owner]

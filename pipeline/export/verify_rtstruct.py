@@ -17,7 +17,9 @@ from pydicom import Dataset, dcmread
 
 from pipeline.errors import ExportError
 from pipeline.export.quiet import quiet
+from pipeline.export.spans import counted, voxels
 from pipeline.export.verify import Piece, Verification, compare, indices_of
+from pipeline.export.verify_links import check_links
 from pipeline.segmentation import Segmentation
 from transforms.dicom import DicomSeries
 from transforms.geometry import Geometry
@@ -37,7 +39,6 @@ DS_CHARACTERS = 16
 FEWEST_POINTS = 4
 """A contour encloses at least one pixel."""
 
-_LINKS = ("PatientID", "PatientName", "PatientBirthDate", "AccessionNumber", "StudyInstanceUID")
 _PIECE_SPANS = 50_000
 
 
@@ -49,27 +50,18 @@ def verify_rtstruct(path: Path, segmentation: Segmentation, series: DicomSeries)
     """
     with quiet():
         dataset = dcmread(path)
-        _check_links(dataset, series)
+        check_links(dataset, series)
         _check_chain(dataset, series)
         labels = _check_rois(dataset, segmentation)
         pieces = _pieces(dataset, labels, _slices(series), segmentation.geometry)
         return compare(pieces, segmentation, reader="pydicom", placing_voxels=PLACING_VOXELS)
 
 
-def _check_links(dataset: Dataset, series: DicomSeries) -> None:
-    source = dcmread(series.paths[0], stop_before_pixels=True, force=True)
-    for keyword in _LINKS:
-        # The values stay out of the message: they are the patient's.
-        if str(dataset.get(keyword) or "") != str(source.get(keyword) or ""):
-            raise ExportError(f"its {keyword} is not the source's")
-    frame = str(dataset.get("FrameOfReferenceUID") or "")
-    # A source may have none; the file must.
-    if not frame or frame != (str(source.get("FrameOfReferenceUID") or "") or frame):
-        raise ExportError("its FrameOfReferenceUID is not the source's")
-
-
 def _check_chain(dataset: Dataset, series: DicomSeries) -> None:
     """One frame of reference, study and series, and all of its slices in order."""
+    # A source may have no frame of reference; the file must.
+    if dataset.FrameOfReferenceUID != (series.slices[0].frame_of_reference or dataset.FrameOfReferenceUID):
+        raise ExportError("its FrameOfReferenceUID is not the source's")
     [frame] = dataset.ReferencedFrameOfReferenceSequence
     [study] = frame.RTReferencedStudySequence
     [listed] = study.RTReferencedSeriesSequence
@@ -171,7 +163,7 @@ def _pieces(dataset: Dataset, labels: dict[int, Label], slices: Slices, geometry
         count = int((spans[:, 3] - spans[:, 2]).sum())
         volume_mm3 = contours.area_mm2 * _slice_gap_mm(geometry) / max(count, 1)
         for start in range(0, len(spans), _PIECE_SPANS):
-            points_ijk = _pixels(spans[start : start + _PIECE_SPANS]) + contours.offset_ijk
+            points_ijk = voxels(spans[start : start + _PIECE_SPANS]) + contours.offset_ijk
             yield Piece(label.id, points_ijk @ geometry.affine_lps[:3, :3].T + geometry.affine_lps[:3, 3], volume_mm3)
 
 
@@ -231,7 +223,7 @@ def _spans(contours: _Contours) -> Ints:
     begin, end = contours.points_ijk[:, :2], contours.points_ijk[contours.following, :2]
     low, high = (np.ceil(f(begin[:, 1], end[:, 1])).astype(np.int64) for f in (np.minimum, np.maximum))
     # Rows low, ..., high - 1 are crossed: a point that lies on a row belongs to what is below it.
-    edge, j = _counted(low, high)
+    edge, j = counted(low, high)
     part = (j - begin[edge, 1]) / (end[edge, 1] - begin[edge, 1])
     i = begin[edge, 0] + part * (end[edge, 0] - begin[edge, 0])
     owner = contours.owner[edge]
@@ -240,16 +232,3 @@ def _spans(contours: _Contours) -> Ints:
     enter, leave = order[0::2], order[1::2]
     columns = np.ceil(i).astype(np.int64)
     return np.stack([contours.slices_k[owner[enter]], j[enter], columns[enter], columns[leave]], axis=1)
-
-
-def _pixels(spans: Ints) -> Ints:
-    """(N, 3) indices of the pixels that spans hold."""
-    span, i = _counted(spans[:, 2], spans[:, 3])
-    return np.stack([i, spans[span, 1], spans[span, 0]], axis=1)
-
-
-def _counted(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
-    """All whole numbers of all ranges, and which range each is of."""
-    lengths = stops - starts
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    return owner, np.arange(len(owner)) + (starts - np.cumsum(lengths) + lengths)[owner]
