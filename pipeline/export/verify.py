@@ -151,8 +151,9 @@ def _place(pieces: Iterable[Piece | Sheet], segmentation: Segmentation) -> _Foun
     offset, classes = 0.0, _ClassTable(schema)
     for piece in pieces:
         if isinstance(piece, Sheet):
-            _count_sheet(piece, classes, found)
-            farthest = _lay(piece, geometry, found.label_map)
+            sheet = _cropped(piece)
+            _count_sheet(sheet, classes, found)
+            farthest = _lay(sheet, geometry, found.label_map)
         else:
             _count(piece, classes, found)
             farthest = _drop(piece.label_id, piece.points_lps_mm, geometry, found.label_map)
@@ -174,30 +175,33 @@ def _drop(
 
 def _lay(sheet: Sheet, geometry: Geometry, label_map: npt.NDArray[np.uint16]) -> float:
     """As `_drop`, and at once where the sheet's rows and columns run along axes of the grid."""
-    box = _box(sheet.label_ids)
-    if box is None:
+    values = sheet.label_ids
+    if not values.size:
         return 0.0
-    values = sheet.label_ids[box]
-    first_lps_mm = sheet.corner_lps_mm + np.array([box[0].start, box[1].start]) @ sheet.steps_lps_mm
     # Places are linear in row and column: what holds at the four corners holds between them.
     ends = np.array([(r, c) for r in (0, values.shape[0] - 1) for c in (0, values.shape[1] - 1)])
-    indices = indices_of(first_lps_mm + ends @ sheet.steps_lps_mm, geometry)
+    indices = indices_of(sheet.corner_lps_mm + ends @ sheet.steps_lps_mm, geometry)
     steps = np.rint(sheet.steps_lps_mm @ np.linalg.inv(geometry.affine_lps[:3, :3]).T).astype(np.int64)
     nearest = np.rint(indices[0]).astype(np.int64) + ends @ steps
     offset = float(np.abs(indices - nearest).max())
     is_inside = bool(((nearest >= 0) & (nearest < geometry.shape)).all())
     if offset >= 0.5 or not is_inside or not np.array_equal(np.abs(steps) @ np.abs(steps).T, np.eye(2)):
         rows_and_columns = np.argwhere(values)
-        return _drop(values[values != 0], first_lps_mm + rows_and_columns @ sheet.steps_lps_mm, geometry, label_map)
+        return _drop(
+            values[values != 0], sheet.corner_lps_mm + rows_and_columns @ sheet.steps_lps_mm, geometry, label_map
+        )
     target = _section(label_map, nearest, steps)
     np.copyto(target, values, where=values != 0, casting="unsafe")
     return offset
 
 
-def _box(values: npt.NDArray[Any]) -> tuple[slice, slice] | None:
-    """The rows and columns that hold something."""
-    rows, columns = np.flatnonzero(values.any(axis=1)), np.flatnonzero(values.any(axis=0))
-    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows.size else None
+def _cropped(sheet: Sheet) -> Sheet:
+    """The rows and columns that hold something: the voxels of one label are few among those of a plane."""
+    filled = [np.flatnonzero(sheet.label_ids.max(axis=axis, initial=0)) for axis in (1, 0)]
+    first = np.array([found[0] if found.size else 0 for found in filled])
+    past = [int(found[-1]) + 1 if found.size else 0 for found in filled]
+    label_ids = sheet.label_ids[first[0] : past[0], first[1] : past[1]]
+    return replace(sheet, label_ids=label_ids, corner_lps_mm=sheet.corner_lps_mm + first @ sheet.steps_lps_mm)
 
 
 def _section(
