@@ -142,7 +142,8 @@ class TestCache:
     def test_every_module_that_decides_is_watched(self) -> None:
         folder = ROOT / "transforms"
         watched = {p.name for n in module.PREPROCESSING_MODULES for p in folder.glob(f"{n}*.py")}
-        ours = {p.name for p in folder.glob("*.py")} - {"__init__.py", "errors.py", "augment.py", "sanity.py"}
+        undecided = {"__init__.py", "errors.py", "augment.py", "sanity.py", "colours.py", "concepts.py"}
+        ours = {p.name for p in folder.glob("*.py")} - undecided
         assert ours <= watched
 
     def test_a_full_disk_is_one_line_and_leaves_nothing(self, world: Dataset, small_plan: Plan, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_sheared_nrrd_and_metaimage(tmp_path: Path, frame: str) -> None:
 
 def test_grids_without_a_right_angle(tmp_path: Path) -> None:
     rows = np.array([[1, 0, 0], [0.3, 1, 0], [0.2, 0.25, 1]])
-    with pytest.raises(VolumeError, match="no two axes are at right angles: 5x4x3 .* convert the file again"):
+    with pytest.raises(VolumeError, match=r"no two axes are at right angles: 5x4x3 .* convert the file again"):
         read_volume(write_nrrd(tmp_path / "a.nrrd", space_directions=rows))
 
 
