@@ -27,7 +27,7 @@ def read_series(
     """Voxels (I, J, K) float32 in the modality's unit (HU for CT), their grid, and what was found.
 
     i runs along rows, j down columns, k with the slice normal. Rescaling is done slice by slice; unmeasured voxels
-    (PixelPaddingValue) become the modality's background. Memory: the volume and one slice.
+    (PixelPaddingValue) become the modality's background. Memory: the volume, and one slice a decoding thread.
 
     Args:
         folder: a folder, searched with all below it, or one file.
