@@ -127,7 +127,7 @@ def read_scene(
         label_map = _placed(seg.label_map, seg.geometry, volume.geometry)
     else:
         found = read_label(result.labels)
-        volume = read_volume(path, series=series)
+        volume = _image_of(found.geometry, path, series)
         if difference := volume.geometry.difference(found.geometry):
             raise GeometryMismatch(f"the label map does not lie on the grid of its image: {difference}")
         known = _schema(result.labels, schema, found.voxels)
@@ -188,6 +188,23 @@ def _image_path(result: Result, image: Path | None) -> Path:
     if not result.images[0].exists():
         raise VolumeError(f"{result.labels}: the image that it was made from has moved; name it by --image")
     return result.images[0]
+
+
+def _image_of(geometry: Geometry, path: Path, series: str | None) -> Volume:
+    """The image at a path; among several DICOM series, the only one that lies on `geometry`, if it is the only one."""
+    if path.is_dir() and series is None:
+        from transforms.dicom import index_series, read_voxels
+
+        fitting = [
+            (found, found.geometry)
+            for found in index_series(path)
+            if found.geometry is not None and not found.problems and not geometry.difference(found.geometry)
+        ]
+        if len(fitting) == 1:
+            ((one, its_geometry),) = fitting
+            return Volume(read_voxels(one), its_geometry, one.modality or None, one.background)
+    # A map that was made without interpolating uneven slices does not lie on their grid, and is refused for it.
+    return read_volume(path, series=series, resample_uneven=True)
 
 
 def _schema(labels: Path, given: Path | None, label_map: Array) -> LabelSchema:

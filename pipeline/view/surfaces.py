@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from transforms.geometry import Geometry
 
-MOST_VOXELS = 1_500_000
+MOST_VOXELS = 800_000
 """A label's box larger than this is taken in larger steps."""
 
 SMOOTHING_VOXELS = 0.7

@@ -258,6 +258,25 @@ def test_dicom_seg_lies_where_it_was(tmp_path: Path, data_dir: Path) -> None:
         )
 
 
+def test_the_series_that_fits(tmp_path: Path, data_dir: Path) -> None:
+    """Of two series in a folder, the one on whose grid the label map lies; of two that fit, none."""
+    for n, (series, part) in enumerate((("1.2.3", slice(0, 40)), ("1.2.4", slice(0, 20)))):
+        for file in sorted((data_dir / "dicom_hippocrop").glob("*.dcm"), key=lambda path: int(path.stem))[part]:
+            dataset = pydicom.dcmread(file)
+            dataset.SeriesInstanceUID = series
+            dataset.SOPInstanceUID = f"{series}.{file.stem}"
+            dataset.save_as(tmp_path / f"{n}_{file.name}")
+    _, geometry, _ = read_series(tmp_path, series="1.2.4")
+    labels = save(tmp_path / "map.nii.gz", np.ones(geometry.shape, np.uint8), geometry)
+    assert read_scene(result_of(labels), image=tmp_path).image.geometry.shape == geometry.shape
+    for file in tmp_path.glob("1_*.dcm"):
+        dataset = pydicom.dcmread(file)
+        dataset.SeriesInstanceUID, dataset.SOPInstanceUID = "1.2.5", dataset.SOPInstanceUID.replace("1.2.4", "1.2.5")
+        dataset.save_as(tmp_path / f"2_{file.name}")
+    with pytest.raises(VolumeError, match="series"):
+        read_scene(result_of(labels), image=tmp_path)
+
+
 def test_refusals(case: Path, tmp_path: Path) -> None:
     labels = case / "case.nii.gz"
     elsewhere = save(

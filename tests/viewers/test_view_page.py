@@ -258,7 +258,7 @@ def test_list_of_labels(tmp_path: Path, data_dir: Path) -> None:
         shown_mm = [opened.inner_text(f"#{axis}-side") + " " + opened.inner_text(f"#{axis}") for axis in "xyz"]
         words = (("Left", "Right"), ("Posterior", "Anterior"), ("Inferior", "Superior"))
         assert shown_mm == [
-            f"{word[mm >= 0]} {abs(mm):.1f} mm" for word, mm in zip(words, (x_mm, y_mm, z_mm), strict=True)
+            f"{word[int(mm >= 0)]} {abs(mm):.1f} mm" for word, mm in zip(words, (x_mm, y_mm, z_mm), strict=True)
         ]
         assert opened.inner_text("#here") == "Posterior"
         opened.uncheck("#list li:nth-child(2) input")

@@ -31,13 +31,12 @@ async function open(number) {
     state.facts = await json(`${base}/facts.json`);
     document.title = `${state.facts.name} · volseg view`;
     describe(state.facts);
-    await panes.show(base, state.facts);
+    list.fill(state.facts.labels);
+    await panes.show(base, state.facts, {seen: list.seen, opacity: state.isOn ? state.opacity : 0});
   } catch {
     say("This case cannot be shown; the terminal says why.");
     return;
   }
-  list.fill(state.facts.labels);
-  panes.setOpacity(state.isOn ? state.opacity : 0);
   const largest = state.facts.labels.filter((x) => x.value).sort((a, b) => b.volume_ml - a.volume_ml)[0];
   if (largest) panes.jump(largest.centre_ras_mm); else showPoint(panes.point());
   say("");
@@ -50,8 +49,7 @@ async function surfaces(base, number) {
   for (const [done, label] of present.entries()) {
     if (state.number !== number) return;
     at.textContent = `${done} of ${present.length} surfaces`;
-    await panes.addSurface(base, label);
-    panes.setSeen(list.seen);
+    await panes.addSurface(base, label, list.seen.has(label.value));
   }
   at.textContent = present.length ? "smoothed for display" : "no label found";
   panes.pointSolid(panes.point());

@@ -16,7 +16,8 @@ export class LabelList {
     const filter = document.getElementById("filter");
     filter.hidden = labels.length <= 12;
     filter.value = "";
-    this.see(() => true);
+    this.seen = new Set(this.byValue.keys());
+    this.draw("");
   }
 
   // Show those labels that `isSeen` says.

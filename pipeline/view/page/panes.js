@@ -21,7 +21,7 @@ export class Panes {
       isOrientationTextVisible: false, tileMargin: 0, multiplanarPadPixels: 0, dragMode: DRAG_MODE.windowing,
       isForceMouseClickToVoxelCenters: true});
     this.solid = new Niivue({...QUIET, sliceType: SLICE_TYPE.RENDER, show3Dcrosshair: true, crosshairColor: LINE,
-      crosshairWidthUnit: "mm", isOrientCube: true, meshXRay: 0.04, backColor: [0.035, 0.045, 0.055, 1]});
+      crosshairWidthUnit: "mm", isOrientCube: true, backColor: [0.035, 0.045, 0.055, 1]});
     this.alone = null;
     this.used = "axial";
     this.planes.onLocationChange = ({mm}) => { this.pointSolid(mm); onMove(Array.from(mm).slice(0, 3)); };
@@ -35,15 +35,19 @@ export class Panes {
     this.lay();
   }
 
-  // Take the last case away and show another.
-  async show(base, facts) {
+  // Take the last case away and show another. NiiVue prepares all textures anew at every change of a volume, so
+  // volumes get their window, colours and opacity before they are added.
+  async show(base, facts, {seen, opacity}) {
     const {low, high} = facts.window;
+    const image = await volume(`${base}/image.nii`, {colormap: "gray"});
+    const labels = await volume(`${base}/labels.nii`, {opacity});
+    [image.cal_min, image.cal_max] = [low, high];
+    this.colours = table(facts.labels, seen);
+    labels.setColormapLabel({...this.colours});
     for (const mesh of [...this.solid.meshes]) this.solid.removeMesh(mesh);
-    this.colours = table(facts.labels);
-    for (const volume of [...this.planes.volumes].reverse()) this.planes.removeVolume(volume);
-    this.planes.addVolume(await volume(`${base}/image.nii`, {colormap: "gray", cal_min: low, cal_max: high}));
-    this.planes.addVolume(await volume(`${base}/labels.nii`, {opacity: 0.5}));
-    this.setWindow(low, high);
+    for (const old of [...this.planes.volumes].reverse()) this.planes.removeVolume(old);
+    this.planes.addVolume(image);
+    this.planes.addVolume(labels);
     this.planes.setPan2Dxyzmm([0, 0, 0, 1]);
     this.drawThin();
     this.solid.scene.renderAzimuth = 200;
@@ -51,13 +55,15 @@ export class Panes {
     this.solid.setScale(0.8);
   }
 
-  async addSurface(base, label) {
-    await this.solid.addMeshFromUrl({url: `${base}/surface-${label.value}.mz3`, name: `${label.value}.mz3`, rgba255: [...label.colour, 255]});
+  async addSurface(base, label, isSeen) {
+    const name = `${label.value}.mz3`;
+    const mesh = await this.solid.addMeshFromUrl({url: `${base}/surface-${name}`, name, rgba255: [...label.colour, 255]});
+    mesh.visible = isSeen;
   }
 
   // Which labels are seen, as a Set of values.
   setSeen(seen) {
-    this.colours.A = this.colours.I.map((value) => (value && seen.has(value) ? 255 : 0));
+    this.colours.A = alphas(this.colours.I, seen);
     this.planes.volumes[1].setColormapLabel({...this.colours});
     this.planes.updateGLVolume();
     for (const mesh of this.solid.meshes) mesh.visible = seen.has(parseInt(mesh.name));
@@ -194,9 +200,12 @@ function place(element, [left, top, width, height]) {
 }
 
 // NiiVue's colour table; value 0 is the background.
-function table(labels) {
+function table(labels, seen) {
   const present = labels.filter((label) => label.value);
   const channel = (c) => [0, ...present.map((label) => label.colour[c])];
-  return {R: channel(0), G: channel(1), B: channel(2), A: [0, ...present.map(() => 255)],
-    I: [0, ...present.map((label) => label.value)], labels: ["", ...present.map((label) => label.name)]};
+  const I = [0, ...present.map((label) => label.value)];
+  const labelled = {labels: ["", ...present.map((label) => label.name)]};
+  return {R: channel(0), G: channel(1), B: channel(2), A: alphas(I, seen), I, ...labelled};
 }
+
+function alphas(values, seen) { return values.map((value) => (value && seen.has(value) ? 255 : 0)); }
