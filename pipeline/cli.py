@@ -37,7 +37,8 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VA
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file as in configs/.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: RUNS/NAME of the config.")]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")]
-Formats = Annotated[str, typer.Option("--as", metavar="FORMAT,...", help="seg (DICOM), nifti, overlay (PNG).")]
+FORMAT_HELP = "DICOM: seg, labelmap, rtstruct, sr, capture; nifti, nrrd (3D Slicer), stl, gltf, overlay (PNG)."
+Formats = Annotated[str, typer.Option("--as", metavar="FORMAT,...", help=FORMAT_HELP)]
 SeriesUid = Annotated[str | None, typer.Option("--series", help="Which series, where a DICOM folder holds several.")]
 AnySeries = Annotated[
     str | None, typer.Option("--series", help="Which series, where a DICOM folder holds several; all: each is a study.")

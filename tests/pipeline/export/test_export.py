@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipeline.cli import FORMAT_HELP
 from pipeline.errors import ExportError, RunError
 from pipeline.export import FORMATS, Source, check_formats, export
 from pipeline.export.nifti import write_nifti
@@ -59,6 +61,11 @@ def test_an_unknown_format_names_the_nearest_and_all() -> None:
         check_formats(["seg", "nifty"])
     with pytest.raises(ExportError, match="no export format 'qqqq': The formats are seg"):
         check_formats(["qqqq"])
+
+
+def test_help_names_each_format_once() -> None:
+    """The command line spells them out, since it starts without this package."""
+    assert sorted(re.findall(r"\b[a-z]+\b", FORMAT_HELP)) == sorted(FORMATS)
 
 
 def test_an_unknown_format_is_refused_before_anything_is_written(
