@@ -1,8 +1,8 @@
 """An exported file, read back by code that did not write it, is compared with what was to be written.
 
 A mirrored or shifted segmentation looks right to validators and viewers; only this comparison finds it. A reader
-(`verify_seg`, `verify_nifti`) shares no code with the writer: it gives the voxels of each label as points in LPS+ mm
-by the file's own numbers. Here they are placed on the source grid and compared, voxel by voxel.
+(`verify_seg`, `verify_nifti`) shares no code with the writer: it gives the file's voxels, as points or as planes,
+in LPS+ mm by the file's own numbers. Here they are placed on the source grid and compared, voxel by voxel.
 """
 
 from __future__ import annotations

@@ -17,13 +17,12 @@ from pydicom import Dataset
 from pydicom.uid import UID
 
 from pipeline.errors import ExportError
-from pipeline.export import FORMATS, Source, export
+from pipeline.export import Source, export
 from pipeline.export.dicom_seg import write_seg
 from pipeline.export.verify_seg import verify_seg
-from pipeline.segmentation import Algorithm, Segmentation
-from transforms.dicom import DicomSeries, read_series
+from pipeline.segmentation import Segmentation
+from transforms.dicom import DicomSeries
 from transforms.labels import CodedConcept, Label, LabelSchema, schema_from_names
-from transforms.volume import Volume
 
 ORIENTATIONS = ["axial", "coronal", "sagittal", "upside down", "oblique"]
 LEFT_OUT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate")
@@ -258,93 +257,6 @@ def test_a_removed_identity_has_a_method(
     source = phantoms.source_of(phantoms.write_series(tmp_path / "in", **tags))
     found = pydicom.dcmread(written(phantoms.segmentation_of(source), source, tmp_path))
     assert (found.PatientIdentityRemoved, found.DeidentificationMethod) == ("YES", expected)
-
-
-def rewritten(folder: Path, change: Callable[[Dataset, int, np.ndarray], None]) -> Path:
-    """Each file of a phantom series changed, given the number of its slice and the step to the next slice in mm."""
-    for path in folder.iterdir():
-        dataset = pydicom.dcmread(path)
-        cosines = np.array(dataset.ImageOrientationPatient, dtype=float)
-        change(dataset, 6 - int(dataset.InstanceNumber), 3.5 * np.cross(cosines[:3], cosines[3:]))
-        dataset.save_as(path)
-    return folder
-
-
-def put_at(dataset: Dataset, place_mm: np.ndarray) -> None:
-    dataset.ImagePositionPatient = [f"{x:.9g}" for x in place_mm]
-
-
-def tilt(dataset: Dataset, k: int, _: np.ndarray) -> None:
-    """As a gantry of 18 degrees: the next slice lies 3.5 mm away, and shifted along the columns."""
-    down = np.array(dataset.ImageOrientationPatient[3:], dtype=float)
-    put_at(dataset, np.array(dataset.ImagePositionPatient, dtype=float) + 3.5 * np.tan(np.radians(18)) * k * down)
-
-
-@pytest.mark.parametrize("key", ["seg", "labelmap"])
-def test_a_tilted_gantry(phantoms: SimpleNamespace, tmp_path: Path, key: str) -> None:
-    """The grid is sheared; each frame lies where the source's slice says."""
-    source = phantoms.source_of(rewritten(phantoms.write_series(tmp_path / "in"), tilt))
-    _, j_ras, k_ras = source.image.geometry.affine_ras[:3, :3].T
-    assert k_ras @ j_ras / np.linalg.norm(j_ras) == pytest.approx(3.5 * np.tan(np.radians(18)), abs=1e-6)
-    segmentation = phantoms.segmentation_of(source)
-    [file] = export(segmentation, formats=[key], out=tmp_path / "out", name="x", source=source)
-    assert file.verification is not None
-    assert [label.dice for label in file.verification.labels] == [1.0, 1.0, None]
-    found = pydicom.dcmread(file.path)
-    assert float(found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices) == 3.5
-    by_uid = {header.sop_uid: header.plane for header in series_of(source).slices}
-    for groups in found.PerFrameFunctionalGroupsSequence:
-        [image] = groups.DerivationImageSequence[0].SourceImageSequence
-        place = groups.PlanePositionSequence[0].ImagePositionPatient
-        assert list(place) == pytest.approx(by_uid[image.ReferencedSOPInstanceUID].position_lps_mm, abs=1e-9)
-
-
-UNEVEN_K = (0.0, 1.0, 2.0, 4.0, 5.0, 6.5)
-
-
-def spread(dataset: Dataset, k: int, step_mm: np.ndarray) -> None:
-    place = np.array(dataset.ImagePositionPatient, dtype=float)
-    put_at(dataset, place + (UNEVEN_K[k] - k) * step_mm)
-
-
-@pytest.mark.parametrize("key", ["seg", "labelmap"])
-def test_slices_with_uneven_gaps(phantoms: SimpleNamespace, tmp_path: Path, key: str) -> None:
-    """Each source slice has the plane of the label map nearest to it, and lies where it lay."""
-    folder = rewritten(phantoms.write_series(tmp_path / "in"), spread)
-    voxels, geometry, series = read_series(folder, resample_uneven=True)
-    assert series.slice_positions_k is not None
-    source = Source(Volume(voxels, geometry, "MR", 0.0), series)
-    # Each plane has another label, and a place of its own in it.
-    schema = schema_from_names({n: f"plane {n}" for n in range(1, geometry.shape[2] + 1)})
-    labels = np.zeros(geometry.shape, dtype=np.uint8)
-    for k in range(geometry.shape[2]):
-        labels[2 : 4 + k % 3, 1:5, k] = k + 1
-    segmentation = Segmentation(labels, geometry, schema, Algorithm("phantom", "1"))
-    [file] = export(segmentation, formats=[key], out=tmp_path / "out", name="x", source=source)
-    found = pydicom.dcmread(file.path)
-    assert "SpacingBetweenSlices" not in found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
-    by_uid = {uid: n for n, uid in enumerate(header.sop_uid for header in series.slices)}
-    seen = []
-    for frame, groups in zip(found.pixel_array, found.PerFrameFunctionalGroupsSequence, strict=True):
-        n = by_uid[groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID]
-        place = np.array(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
-        assert place == pytest.approx(series.slices[n].plane.position_lps_mm)
-        distances = np.abs(np.arange(geometry.shape[2]) - series.slice_positions_k[n])
-        assert np.array_equal(frame.T != 0, labels[:, :, distances.argmin()] != 0)
-        seen.append(n)
-    assert sorted(seen) == list(range(6))
-
-
-def test_formats_that_cannot_undo_uneven_gaps_refuse_them(phantoms: SimpleNamespace, tmp_path: Path) -> None:
-    folder = rewritten(phantoms.write_series(tmp_path / "in"), spread)
-    voxels, geometry, series = read_series(folder, resample_uneven=True)
-    source = Source(Volume(voxels, geometry, "MR", 0.0), series)
-    empty = phantoms.segmentation_of(source, np.zeros(geometry.shape, dtype=np.uint8))
-    for key, form in FORMATS.items():
-        if form.needs_dicom and not form.takes_uneven:
-            with pytest.raises(ExportError, match=rf"'{key}' needs the source's own slices.*choose seg, labelmap, "):
-                export(empty, formats=[key], out=tmp_path / "out", name="x", source=source)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ def test_background_is_no_segment(phantom: Segmentation, source: Source, tmp_pat
 
 
 def test_many_labels_take_two_bytes(phantoms: SimpleNamespace, source: Source, tmp_path: Path) -> None:
-    labels = np.arange(11 * 7 * 6, dtype=np.uint16).reshape(11, 7, 6) * 100
-    schema = schema_from_names({int(n): f"label {n}" for n in labels.ravel() if n})
+    labels = np.arange(11 * 7 * 6, dtype=np.uint16).reshape(11, 7, 6) % 257 * 100
+    schema = schema_from_names({int(n): f"label {n}" for n in np.unique(labels) if n})
     segmentation = phantoms.segmentation_of(source, labels, schema)
     path = written(segmentation, source, tmp_path)
     found = pydicom.dcmread(path)
