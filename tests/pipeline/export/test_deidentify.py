@@ -37,7 +37,7 @@ BIN = Path(sys.executable).parent
 KEY = bytes(range(32))
 HOW = Confidentiality(KEY)
 ALL_FORMATS = ("seg", "sr", "capture", "nifti")
-SECRETS = ("muster", "erika", "4711", "19600102", "1960-01-02", "acc-99", "arzt", "anton", "klinikum", "waldweg")
+SECRETS = ("muster", "erika", "id-4711", "19600102", "1960-01-02", "acc-99", "arzt", "anton", "klinikum", "waldweg")
 
 # What the text representations are filled with, one element each; the last two are in no table of the profile.
 TEXTS = {
