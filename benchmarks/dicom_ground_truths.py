@@ -106,6 +106,8 @@ def judge(case: Path) -> list[str]:
 
 def main() -> None:
     """Print each case with what became of it."""
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: {sys.argv[0]} ARCHIVE_OR_FOLDER")
     source = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as scratch:
         if source.is_file():

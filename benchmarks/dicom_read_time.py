@@ -63,6 +63,8 @@ def measure(reader: str, folder: Path) -> tuple[float, float, str]:
 
 def main() -> None:
     """Print the median time and memory of each reader."""
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: {sys.argv[0]} FOLDER_OF_ONE_SERIES")
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:
         measure_here(sys.argv[2], folder)
