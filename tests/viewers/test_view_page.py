@@ -306,6 +306,42 @@ def test_sides_and_keys(tmp_path: Path, data_dir: Path) -> None:
         assert watch.complaints == []
 
 
+def test_mouse(tmp_path: Path, data_dir: Path) -> None:
+    """A click goes to the voxel under it, the wheel to the next slice, a right drag changes the window."""
+    write_text(tmp_path / "labels.json", SCHEMA.model_dump_json())
+    world = dicom_world(tmp_path, data_dir)
+    with shown(world.labels, world.image) as (opened, watch):
+        origin = opened.locator("#planes").bounding_box()
+        assert origin is not None
+        x, y = round(origin["width"] * 0.27), round(origin["height"] * 0.31)
+        opened.mouse.click(origin["x"] + x, origin["y"] + y)
+        expected = opened.evaluate(
+            """([x, y]) => { const nv = volseg.panes.planes, dpr = nv.uiData.dpr;
+            return Array.from(nv.frac2mm(nv.canvasPos2frac([x * dpr, y * dpr]), 0, true)).slice(0, 3); }""",
+            [x, y],
+        )
+        clicked = opened.evaluate("() => volseg.panes.point()")
+        # Half a voxel, and half a pixel of the screen.
+        assert np.abs(np.subtract(clicked, expected)).max() <= 0.5 + 0.07
+        opened.mouse.wheel(0, 100)
+        opened.wait_for_timeout(500)
+        scrolled = opened.evaluate("() => volseg.panes.point()")
+        assert np.allclose(np.abs(np.subtract(scrolled, clicked)), (0, 0, 1), atol=1e-3)
+        level, width = (float(opened.input_value(f"#{name}-number")) for name in ("level", "width"))
+        opened.mouse.down(button="right")
+        opened.mouse.move(origin["x"] + x + 50, origin["y"] + y - 25)
+        opened.wait_for_timeout(500)
+        opened.mouse.up(button="right")
+        per_pixel = (194 - 2) / 500
+        assert float(opened.input_value("#width-number")) == pytest.approx(width + 50 * per_pixel, abs=0.6)
+        assert float(opened.input_value("#level-number")) == pytest.approx(level + 25 * per_pixel, abs=0.6)
+        image = "volseg.panes.planes.volumes[0]"
+        assert opened.evaluate(f"() => {image}.cal_max - {image}.cal_min") == pytest.approx(
+            width + 50 * per_pixel, abs=0.6
+        )
+        assert watch.complaints == []
+
+
 def assert_letters(opened: Page, pane: str) -> None:
     """Going from one edge of a pane to the other, the world point moves towards the letter at that edge."""
     box = opened.locator(f".pane[data-pane={pane}]").bounding_box()

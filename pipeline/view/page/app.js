@@ -8,7 +8,7 @@ const SIDES = [["Right", "Left"], ["Anterior", "Posterior"], ["Superior", "Infer
 const THROUGH = {axial: 2, coronal: 1, sagittal: 0};
 
 const state = {cases: [], number: 0, facts: null, opacity: 0.5, isOn: true};
-const panes = new Panes(showPoint, showWindow);
+const panes = new Panes(showPoint);
 const list = new LabelList($("list"), {onSeen: (seen) => panes.setSeen(seen), onJump: (label) => label.centre_ras_mm && panes.jump(label.centre_ras_mm)});
 
 async function json(path) {
@@ -91,6 +91,24 @@ function setWindow(low, high) {
 function windowFrom(suffix) {
   const [level, width] = [$(`level${suffix}`).valueAsNumber, $(`width${suffix}`).valueAsNumber];
   if (Number.isFinite(level) && width > 0) setWindow(level - width / 2, level + width / 2);
+}
+
+// Drag with the right button: level up and down, width left and right; five hundred pixels are the image's range.
+function dragWindow(from) {
+  const {low, high} = state.facts.range;
+  const part = Math.max(high - low, 1e-6) / 500;
+  const [level, width] = [$("level").valueAsNumber, $("width").valueAsNumber];
+  let drawn = 0;
+  const move = (to) => {
+    cancelAnimationFrame(drawn);
+    drawn = requestAnimationFrame(() => {
+      const newLevel = level - (to.clientY - from.clientY) * part;
+      const newWidth = Math.max(width + (to.clientX - from.clientX) * part, part);
+      setWindow(newLevel - newWidth / 2, newLevel + newWidth / 2);
+    });
+  };
+  window.addEventListener("pointermove", move);
+  window.addEventListener("pointerup", () => window.removeEventListener("pointermove", move), {once: true});
 }
 
 function side(mm, axis) {
@@ -179,7 +197,9 @@ function wire() {
     const pane = panes.paneAt(event.offsetX / event.target.clientWidth, event.offsetY / event.target.clientHeight);
     panes.used = pane;
     for (const box of document.querySelectorAll(".pane")) box.classList.toggle("used", box.dataset.pane === pane);
+    if (event.button === 2 && state.facts) dragWindow(event);
   });
+  $("planes").addEventListener("contextmenu", (event) => event.preventDefault());
   for (const pane of PANES) {
     document.querySelector(`[data-pane="${pane}"] .grow`).onclick = () => panes.setAlone(panes.alone ? null : pane);
   }

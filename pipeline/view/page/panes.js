@@ -15,17 +15,16 @@ const AXES = {axial: [0, 1, 2], coronal: [0, 2, 1], sagittal: [1, 2, 0]};
 export const PANES = Object.keys(QUARTERS);
 
 export class Panes {
-  constructor(onMove, onWindow) {
+  constructor(onMove) {
     this.planes = new Niivue({...QUIET, show3Dcrosshair: false, crosshairColor: LINE,
       crosshairWidthUnit: "mm", isRadiologicalConvention: true, sagittalNoseLeft: true, isSliceMM: true,
-      isOrientationTextVisible: false, tileMargin: 0, multiplanarPadPixels: 0, dragMode: DRAG_MODE.windowing,
+      isOrientationTextVisible: false, tileMargin: 0, multiplanarPadPixels: 0, dragMode: DRAG_MODE.none,
       isForceMouseClickToVoxelCenters: true});
     this.solid = new Niivue({...QUIET, sliceType: SLICE_TYPE.RENDER, show3Dcrosshair: true, crosshairColor: LINE,
       crosshairWidthUnit: "mm", isOrientCube: true, backColor: [0.035, 0.045, 0.055, 1]});
     this.alone = null;
     this.used = "axial";
     this.planes.onLocationChange = ({mm}) => { this.pointSolid(mm); onMove(Array.from(mm).slice(0, 3)); };
-    this.planes.onIntensityChange = (volume) => onWindow(volume.cal_min, volume.cal_max);
   }
 
   async attach() {
