@@ -32,7 +32,7 @@ from pipeline.export.dicom_source import (
     source_image,
     take_identity,
 )
-from pipeline.export.quiet import quiet
+from pipeline.quiet import quiet
 from transforms.dicom_checks import is_inverted
 from transforms.dicom_header import Header
 from transforms.labels import LabelSchema

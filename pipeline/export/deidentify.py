@@ -24,7 +24,7 @@ from pydicom.uid import (
 
 from pipeline.errors import ExportError
 from pipeline.export.confidentiality import OWN_KEYWORDS, Confidentiality, Identity, action_for, identity_of, is_told
-from pipeline.export.quiet import quiet
+from pipeline.quiet import quiet
 from transforms.dicom import DicomSeries
 
 METHOD = "volseg: basic profile, keyed pseudonyms"

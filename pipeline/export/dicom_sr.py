@@ -28,7 +28,7 @@ from pipeline.errors import ExportError
 from pipeline.export import Job
 from pipeline.export.dicom_source import LO_CHARACTERS, description, source_header, take_identity
 from pipeline.export.measurements import InPlane, Intensity, Measures, measure
-from pipeline.export.quiet import quiet
+from pipeline.quiet import quiet
 from transforms.dicom import DicomSeries
 from transforms.labels import CodedConcept, Label
 

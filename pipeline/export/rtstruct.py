@@ -36,7 +36,7 @@ from pipeline.export.dicom_source import (
     source_header,
     take_identity,
 )
-from pipeline.export.quiet import quiet
+from pipeline.quiet import quiet
 from pipeline.segmentation import Algorithm, Segmentation
 from transforms.dicom import DicomSeries
 from transforms.dicom_header import Header, Plane

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DicomError
-from pipeline.export.quiet import quiet
+from pipeline.quiet import quiet
 from transforms.dicom_header import PARSE_FAULTS
 from transforms.geometry import Geometry
 from transforms.labels import PALETTE, Label, LabelSchema

@@ -20,9 +20,9 @@ from scipy.ndimage import generate_binary_structure, maximum_filter, minimum_fil
 from pipeline.errors import ExportError
 from pipeline.export import Job
 from pipeline.export.capture_colours import outline_colours
-from pipeline.export.quiet import quiet
 from pipeline.export.verify import Piece, Verification, compare, indices_of
 from pipeline.export.verify_links import check_links
+from pipeline.quiet import quiet
 from transforms.dicom_checks import is_inverted
 from transforms.dicom_header import Header
 

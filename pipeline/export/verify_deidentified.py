@@ -13,7 +13,7 @@ from pydicom import DataElement, Dataset, dcmread
 
 from pipeline.errors import ExportError
 from pipeline.export.confidentiality import STANDARD_UIDS, Confidentiality, Identity, action_for, is_told, walk
-from pipeline.export.quiet import quiet
+from pipeline.quiet import quiet
 
 _DECLARED = (
     *("PatientIdentityRemoved", "DeidentificationMethod", "DeidentificationMethodCodeSequence"),

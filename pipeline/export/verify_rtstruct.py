@@ -16,10 +16,10 @@ import numpy.typing as npt
 from pydicom import Dataset, dcmread
 
 from pipeline.errors import ExportError
-from pipeline.export.quiet import quiet
 from pipeline.export.spans import counted, voxels
 from pipeline.export.verify import Piece, Verification, compare, indices_of
 from pipeline.export.verify_links import check_links
+from pipeline.quiet import quiet
 from pipeline.segmentation import Segmentation
 from transforms.dicom import DicomSeries
 from transforms.geometry import Geometry

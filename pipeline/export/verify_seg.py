@@ -12,8 +12,8 @@ import numpy.typing as npt
 from pydicom import Dataset, dcmread
 
 from pipeline.errors import ExportError
-from pipeline.export.quiet import quiet
 from pipeline.export.verify import Sheet, Verification, compare, indices_of
+from pipeline.quiet import quiet
 from pipeline.segmentation import Segmentation
 from transforms.dicom import DicomSeries
 from transforms.geometry import Geometry

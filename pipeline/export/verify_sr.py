@@ -15,7 +15,6 @@ from pydicom import Dataset, dcmread
 
 from pipeline.errors import ExportError
 from pipeline.export import Job
-from pipeline.export.quiet import quiet
 from pipeline.export.verify import LabelFigures, Verification
 from pipeline.export.verify_links import check_links
 from pipeline.export.verify_measurements import (
@@ -28,6 +27,7 @@ from pipeline.export.verify_measurements import (
     placed_mm,
     widths_mm,
 )
+from pipeline.quiet import quiet
 from transforms.labels import Label
 
 Floats = npt.NDArray[np.float64]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from pipeline.pacs.archive import Access, Archive
 from pipeline.pacs.credentials import check_fit
-from pipeline.pacs.quiet import quiet
+from pipeline.quiet import quiet
 
 __all__ = ["Access", "Archive", "open_archive"]
 

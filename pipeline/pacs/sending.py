@@ -17,7 +17,7 @@ from pipeline.errors import PacsError
 from pipeline.pacs.archive import Archive, Instance, NotOffered, Outcome, Unreachable
 from pipeline.pacs.journal import Journal
 from pipeline.pacs.patience import Effort
-from pipeline.pacs.quiet import quiet
+from pipeline.quiet import quiet
 from transforms.dicom_header import is_dicom
 
 BATCH_BYTES = 16 * 2**20

@@ -18,6 +18,7 @@ from pipeline.export import Source, export
 from pipeline.export.dicom_seg import write_labelmap
 from pipeline.export.verify_seg import verify_seg
 from pipeline.segmentation import Segmentation
+from tests.pipeline.export.highdicom_reader import read_by_highdicom
 from transforms.labels import LabelSchema, schema_from_names
 
 ORIENTATIONS = ["axial", "coronal", "sagittal", "upside down", "oblique"]
@@ -26,18 +27,6 @@ ORIENTATIONS = ["axial", "coronal", "sagittal", "upside down", "oblique"]
 def written(segmentation: Segmentation, source: Source, folder: Path) -> Path:
     [file] = export(segmentation, formats=["labelmap"], out=folder, name="x", source=source)
     return file.path
-
-
-def read_by_highdicom(path: Path, segmentation: Segmentation) -> np.ndarray:
-    """Label ids on the grid of `segmentation`, placed by highdicom's volume alone."""
-    volume = hd.seg.segread(path).get_volume(combine_segments=True, allow_missing_positions=True)
-    found = np.zeros_like(segmentation.label_map)
-    corners = np.stack(np.nonzero(volume.array), axis=1)
-    points_lps_mm = corners @ volume.affine[:3, :3].T + volume.affine[:3, 3]
-    affine = segmentation.geometry.affine_lps
-    indices = np.rint(np.linalg.solve(affine[:3, :3], (points_lps_mm - affine[:3, 3]).T)).astype(int)
-    found[tuple(indices)] = np.array([0, *segmentation.schema.ids])[volume.array[tuple(corners.T)]]
-    return found
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)

@@ -11,7 +11,6 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
-import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
@@ -21,6 +20,7 @@ from pipeline.errors import ExportError
 from pipeline.export import Source, export
 from pipeline.export.verify_seg import verify_seg
 from pipeline.segmentation import Algorithm, Segmentation
+from tests.pipeline.export.highdicom_reader import read_by_highdicom
 from transforms.dicom import index_series, read_series, read_voxels
 from transforms.labels import schema_from_names
 from transforms.volume import Volume
@@ -73,14 +73,6 @@ def read_by_dcmqi(path: Path, folder: Path, segmentation: Segmentation) -> np.nd
         values = [ids[names[int(number)]] for number in voxels[tuple(indices.T)]]
         found += on_grid(indices @ direction.T + image.GetOrigin(), np.array(values, dtype=found.dtype), segmentation)
     return found
-
-
-def read_by_highdicom(path: Path, segmentation: Segmentation) -> np.ndarray:
-    volume = hd.seg.segread(path).get_volume(combine_segments=True, allow_missing_positions=True)
-    indices = np.argwhere(volume.array)
-    points_lps_mm = indices @ volume.affine[:3, :3].T + volume.affine[:3, 3]
-    values = np.array([0, *segmentation.schema.ids])[volume.array[tuple(indices.T)]]
-    return on_grid(points_lps_mm, values, segmentation)
 
 
 def check(segmentation: Segmentation, source: Source, folder: Path, kind: str) -> None:

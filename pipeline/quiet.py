@@ -1,4 +1,4 @@
-"""Silence for the DICOM libraries: their warnings and log lines may quote a patient's name."""
+"""Silence for the DICOM and network libraries: their warnings and log lines may quote patients, addresses, queries."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOGGERS = ("highdicom", "pydicom")
+_LOGGERS = ("highdicom", "pydicom", "pynetdicom", "dicomweb_client", "urllib3", "requests", "keyring")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warning and no log line of highdicom and pydicom inside. What matters is judged by reading back."""
+    """No warning and no log line of these libraries inside. What matters is judged by reading back, or raised."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
