@@ -3,8 +3,9 @@
 A label that occurs has two groups with the tracking identifier of its segment. The volumetric one (TID 1411) refers to
 the segment and holds volume, intensity and the longest diameter in 3D. The planar one (TID 1410) holds the two
 diameters on the slice where the label is longest, and the convex outline on that slice, so that viewers which show
-only regions find the place. A label that does not occur has the volumetric group alone, with a volume of 0 and a
-presence of 'Absent': an empty result is a report that says so.
+only regions find the place. A label that does not occur is left out, since OHIF 3.13 shows nothing of a report in which
+a group has no region. A report of an empty result has a volumetric group for each label, with a volume of 0 and a
+presence of 'Absent'.
 
 Intensities are reported where DICOM names their unit: in HU for CT, in arbitrary units for MR, for PET in that of the
 tag Units. For other modalities they are left out.
@@ -152,7 +153,10 @@ def _groups(context: _Context) -> Iterator[Group]:
     job = context.job
     numbers = {item.SegmentLabel: item for item in context.segmentation.SegmentSequence}
     measures = measure(job.segmentation, job.source.image.voxels)
+    is_empty = not any(found.voxels for found in measures)
     for label, found in zip(job.segmentation.schema.labels, measures, strict=True):
+        if not (found.voxels or is_empty):
+            continue
         segment = numbers[label.name]
         yield _volumetric(found, label, segment, context)
         if found.in_plane is not None:

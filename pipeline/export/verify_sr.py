@@ -173,8 +173,12 @@ def _judge(labelled: _Labelled, groups: list[_Group], quantity: tuple[str, str] 
     mask = labelled.job.segmentation.mask(labelled.label.id)
     count = int(mask.sum())
     templates = [group.template for group in groups]
-    if templates != (["1411", "1410"] if count else ["1411"]):
+    # What does not occur stands in the report of an empty result only.
+    unseen = [] if labelled.job.segmentation.label_map.any() else ["1411"]
+    if templates != (["1411", "1410"] if count else unseen):
         raise labelled.fault(f"groups {templates}")
+    if not groups:
+        return LabelFigures(labelled.label.id, labelled.label.name, 0, 0.0, 0.0, None, None)
     for group in groups:
         _check_names(group, labelled)
     _check_references(groups[0], labelled)

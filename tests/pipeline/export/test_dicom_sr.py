@@ -125,8 +125,12 @@ def test_dcmqi_reads_the_same_figures(phantom: Segmentation, source: Source, tmp
     subprocess.run(command, capture_output=True, check=True)
     read = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["Measurements"]
     found = {group["TrackingIdentifier"]: group for group in read if "ReferencedSegment" in group}
-    assert list(found) == ["Höcker", "Right half", "Nowhere"]
+    # What does not occur has no group: OHIF 3.13 shows nothing of a report with one that holds no region.
+    assert list(found) == ["Höcker", "Right half"]
     for label, measures in zip(phantom.schema.labels, measure(phantom, source.image.voxels), strict=True):
+        if label.name not in found:
+            assert measures.voxels == 0
+            continue
         items = found[label.name]["measurementItems"]
         by_name = {
             (x["quantity"]["CodeMeaning"], x.get("derivationModifier", {}).get("CodeMeaning", "")): float(x["value"])
@@ -359,7 +363,7 @@ def test_frames_of_one_file(phantoms: SimpleNamespace, data_dir: Path, tmp_path:
     verify_sr(path, job)
     assert validate(path) == ""
     report = pydicom.dcmread(path)
-    [reference] = region(report, 2).ContentSequence[0].ReferencedSOPSequence
+    [reference] = region(report).ContentSequence[0].ReferencedSOPSequence
     assert reference.ReferencedFrameNumber == job.series.slices[2].frame
     assert (
         len(report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence) == 1
