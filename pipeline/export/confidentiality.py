@@ -182,6 +182,11 @@ def action_for(tag: BaseTag, vr: str, keyword: str, *, is_own: bool) -> str:
     return "keep" if listed in ("recurse", "uid") else listed
 
 
+def has_own_items(keyword: str, *, is_own: bool) -> bool:
+    """Whether the items of a sequence are volseg's own writing: its objects also tell of the scanner of the source."""
+    return is_own and keyword != "ContributingEquipmentSequence"
+
+
 def texts_of(element: DataElement) -> list[str]:
     """What of an element may be read as text; bytes of an unknown kind as well."""
     if element.VR not in _TEXTUAL or element.value is None or element.keyword == "PixelData":

@@ -8,7 +8,7 @@ image that says that identity is burned into it is refused. Faces can be recogni
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dicomanonymizer.simpledicomanonymizer import replace_element
@@ -23,7 +23,15 @@ from pydicom.uid import (
 )
 
 from pipeline.errors import ExportError
-from pipeline.export.confidentiality import OWN_KEYWORDS, Confidentiality, Identity, action_for, identity_of, is_told
+from pipeline.export.confidentiality import (
+    OWN_KEYWORDS,
+    Confidentiality,
+    Identity,
+    action_for,
+    has_own_items,
+    identity_of,
+    is_told,
+)
 from pipeline.quiet import quiet
 from transforms.dicom import DicomSeries
 
@@ -93,8 +101,9 @@ def _clean(dataset: Dataset, rules: _Rules) -> None:
         element = dataset[tag]
         _apply(action_for(tag, element.VR, element.keyword, is_own=rules.is_own), dataset, element, rules)
         if tag in dataset and element.VR == "SQ":
+            inner = replace(rules, is_own=has_own_items(element.keyword, is_own=rules.is_own))
             for item in element.value:
-                _clean(item, rules)
+                _clean(item, inner)
         elif tag in dataset and _tells(dataset[tag], rules):
             del dataset[tag]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ import numpy as np
 from pydicom import DataElement, Dataset, dcmread
 
 from pipeline.errors import ExportError
-from pipeline.export.confidentiality import STANDARD_UIDS, Confidentiality, Identity, action_for, is_told, walk
+from pipeline.export.confidentiality import (
+    STANDARD_UIDS,
+    Confidentiality,
+    Identity,
+    action_for,
+    has_own_items,
+    is_told,
+    walk,
+)
 from pipeline.quiet import quiet
 
 _DECLARED = (
@@ -100,6 +108,8 @@ class _Rules:
 def _check_content(found: Dataset, before: Dataset, rules: _Rules) -> None:
     """What the rules keep is the same, at every depth; identifiers are their pseudonyms."""
     for element in before:
+        if element.keyword in _DECLARED:
+            continue
         action = action_for(element.tag, element.VR, element.keyword, is_own=rules.is_own)
         kept = found.get(element.tag)
         if action == "uid":
@@ -107,9 +117,10 @@ def _check_content(found: Dataset, before: Dataset, rules: _Rules) -> None:
         elif action == "keep" and element.VR == "SQ":
             if kept is None or len(kept.value) != len(element.value):
                 raise ExportError(f"its {element.keyword} has other items than before")
+            inner = replace(rules, is_own=has_own_items(element.keyword, is_own=rules.is_own))
             for item, earlier in zip(kept.value, element.value, strict=True):
-                _check_content(item, earlier, rules)
-        elif action == "keep" and element.keyword not in _DECLARED and not _is_same(kept, element):
+                _check_content(item, earlier, inner)
+        elif action == "keep" and not _is_same(kept, element):
             # A text in which identity stood may be gone.
             is_gone = kept is None and is_told(element, rules.identity, is_own=rules.is_own)
             if not is_gone:
