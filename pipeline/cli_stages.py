@@ -13,6 +13,7 @@ from pipeline.files import write_json, write_text
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.export import ExportedFile
     from pipeline.export.confidentiality import Confidentiality
     from pipeline.plan import Plan
     from pipeline.report import Report
@@ -190,8 +191,7 @@ def predict_inputs(
     written, failures = segment_studies(model, studies, out, settings=settings, console=console)
     console.close()
     for file in written:
-        verified = "" if file.verification is None else "  (read back and compared: the same)"
-        print(f"{file.path}{verified}")
+        _tell(file)
     if len(failures) == len(studies) == 1:
         raise VolumeError(failures[0].reason)
     for failure in failures:
@@ -267,7 +267,12 @@ def export_labels(
     options = Options(smoothing=smoothing, confidentiality=removal.confidentiality())
     name = volume_stem(labels)
     for file in export(segmentation, formats=formats, out=out, name=name, source=given, options=options):
-        print(file.path)
+        _tell(file)
+
+
+def _tell(file: ExportedFile) -> None:
+    verified = "" if file.verification is None else "  (read back and compared: the same)"
+    print(f"{file.path}{verified}")
 
 
 def describe(path: Path, *, resample_uneven: bool = False) -> None:

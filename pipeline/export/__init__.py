@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ExportError
 from pipeline.files import atomic_folder, atomic_path, safe_name, write_json
@@ -98,7 +99,8 @@ def export(
 ) -> list[ExportedFile]:
     """Write `segmentation` as `out`/`name` in each of `formats`, and the figures of reading back beside them.
 
-    Each file is compared with the segmentation before it takes its name; files of that name are replaced.
+    Each file is compared with the segmentation before it takes its name; files of that name are replaced, and the
+    figures of other formats that lie there stay.
     A format that refers to another one brings it along.
 
     Raises:
@@ -135,13 +137,15 @@ def check_formats(formats: Sequence[str]) -> None:
     """Refuse what no writer is known for, before anything is computed.
 
     Raises:
-        ExportError: a format is unknown; the nearest and all others are named.
+        ExportError: a format is unknown, the nearest and all others are named; or there is none.
     """
+    if not formats:
+        raise ExportError(f"no export format is named; the formats are {', '.join(FORMATS)}")
     for name in formats:
         if name not in FORMATS:
             near = get_close_matches(name, FORMATS, n=1, cutoff=0.4)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise ExportError(f"no export format '{name}': {hint}The formats are {', '.join(FORMATS)}")
+            hint = f"did you mean '{near[0]}'? The" if near else "the"
+            raise ExportError(f"no export format '{name}': {hint} formats are {', '.join(FORMATS)}")
 
 
 def _check_source(key: str, form: Format, source: Source) -> None:
@@ -168,7 +172,10 @@ def _check(segmentation: Segmentation, source: Source) -> None:
     for what, geometry in (("image", source.image.geometry), ("series", series_geometry)):
         difference = geometry and segmentation.geometry.difference(geometry)
         if difference:
-            raise ExportError(f"the segmentation is not on the grid of its source {what}: {difference}")
+            raise ExportError(
+                f"the segmentation is not on the grid of its source {what}: {difference}; "
+                "name the source that it was made from"
+            )
     try:
         segmentation.schema.classes_from_ids(segmentation.label_map)
     except ValueError as error:
@@ -207,7 +214,18 @@ def _write_report(target: Path, files: Sequence[ExportedFile]) -> None:
         if x.verification is not None
     ]
     if rows:
-        write_json(target, {"files": rows})
+        written = {x.path.name for x in files}
+        kept = [row for row in _earlier(target) if row.get("file") not in written]
+        write_json(target, {"files": [*kept, *rows]})
+
+
+def _earlier(report: Path) -> list[dict[str, Any]]:
+    """The figures of files that still lie beside a report; a damaged report has none."""
+    try:
+        rows = json.loads(report.read_text(encoding="utf-8"))["files"]
+        return [row for row in rows if (report.parent / row["file"]).exists()]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 # The libraries of a format are imported when the format is used.

@@ -51,6 +51,19 @@ def test_a_format_written_twice_is_written_once(phantom: Segmentation, source: S
     assert len(files) == 1
 
 
+def test_figures_of_earlier_formats_stay(phantom: Segmentation, source: Source, tmp_path: Path) -> None:
+    for formats in (["seg", "nifti"], ["nrrd"], ["nifti", "overlay"]):
+        export(phantom, formats=formats, out=tmp_path, name="x", source=source)
+    report = tmp_path / "x.verification.json"
+    assert [row["format"] for row in json.loads(report.read_text())["files"]] == ["seg", "nrrd", "nifti"]
+    (tmp_path / "x.seg.dcm").unlink()
+    export(phantom, formats=["nifti"], out=tmp_path, name="x", source=source)
+    assert [row["format"] for row in json.loads(report.read_text())["files"]] == ["nrrd", "nifti"]
+    report.write_text('{"files": [3]}')
+    export(phantom, formats=["nifti"], out=tmp_path, name="x", source=source)
+    assert [row["format"] for row in json.loads(report.read_text())["files"]] == ["nifti"]
+
+
 def test_the_name_cannot_leave_the_folder(phantom: Segmentation, source: Source, tmp_path: Path) -> None:
     [file] = export(phantom, formats=["nifti"], out=tmp_path / "out", name="../a b", source=source)
     assert file.path.parent == tmp_path / "out"
@@ -59,8 +72,10 @@ def test_the_name_cannot_leave_the_folder(phantom: Segmentation, source: Source,
 def test_an_unknown_format_names_the_nearest_and_all() -> None:
     with pytest.raises(ExportError, match=r"no export format 'nifty': did you mean 'nifti'\? .* seg, .*nifti"):
         check_formats(["seg", "nifty"])
-    with pytest.raises(ExportError, match="no export format 'qqqq': The formats are seg"):
+    with pytest.raises(ExportError, match="no export format 'qqqq': the formats are seg"):
         check_formats(["qqqq"])
+    with pytest.raises(ExportError, match="no export format is named; the formats are seg"):
+        check_formats([])
 
 
 def test_help_names_each_format_once() -> None:
