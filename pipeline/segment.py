@@ -15,7 +15,7 @@ from pipeline.dataset import Failure
 from pipeline.errors import DicomError, RunError, SeveralSeries, VolsegError
 from pipeline.evaluate import SCHEMA_FILE
 from pipeline.export import FORMATS, ExportedFile, Options, Source, check_formats, export
-from pipeline.files import write_json, write_text
+from pipeline.files import sha256_of_json, write_json, write_text
 from pipeline.manifest import load_dataset
 from pipeline.predict import Model, predict, refuse_modality
 from pipeline.results import RECORD, record_sources
@@ -63,13 +63,20 @@ def segment_studies(
     written: list[ExportedFile] = []
     failures: list[Failure] = []
     for done, study in enumerate(studies, start=1):
-        if _is_kept(record, study, out, settings.formats):
+        origin = _origin(study, settings)
+        if record["origins"].get(study.name, origin) != origin:
+            other = f"{out} holds the result of another input named {study.name}"
+            failures.append(Failure(study.name, f"{study.paths[0]}: {other}; choose another --out, or give --force"))
+        elif _is_kept(record, study, out, settings.formats):
             console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
         else:
             try:
-                files = _segment(model, study, out, mirror=mirror, settings=settings)
+                sources = _sources(model, study, settings)
+                _tell_findings(study.name, sources, console)
+                files = _segment(model, study.name, sources, out, mirror=mirror, settings=settings)
                 written += files
                 record["studies"][study.name] = sorted(f.format for f in files)
+                record["origins"][study.name] = origin
                 write_json(out / RECORD, record)
                 if settings.confidentiality is None:
                     record_sources(out, study.name, study.paths)
@@ -83,16 +90,28 @@ def segment_studies(
     return written, failures
 
 
-def _segment(model: Model, study: Study, out: Path, *, mirror: bool, settings: SegmentSettings) -> list[ExportedFile]:
+def _sources(model: Model, study: Study, settings: SegmentSettings) -> list[Source]:
+    """The study's image, or one a channel."""
     if study.series is not None:
         refuse_modality(study.series.modality or None, model.plan.channels[0])
-        sources = [_source_of(study.series)]
-    else:
-        sources = [_study_source(path, settings) for path in study.paths]
+        return [_source_of(study.series)]
+    return [_study_source(path, settings) for path in study.paths]
+
+
+def _tell_findings(name: str, sources: Sequence[Source], console: Console) -> None:
+    """What was put right in reading; what could not be is an error."""
+    for series in (source.series for source in sources if source.series is not None):
+        for finding in series.findings:
+            console.note(f"{name}: {finding}")
+
+
+def _segment(
+    model: Model, name: str, sources: Sequence[Source], out: Path, *, mirror: bool, settings: SegmentSettings
+) -> list[ExportedFile]:
     device = next(model.bundles[0].network.parameters()).device
     segmentation = predict(model, [s.image for s in sources], mirror=mirror, device=device)
     options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
-    return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
+    return export(segmentation, formats=settings.formats, out=out, name=name, source=sources[0], options=options)
 
 
 def _study_source(path: Path, settings: SegmentSettings) -> Source:
@@ -139,7 +158,7 @@ def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
 
 
 def _open_record(out: Path, model: Model, made: dict[str, bool | int], *, force: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {"model": [b.digest for b in model.bundles], **made, "studies": {}}
+    record: dict[str, Any] = {"model": [b.digest for b in model.bundles], **made, "studies": {}, "origins": {}}
     path = out / RECORD
     if not path.exists():
         return record
@@ -154,7 +173,21 @@ def _open_record(out: Path, model: Model, made: dict[str, bool | int], *, force:
     same_setting = all(before.get(name, False) == value for name, value in made.items())
     if before.get("model") != record["model"] or not same_setting:
         raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
-    return {**record, "studies": dict(before.get("studies", {}))}
+    return {**record, **{part: dict(before.get(part, {})) for part in ("studies", "origins")}}
+
+
+def _origin(study: Study, settings: SegmentSettings) -> str:
+    """A digest of what a study is read from, so that inputs of one name are told apart; paths may name patients."""
+    files = [path.stat() if path.is_file() else None for path in study.paths]
+    return sha256_of_json(
+        {
+            "paths": [str(path.resolve()) for path in study.paths],
+            "files": [found and [found.st_size, found.st_mtime_ns] for found in files],
+            "series": study.series.series_uid if study.series else settings.series,
+            "stack": study.series.stack_number if study.series else None,
+            "resample_uneven": settings.resample_uneven,
+        }
+    )
 
 
 def _is_kept(record: dict[str, Any], study: Study, out: Path, formats: Sequence[str]) -> bool:

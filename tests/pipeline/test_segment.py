@@ -205,6 +205,18 @@ class TestSegmenting:
         report = json.loads((tmp_path / "out" / "dicom_hippocrop.verification.json").read_text())
         assert [row["format"] for row in report["files"]] == ["seg", "nifti"]
 
+    def test_what_was_mended_is_said(self, model: Model, data_dir: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "tagged"
+        folder.mkdir()
+        for file in (data_dir / "dicom_hippocrop").glob("*.dcm"):
+            dataset = pydicom.dcmread(file)
+            dataset.SpacingBetweenSlices = 4
+            dataset.save_as(folder / file.name)
+        listener = Listener()
+        studies = find_studies([folder], Wanted(model.plan.channels), console=Silence())
+        segment_studies(model, studies, tmp_path / "out", settings=SETTINGS, console=listener)
+        assert listener.notes == ["tagged: slice-spacing-tag: SpacingBetweenSlices is 4, positions are 1 mm apart"]
+
     def test_a_folder_of_something_else_is_set_aside(self, model: Model, tmp_path: Path) -> None:
         _, failures = segment(model, [touch(tmp_path / "notes", "a.txt")], tmp_path / "out")
         assert failures["notes"].startswith(f"{tmp_path / 'notes'}: no DICOM image series")
@@ -342,6 +354,30 @@ class TestAgain:
     def test_another_format_is_done_as_well(self, model: Model, images: Path, out: Path) -> None:
         one = images / "hippocampus_001.nii.gz"
         assert segment(model, [one], out, formats=("overlay",))[0] == ["hippocampus_001.png"]
+
+    def test_another_input_of_the_same_name_is_no_result_of_this_one(
+        self, model: Model, images: Path, out: Path, tmp_path: Path
+    ) -> None:
+        other = tmp_path / "elsewhere" / "hippocampus_001.nii.gz"
+        other.parent.mkdir()
+        shutil.copy(images / "hippocampus_015.nii.gz", other)
+        before = (out / "hippocampus_001.nii.gz").read_bytes()
+        for formats in (("nifti",), ("overlay",)):
+            written, reasons = segment(model, [other], out, formats=formats)
+            assert written == []
+            assert (
+                "holds the result of another input named hippocampus_001; choose another --out, or give --force"
+                in (reasons["hippocampus_001"])
+            )
+        assert (out / "hippocampus_001.nii.gz").read_bytes() == before
+        assert segment(model, [other], out, force=True)[0] == ["hippocampus_001.nii.gz"]
+        assert (out / "hippocampus_001.nii.gz").read_bytes() != before
+
+    def test_another_series_of_a_folder_is_another_input(self, model: Model, data_dir: Path, tmp_path: Path) -> None:
+        folder = data_dir / "dicom_hippocrop"
+        segment(model, [folder], tmp_path / "out")
+        _, reasons = segment(model, [folder], tmp_path / "out", series="1")
+        assert "another input named dicom_hippocrop" in reasons["dicom_hippocrop"]
 
     @pytest.mark.parametrize("change", [{"model": ["other"]}, {"mirror": True}])
     def test_results_of_another_model_or_setting_are_not_mixed_in(
