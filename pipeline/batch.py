@@ -28,8 +28,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same patches on another device, copied while the host goes on where memory is pinned."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.classes, self.annotated))
-        return Batch(*moved, self.case_ids)
+        images, classes, annotated = (
+            tensor.to(device, non_blocking=True) for tensor in (self.images, self.classes, self.annotated)
+        )
+        return Batch(images, classes, annotated, self.case_ids)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Patches `start` to `stop` (exclusive), as views."""
@@ -39,5 +41,7 @@ class Batch:
 
 def collate(patches: Sequence[dict[str, Any]]) -> Batch:
     """A batch from patches with `image`, `label`, `annotated` and `case_id` each."""
-    columns = [torch.stack([patch[key] for patch in patches]) for key in ("image", "label", "annotated")]
-    return Batch(*columns, tuple(patch["case_id"] for patch in patches))
+    images, classes, annotated = (
+        torch.stack([patch[key] for patch in patches]) for key in ("image", "label", "annotated")
+    )
+    return Batch(images, classes, annotated, tuple(patch["case_id"] for patch in patches))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import transforms
+from pipeline.batch import Batch, collate
 from pipeline.config import AugmentConfig
 from pipeline.errors import RunError, VolsegError, VolumeError
 from pipeline.files import explain_os_error, sha256_of_file, sha256_of_json, share_as_new
@@ -52,20 +53,22 @@ PREPROCESSING_MODULES = (
 )
 """Modules of `transforms` whose code decides what a preprocessed case looks like."""
 
-PREFETCHED_BATCHES = 3
-
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A case on the plan's grid. `image` (C, I, J, K) float32 and `classes` (1, I, J, K) are memory-mapped."""
+    """A case on the plan's grid. `image` (C, I, J, K) float32 and `classes` (1, I, J, K) are memory-mapped.
+
+    `annotated` (class_count,) bool is False where a class was not annotated; None means that all were.
+    """
 
     case_id: str
     geometry: Geometry
     image: Tensor
     classes: Tensor
     positions: npt.NDArray[np.int32]
+    annotated: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ class Patches:
         self.batch_size = plan.batch_size
         self.seed = seed
         self._minima = [float(case.image.min()) for case in self.cases]
+        every = torch.ones(plan.class_count, dtype=torch.bool)
+        self._annotated = [every if case.annotated is None else case.annotated for case in self.cases]
         self._chain = training_chain(
             plan.patch_shape,
             plan.spacing_mm,
@@ -158,11 +163,10 @@ class Patches:
             foreground_share=foreground_share,
         )
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, C, I, J, K) float32 and classes (B, 1, I, J, K) of update number `step`."""
+    def batch(self, step: int) -> Batch:
+        """The patches of update number `step`."""
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        patches = [self._patch(number) for number in numbers]
-        return torch.stack([p["image"] for p in patches]), torch.stack([p["label"] for p in patches])
+        return collate([self._patch(number) for number in numbers])
 
     def _patch(self, number: int) -> dict[str, Any]:
         epoch, place = divmod(number, len(self.cases))
@@ -172,33 +176,7 @@ class Patches:
         self._chain.set_random_state(seed=state)
         data = {"image": case.image, "label": case.classes, "positions": case.positions, "fill": self._minima[index]}
         patch: dict[str, Any] = self._chain(data)
-        return patch
-
-
-def prefetch(make: Callable[[int], tuple[Tensor, Tensor]], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`make(start)`, ..., `make(stop - 1)` in order, made ahead in one thread."""
-    with ThreadPoolExecutor(1, "patches") as pool:
-        _limit_to_one_core(pool)
-        ahead = [pool.submit(make, n) for n in range(start, min(stop, start + PREFETCHED_BATCHES))]
-        try:
-            for number in range(start, stop):
-                batch = ahead.pop(0).result()
-                if number + PREFETCHED_BATCHES < stop:
-                    ahead.append(pool.submit(make, number + PREFETCHED_BATCHES))
-                yield batch
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
-def _limit_to_one_core(pool: ThreadPoolExecutor) -> None:
-    """A second OpenMP team beside the network's would stall both at every barrier.
-
-    The number of threads is each thread's own, but what torch remembers of it is not: it is set back here.
-    """
-    threads = torch.get_num_threads()
-    pool.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(threads)
+        return {**patch, "annotated": self._annotated[index], "case_id": case.case_id}
 
 
 def spatial_settings(augment: AugmentConfig, plan: Plan) -> SpatialSettings:

@@ -24,11 +24,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from pipeline.batch import Batch
 from pipeline.config import AugmentConfig, TrainConfig
-from pipeline.dataset import Patches, PreparedCase, prefetch
+from pipeline.dataset import Patches, PreparedCase
 from pipeline.device import Hardware, peak_memory_gb
 from pipeline.errors import RunError
 from pipeline.files import atomic_path, explain_os_error, sha256_of_json, write_json
+from pipeline.loader import prefetch
 from pipeline.losses import Loss, build_loss, deep_supervision_loss
 from pipeline.metrics import confusion_counts, dice_from_counts
 from pipeline.models.registry import build_network
@@ -144,12 +146,12 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     dice: dict[str, float] = {}
     started, saved = time.monotonic() - state.elapsed_s, time.monotonic()
     with _interruptible() as interrupted, _History(task.folder / HISTORY, state.step, observer) as history:
-        for images, classes in prefetch(patches.batch, state.step, state.steps):
+        for batch in prefetch(patches.batch, state.step, state.steps):
             rate = learning_rate(task.settings, state.step, state.steps)
-            values = _update(task, fabric, state, loss, _on_device(fabric, (images, classes)), rate)
+            values = _update(task, fabric, state, loss, batch.to(fabric.device), rate)
             state.step += 1
             state.elapsed_s = time.monotonic() - started
-            history.update(state, values, rate, len(images))
+            history.update(state, values, rate, len(batch))
             if state.step in validate_at:
                 dice = validate(task, state.averaged, last=state.step == state.steps)
                 history.add(state.step, {f"dice/{k}": v for k, v in dice.items()})
@@ -250,14 +252,13 @@ def _optimiser(network: nn.Module, settings: TrainConfig) -> torch.optim.Optimiz
 
 
 def _update(
-    task: TrainingTask, fabric: Fabric, state: _State, loss: Loss, batch: tuple[Tensor, Tensor], rate: float
+    task: TrainingTask, fabric: Fabric, state: _State, loss: Loss, batch: Batch, rate: float
 ) -> dict[str, Tensor]:
-    images, classes = batch
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.network.train()
     state.optimiser.zero_grad(set_to_none=True)
-    total, terms = deep_supervision_loss(loss, state.network(images), classes)
+    total, terms = deep_supervision_loss(loss, state.network(batch.images), batch.classes)
     fabric.backward(total)
     norm = fabric.clip_gradients(
         state.network, state.optimiser, max_norm=task.settings.gradient_norm, error_if_nonfinite=False
@@ -330,17 +331,12 @@ def _time_updates(task: TrainingTask, fabric: Fabric, trial: _State, patches: Pa
     seconds = []
     stamp = time.monotonic()
     for batch in prefetch(patches.batch, 0, WARM_STEPS + TIMED_STEPS):
-        _update(task, fabric, trial, loss, _on_device(fabric, batch), 1e-6)
+        _update(task, fabric, trial, loss, batch.to(fabric.device), 1e-6)
         if fabric.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - stamp)
         stamp = time.monotonic()
     return statistics.median(seconds[WARM_STEPS:])
-
-
-def _on_device(fabric: Fabric, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    images, classes = batch
-    return images.to(fabric.device, non_blocking=True), classes.to(fabric.device, non_blocking=True)
 
 
 def _load(path: Path, state: _State, task: TrainingTask) -> None:

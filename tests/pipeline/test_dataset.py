@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from torch import Tensor
 from pipeline import dataset as module
 from pipeline.config import AugmentConfig
 from pipeline.dataset import (
-    PREFETCHED_BATCHES,
     Patches,
     PreparedCase,
     apply_chain,
     content_digest,
     dataset_digest,
-    prefetch,
     prepare_case,
     prepare_cases,
     spatial_settings,
@@ -370,18 +368,27 @@ class TestPatches:
         first = {n: forth.batch(n) for n in range(4)}
         second = {n: back.batch(n) for n in reversed(range(4))}
         for number in range(4):
-            assert all(torch.equal(a, b) for a, b in zip(first[number], second[number], strict=True))
-        assert not torch.equal(first[0][0], first[1][0])
-        assert not torch.equal(first[0][0], patches_of(cases, plan, seed=1).batch(0)[0])
+            assert torch.equal(first[number].images, second[number].images)
+            assert torch.equal(first[number].classes, second[number].classes)
+            assert first[number].case_ids == second[number].case_ids
+        assert not torch.equal(first[0].images, first[1].images)
+        assert not torch.equal(first[0].images, patches_of(cases, plan, seed=1).batch(0).images)
 
     def test_shapes_and_types(self, plan: Plan) -> None:
-        images, classes = patches_of([flat_case(1)], plan).batch(0)
-        assert (images.shape, images.dtype) == ((2, 1, 8, 8, 8), torch.float32)
-        assert (classes.shape, classes.dtype) == ((2, 1, 8, 8, 8), torch.uint8)
+        batch = patches_of([flat_case(1)], plan).batch(0)
+        assert (batch.images.shape, batch.images.dtype) == ((2, 1, 8, 8, 8), torch.float32)
+        assert (batch.classes.shape, batch.classes.dtype) == ((2, 1, 8, 8, 8), torch.uint8)
+        assert batch.case_ids == ("case_1", "case_1")
+
+    def test_what_was_annotated_goes_with_each_patch(self, plan: Plan) -> None:
+        known = torch.tensor([True, False, True])
+        cases = [flat_case(1), replace(flat_case(2), annotated=known)]
+        rows = dict(zip((batch := patches_of(cases, plan).batch(0)).case_ids, batch.annotated.tolist(), strict=True))
+        assert rows == {"case_1": [True, True, True], "case_2": [True, False, True]}
 
     def test_each_epoch_sees_every_case_once_in_its_own_order(self, plan: Plan) -> None:
         patches = patches_of([flat_case(n) for n in range(1, 7)], plan, augment=STILL)
-        seen = [float(x) for step in range(12) for x in patches.batch(step)[0].amax(dim=(1, 2, 3, 4))]
+        seen = [float(x) for step in range(12) for x in patches.batch(step).images.amax(dim=(1, 2, 3, 4))]
         epochs = [seen[n : n + 6] for n in range(0, 24, 6)]
         assert all(sorted(epoch) == [1, 2, 3, 4, 5, 6] for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -394,7 +401,7 @@ class TestPatches:
         shares = {}
         for share in (0.0, 0.5, 1.0):
             patches = patches_of([case], plan, augment=STILL, foreground_share=share)
-            shares[share] = np.mean([bool(c.any()) for n in range(60) for c in patches.batch(n)[1]])
+            shares[share] = np.mean([bool(c.any()) for n in range(60) for c in patches.batch(n).classes])
         assert shares[1.0] == 1
         assert 0.4 < shares[0.5] < 0.75
         assert shares[0.0] < 0.25
@@ -407,7 +414,8 @@ class TestPatches:
         patches = patches_of([case], plan, augment=STILL, twin_classes=(0, 2, 1))
         mirrored = 0
         for number in range(10):
-            for image, label in zip(*patches.batch(number), strict=True):
+            batch = patches.batch(number)
+            for image, label in zip(batch.images, batch.classes, strict=True):
                 assert (label[0, :4] == 1).all()
                 assert (label[0, 4:] == 2).all()
                 mirrored += bool((image[0, :4] == 2).all())
@@ -418,19 +426,19 @@ class TestPatches:
         classes[:, 4:] = 2
         case = prepared("plain", classes.float(), classes)
         for number in range(5):
-            images, labels = patches_of([case], plan, augment=STILL).batch(number)
-            assert torch.equal(images, labels.float())
+            batch = patches_of([case], plan, augment=STILL).batch(number)
+            assert torch.equal(batch.images, batch.classes.float())
 
     def test_outside_the_volume_is_its_minimum(self, plan: Plan) -> None:
         case = prepared("small", torch.full((1, 4, 8, 8), -3.0), torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
-        assert (patches_of([case], plan, augment=STILL).batch(0)[0] == -3).all()
+        assert (patches_of([case], plan, augment=STILL).batch(0).images == -3).all()
 
     def test_the_cases_themselves_are_never_changed(self, plan: Plan) -> None:
         case = flat_case(5)
         before = case.image.clone()
         patches = patches_of([case], plan)
         for number in range(6):
-            patches.batch(number)[0].zero_()
+            patches.batch(number).images.zero_()
         assert torch.equal(case.image, before)
 
     def test_no_cases_is_an_error(self, plan: Plan) -> None:
@@ -440,44 +448,6 @@ class TestPatches:
     def test_mirror_axes_are_the_plans_unless_set_by_hand(self, plan: Plan) -> None:
         assert spatial_settings(AugmentConfig(), plan).mirror_axes == (0,)
         assert spatial_settings(AugmentConfig(mirror_axes=(1, 2)), plan).mirror_axes == (1, 2)
-
-
-def numbered(number: int) -> tuple[Tensor, Tensor]:
-    return torch.tensor(number), torch.tensor(-number)
-
-
-class TestPrefetch:
-    @pytest.mark.parametrize(("start", "stop"), [(0, 10), (4, 6), (7, 7), (0, PREFETCHED_BATCHES)])
-    def test_batches_come_in_order(self, start: int, stop: int) -> None:
-        assert [int(image) for image, _ in prefetch(numbered, start, stop)] == list(range(start, stop))
-
-    def test_it_stays_a_few_ahead_and_no_more(self) -> None:
-        made: list[int] = []
-
-        def make(number: int) -> tuple[Tensor, Tensor]:
-            made.append(number)
-            return numbered(number)
-
-        batches = prefetch(make, 0, 100)
-        next(batches)
-        close(batches)
-        assert len(made) <= 1 + PREFETCHED_BATCHES
-
-    def test_a_fault_while_making_one_comes_through(self) -> None:
-        def make(number: int) -> tuple[Tensor, Tensor]:
-            if number == 2:
-                raise VolumeError("batch 2 is bad")
-            return numbered(number)
-
-        batches = prefetch(make, 0, 10)
-        assert [int(next(batches)[0]) for _ in range(2)] == [0, 1]
-        with pytest.raises(VolumeError, match="batch 2 is bad"):
-            next(batches)
-
-
-def close(batches: Iterator[Any]) -> None:
-    closing: Callable[[], None] = batches.close  # type: ignore[attr-defined]
-    closing()
 
 
 def test_the_digest_of_a_dataset_is_of_its_voxels() -> None:
