@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from pipeline.config import NetworkConfig, PlanConfig
 from pipeline.errors import PlanError
-from pipeline.models.shape import activation_bytes, fitting_shapes, forward_flops, parameter_count, receptive_field
+from pipeline.fitting import advice_when_too_large
+from pipeline.models.cost import step_gb
+from pipeline.models.shape import fitting_shapes, forward_flops, receptive_field
 from pipeline.models.spec import UNetSpec
 from pipeline.plan import Budget, ChannelFingerprint, ChannelPlan, Fingerprint, Plan, Spacing, Triple
 from transforms.intensity_spec import Normalisation
+
+__all__ = ["advice_when_too_large", "make_plan", "percentile"]
 
 ANISOTROPIC = 3.0
 """A dataset whose coarsest median spacing exceeds its finest by this factor keeps more of its coarse axis."""
@@ -42,12 +45,6 @@ TRAINING_SHARE = 0.85
 
 BACKWARD_FACTOR = 3.0
 """Work of forward and backward together, as a multiple of forward's."""
-
-WORKSPACE_FACTOR = 1.25
-"""Memory over weights, optimiser and kept activations: gradients in flight, convolution workspaces."""
-
-OPTIMISER_COPIES = 5
-"""Weights, gradients, two moments and the averaged weights."""
 
 CPU_BATCH, CUDA_MOST_BATCH = 2, 16
 """A CPU gains nothing from larger batches; small ones take more steps."""
@@ -247,9 +244,7 @@ class _Sizer:
 
     def memory_gb(self, unet: UNetSpec, patch: Triple, batch: int) -> float:
         """Estimate of a training step's peak."""
-        shape = _network_shape(patch, self.slice_axis)
-        kept = activation_bytes(unet, shape, batch) + 4 * OPTIMISER_COPIES * _parameters(unet)
-        return WORKSPACE_FACTOR * kept / 1e9
+        return step_gb(unet, _network_shape(patch, self.slice_axis), batch)
 
     def _with_fixed_patch(self, patch: Triple, reasons: dict[str, str]) -> tuple[UNetSpec, Triple]:
         if min(patch) < 1:
@@ -400,12 +395,6 @@ class _Sizer:
             f"the widest of {', '.join(map(str, WIDTHS))} with which {self._wanted()} patches can be seen "
             f"and {self.budget.memory_gb:g} GB suffice"
         )
-
-
-@lru_cache(maxsize=64)
-def _parameters(unet: UNetSpec) -> int:
-    """Asked for at every patch that is tried, and the same for all."""
-    return parameter_count(unet)
 
 
 def _next_stride(sides: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
