@@ -14,6 +14,12 @@ from pipeline.plan import Budget
 CPU_GFLOPS_PER_THREAD = 50.0
 """Sustained float32 convolution rate of a training step, per thread (measured on two EPYC cores)."""
 
+CPU_BF16_FACTOR = 1.8
+"""How much faster a processor with bfloat16 instructions trains in bfloat16 (measured 1.9, benchmarks/LOG.md)."""
+
+CPU_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
+"""Without these bfloat16 is emulated, two hundred times slower than float32 (benchmarks/LOG.md)."""
+
 CUDA_GFLOPS = 20_000.0
 """Sustained mixed-precision rate of 3D convolutions on a recent data-centre GPU; halved for float32."""
 
@@ -41,7 +47,7 @@ class Hardware:
 def choose_hardware(settings: TrainConfig) -> Hardware:
     """The config's device and precision; `auto` takes what measures best on the device.
 
-    bfloat16 on a CPU without native support is two hundred times slower than float32, so a CPU gets float32.
+    A CPU gets bfloat16 only where it has instructions for it: the same machine always gets the same.
 
     Raises:
         ConfigError: a GPU is asked for and there is none, or a precision that the device cannot do.
@@ -51,9 +57,7 @@ def choose_hardware(settings: TrainConfig) -> Hardware:
         raise ConfigError("train.device: cuda is asked for but PyTorch sees no GPU; use auto or cpu")
     device: Literal["cpu", "cuda"] = "cuda" if there and settings.device != "cpu" else "cpu"
     if device == "cpu":
-        if settings.precision not in ("auto", "float32"):
-            raise ConfigError(f"train.precision: {settings.precision} is for GPUs; on a CPU use auto or float32")
-        return Hardware("cpu", "32-true")
+        return Hardware("cpu", _cpu_precision(settings))
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if settings.precision == "bf16" and not bf16:
         raise ConfigError("train.precision: this GPU has no bfloat16; use auto, fp16 or float32")
@@ -66,12 +70,32 @@ def choose_hardware(settings: TrainConfig) -> Hardware:
     return Hardware("cuda", names[settings.precision])
 
 
+def _cpu_precision(settings: TrainConfig) -> Precision:
+    native = _cpu_has_bf16()
+    if settings.precision == "fp16":
+        raise ConfigError("train.precision: fp16 is for GPUs; on a CPU use auto, bf16 or float32")
+    if settings.precision == "bf16" and not native:
+        raise ConfigError(
+            "train.precision: this CPU has no bfloat16 instructions and would take a hundred times as long; "
+            "use auto or float32"
+        )
+    return "bf16-mixed" if native and settings.precision != "float32" else "32-true"
+
+
+def _cpu_has_bf16() -> bool:
+    """True when the processor multiplies bfloat16 itself."""
+    # torch.cpu.get_capabilities came after torch 2.8; older ones stay with float32.
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return ask is not None and any(ask().get(name, False) for name in CPU_BF16_INSTRUCTIONS)
+
+
 def budget_of(hardware: Hardware, plan: PlanConfig, train: TrainConfig) -> Budget:
     """What a training on this machine may spend."""
     # Also where `steps` ends the training: a run that is repeated with its recorded steps gets the same plan.
     minutes = train.budget_minutes
     if hardware.device == "cpu":
         gflops = CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
+        gflops *= CPU_BF16_FACTOR if hardware.precision == "bf16-mixed" else 1
         return Budget("cpu", plan.memory_gb or CPU_MEMORY_GB, minutes, gflops)
     total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     memory_gb = plan.memory_gb or round(CUDA_MEMORY_SHARE * total_gb, 1)

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from pipeline.config import PlanConfig, TrainConfig
-from pipeline.device import CPU_GFLOPS_PER_THREAD, CPU_MEMORY_GB, Hardware, budget_of, choose_hardware, peak_memory_gb
+from pipeline.device import (
+    CPU_BF16_FACTOR,
+    CPU_GFLOPS_PER_THREAD,
+    CPU_MEMORY_GB,
+    Hardware,
+    budget_of,
+    choose_hardware,
+    peak_memory_gb,
+)
 from pipeline.errors import ConfigError
 
 
@@ -23,18 +31,30 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 class TestWithoutGpu:
-    @pytest.mark.parametrize("values", [{}, {"device": "cpu"}, {"precision": "float32"}])
-    def test_a_cpu_computes_in_float32(self, values: dict[str, str]) -> None:
-        assert choose_hardware(settings(**values)) == Hardware("cpu", "32-true")
+    @pytest.mark.parametrize("values", [{}, {"device": "cpu"}, {"precision": "bf16"}])
+    def test_a_cpu_with_the_instructions_computes_in_bfloat16(
+        self, values: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+        assert choose_hardware(settings(**values)) == Hardware("cpu", "bf16-mixed")
+        assert choose_hardware(settings(precision="float32")) == Hardware("cpu", "32-true")
+
+    @pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": False, "avx512_f": True}])
+    def test_a_cpu_without_computes_in_float32(
+        self, capabilities: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        assert choose_hardware(settings()) == Hardware("cpu", "32-true")
+        with pytest.raises(ConfigError, match=r"^train.precision: this CPU has no bfloat16 instructions"):
+            choose_hardware(settings(precision="bf16"))
 
     def test_asking_for_a_gpu_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"^train.device: cuda is asked for but PyTorch sees no GPU"):
             choose_hardware(settings(device="cuda"))
 
-    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_half_precision_is_for_gpus(self, precision: str) -> None:
-        with pytest.raises(ConfigError, match=f"^train.precision: {precision} is for GPUs"):
-            choose_hardware(settings(precision=precision))
+    def test_fp16_is_for_gpus(self) -> None:
+        with pytest.raises(ConfigError, match=r"^train.precision: fp16 is for GPUs"):
+            choose_hardware(settings(precision="fp16"))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +92,10 @@ class TestBudget:
         assert budget_of(self.CPU, PlanConfig(memory_gb=1.5), settings()).memory_gb == 1.5
 
     def test_work_grows_with_threads(self) -> None:
-        assert budget_of(self.CPU, PlanConfig(), settings()).gflops == CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
+        rate = CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
+        assert budget_of(self.CPU, PlanConfig(), settings()).gflops == rate
+        faster = budget_of(Hardware("cpu", "bf16-mixed"), PlanConfig(), settings())
+        assert faster.gflops == rate * CPU_BF16_FACTOR
 
     def test_peak_memory_is_this_process(self) -> None:
         assert 0.05 < peak_memory_gb(self.CPU) < 64
