@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+START = "from pipeline.cli_start import main; main()"
+"""The checkout beside this file, whatever is installed."""
 
 ROWS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -66,7 +68,7 @@ def folder_of(out: Path, row: str) -> Path:
 
 def run_row(folder: Path, settings: list[str]) -> None:
     """One training; one that fails is told and leaves its row out."""
-    command = [sys.executable, "-m", "pipeline.cli_start", "train", "configs/hippocampus.yaml", "--fold", "0"]
+    command = [sys.executable, "-c", START, "train", "configs/hippocampus.yaml", "--fold", "0"]
     command += ["--out", str(folder.resolve())]
     for setting in settings:
         command += ["--set", setting]
