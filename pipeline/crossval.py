@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
+from pipeline.checkpoint import CHECKPOINT
 from pipeline.console import Console
 from pipeline.dataset import Failure
 from pipeline.errors import RunError, VolsegError
 from pipeline.evaluate import SCHEMA_FILE, evaluate_files, summarise
 from pipeline.export import Source, export
 from pipeline.files import write_json, write_text
+from pipeline.history import HISTORY, read_history
 from pipeline.manifest import Case, Dataset
 from pipeline.predict import Model, predict
 from pipeline.provenance import provenance_tags
@@ -30,8 +32,9 @@ from pipeline.runs import (
     track_data,
 )
 from pipeline.segmentation import Segmentation
+from pipeline.task import TrainingResult, TrainingTask
 from pipeline.tracking import Tracker
-from pipeline.train import CHECKPOINT, HISTORY, TrainingResult, TrainingTask, read_history, train
+from pipeline.train import train
 from transforms.volume import Volume, read_label, read_volume
 
 BUNDLE, VALIDATION, REPORT_JSON, REPORT_CSV = "bundle", "validation", "report.json", "report.csv"

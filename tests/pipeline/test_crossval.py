@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline import crossval
+from pipeline.checkpoint import CHECKPOINT
 from pipeline.config import Config, parse_config
 from pipeline.console import Silence
 from pipeline.crossval import cross_validate, out_of_fold_report, train_fold
@@ -16,7 +17,6 @@ from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.metrics import confusion_counts, dice_from_counts
 from pipeline.runs import Run, open_run, read_done
-from pipeline.train import CHECKPOINT
 from transforms.volume import read_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,23 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint import CHECKPOINT
 from pipeline.config import AugmentConfig, TrainConfig
 from pipeline.dataset import PreparedCase
 from pipeline.device import Hardware
 from pipeline.errors import RunError
+from pipeline.history import HISTORY, read_history
+from pipeline.pace import STEPS
 from pipeline.plan import Plan
-from pipeline.train import (
-    CHECKPOINT,
-    HISTORY,
-    STEPS,
-    TrainingResult,
-    TrainingTask,
-    average_decay,
-    learning_rate,
-    read_history,
-    train,
-    validate,
-)
+from pipeline.step import average_decay, learning_rate
+from pipeline.task import TrainingResult, TrainingTask
+from pipeline.train import train
+from pipeline.validation import validate
 from transforms.geometry import Geometry
 from transforms.labels import schema_from_names
 from transforms.patches import class_positions

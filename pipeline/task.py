@@ -1,0 +1,96 @@
+"""What a training is made of, what changes as it goes on, who is told, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import AugmentConfig, TrainConfig
+from pipeline.dataset import PreparedCase
+from pipeline.files import sha256_of_json
+from pipeline.plan import Plan
+from transforms.labels import LabelSchema
+
+
+class Observer(Protocol):
+    """Told what happens while a training goes on."""
+
+    def progress(self, step: int, steps: int, loss: float) -> None:
+        """After every update."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Every few updates, and after each validation."""
+
+    def note(self, message: str) -> None:
+        """One line worth telling."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingTask:
+    """All that a training is made of."""
+
+    plan: Plan
+    schema: LabelSchema
+    training: Sequence[PreparedCase]
+    validation: Sequence[PreparedCase]
+    settings: TrainConfig
+    augment: AugmentConfig
+    tile_step: float
+    folder: Path
+
+    def key(self) -> str:
+        """Hash of what must be the same for a checkpoint to be resumed."""
+        return sha256_of_json(
+            {
+                "plan": self.plan.model_dump(mode="json"),
+                # How long to go on and how often to look may change; what is learnt may not.
+                "settings": self.settings.model_dump(
+                    mode="json",
+                    exclude={
+                        "budget_minutes",
+                        "steps",
+                        "checkpoint_minutes",
+                        "validations",
+                        "validation_cases",
+                        "device",
+                    },
+                ),
+                "augment": self.augment.model_dump(mode="json"),
+                "cases": [case.case_id for case in self.training],
+            }
+        )
+
+
+@dataclass
+class TrainingState:
+    """What changes from step to step."""
+
+    network: nn.Module
+    averaged: nn.Module
+    optimiser: torch.optim.Optimizer
+    step: int
+    steps: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Weights to keep (averaged, if that is on) and how the training went."""
+
+    weights: dict[str, Tensor]
+    steps: int
+    elapsed_s: float
+    dice: dict[str, float]
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network inside Fabric's wrapper."""
+    inner = getattr(network, "module", network)
+    if not isinstance(inner, nn.Module):
+        raise TypeError("a wrapped network holds a network")
+    return inner
