@@ -31,7 +31,7 @@ from pipeline.files import explain_os_error, sha256_of_file, sha256_of_json, sha
 from pipeline.manifest import Case, Dataset
 from pipeline.plan import Plan
 from transforms.augment import IntensitySettings, SpatialSettings
-from transforms.chains import plain, preprocess_chain, training_chain
+from transforms.chains import plain, preprocess_chain, reseed, training_chain
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.load import geometry_of
@@ -172,8 +172,7 @@ class Patches:
         epoch, place = divmod(number, len(self.cases))
         index = int(_order(self.seed, epoch, len(self.cases))[place])
         case = self.cases[index]
-        state = int(np.random.SeedSequence([self.seed, 1, number]).generate_state(1)[0])
-        self._chain.set_random_state(seed=state)
+        reseed(self._chain, [self.seed, 1, number])
         data = {"image": case.image, "label": case.classes, "positions": case.positions, "fill": self._minima[index]}
         patch: dict[str, Any] = self._chain(data)
         return {**patch, "annotated": self._annotated[index], "case_id": case.case_id}

@@ -19,6 +19,7 @@ from monai.transforms import Randomizable, Transform
 from torch import Tensor
 
 from transforms.patches import draw_centre
+from transforms.sampling import Places, linear, nearest, places_in
 
 Range = tuple[float, float]
 
@@ -125,7 +126,7 @@ def cut_patch(
         pair = _cut_box(image, start, patch_shape, fill).to(torch.float32), _cut_box(label, start, patch_shape, 0)
     else:
         places = _locate(draw, patch_shape, image)
-        pair = _interpolated(image, places, fill), _nearest(label, places)
+        pair = linear(image, places, fill=fill), nearest(label, places)
     return _mirrored(pair[0], draw), _mirrored(pair[1], draw)
 
 
@@ -167,8 +168,9 @@ def change_intensity(channel: Tensor, draw: IntensityDraw) -> Tensor:
     if draw.brightness != 1.0:
         changed = changed * draw.brightness
     if draw.contrast != 1.0:
-        low, high, mean = changed.min(), changed.max(), changed.mean()
-        changed = ((changed - mean) * draw.contrast + mean).clamp(low, high)
+        low, high = changed.aminmax()
+        # About the mean: x * c + mean * (1 - c)
+        changed = (changed * draw.contrast).add_(changed.mean() * (1 - draw.contrast)).clamp_(low, high)
     if draw.gamma != 1.0:
         changed = _gamma(changed, draw.gamma)
     if draw.noise_deviation is not None:
@@ -270,15 +272,7 @@ def _cut_box(volume: Tensor, start: npt.NDArray[np.float64], patch_shape: Sequen
     return patch
 
 
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Where a patch's voxels lie: `grid` (1, I, J, K, 3) as `grid_sample` has it, within `part` of the volume."""
-
-    part: tuple[slice, slice, slice, slice]
-    grid: Tensor
-
-
-def _locate(draw: PatchDraw, patch_shape: Sequence[int], volume: Tensor) -> _Places:
+def _locate(draw: PatchDraw, patch_shape: Sequence[int], volume: Tensor) -> Places:
     # Only the part that can be reached is touched, so that memory-mapped volumes are read no farther.
     reach = np.abs(draw.matrix) @ ((np.asarray(patch_shape) - 1) / 2)
     if draw.elastic is not None:
@@ -286,14 +280,9 @@ def _locate(draw: PatchDraw, patch_shape: Sequence[int], volume: Tensor) -> _Pla
     last_ijk = np.asarray(volume.shape[1:]) - 1
     first = np.clip(np.floor(draw.centre_ijk - reach), 0, last_ijk).astype(int)
     last = np.clip(np.ceil(draw.centre_ijk + reach), 0, last_ijk).astype(int)
-    # grid_sample wants (x, y, z) = (k, j, i) in [-1, 1] with the ends on voxel faces (align_corners=False).
-    scale = 2.0 / (last - first + 1)
-    centre = (draw.centre_ijk - first + 0.5) * scale - 1.0
-    matrix = draw.matrix * scale[:, None]
-    elastic = None if draw.elastic is None else (draw.elastic * scale[:, None, None, None])[::-1]
-    grid = _grid(centre[::-1], matrix[::-1], elastic, patch_shape).to(volume.device)
     i, j, k = (slice(int(a), int(b) + 1) for a, b in zip(first, last, strict=True))
-    return _Places((slice(None), i, j, k), grid)
+    grid = _grid(draw.centre_ijk - first, draw.matrix, draw.elastic, patch_shape)
+    return places_in((i, j, k), grid.to(volume.device))
 
 
 def _grid(
@@ -302,47 +291,37 @@ def _grid(
     elastic: npt.NDArray[np.float64] | None,
     patch_shape: Sequence[int],
 ) -> Tensor:
-    """(1, I, J, K, 3): `centre` + `matrix` times the offset of each voxel + `elastic` spread over the patch."""
+    """(3, I, J, K): `centre` + `matrix` times the offset of each voxel + `elastic` spread over the patch."""
     steps = [matrix[:, axis, None] * (np.arange(side) - (side - 1) / 2) for axis, side in enumerate(patch_shape)]
     plane = centre[:, None, None] + steps[0][:, :, None] + steps[1][:, None, :]
     grid = _float32(plane)[..., None] + _float32(steps[2])[:, None, None, :]
     if elastic is not None:
-        grid += _spread(_float32(elastic), patch_shape)
-    return grid.permute(1, 2, 3, 0)[None]
+        ends = [np.linspace(0, n - 1, side) for n, side in zip(elastic.shape[1:], patch_shape, strict=True)]
+        grid += _spread(_float32(elastic), ends)
+    return grid
 
 
-def _spread(control: Tensor, patch_shape: Sequence[int]) -> Tensor:
-    """Control points (3, a, b, c) to (3, *patch_shape), trilinearly, the first and last points on the patch's ends.
+def _spread(coarse: Tensor, places: Sequence[npt.NDArray[np.float64]]) -> Tensor:
+    """Points (C, a, b, c) read linearly at `places` along each axis, in points: (C, I, J, K); ends go on for ever.
 
     Three small matrix products: several times faster on a CPU than `F.interpolate`.
     """
-    along_i, along_j, along_k = (_tents(n, side) for n, side in zip(control.shape[1:], patch_shape, strict=True))
-    _, a, b, c = control.shape
-    slabs = (along_i @ control.reshape(3, a, b * c)).reshape(3, -1, b, c)
+    along_i, along_j, along_k = (
+        _tents(n, at).to(coarse.device) for n, at in zip(coarse.shape[1:], places, strict=True)
+    )
+    channels, a, b, c = coarse.shape
+    slabs = (along_i @ coarse.reshape(channels, a, b * c)).reshape(channels, -1, b, c)
     return (along_j @ slabs) @ along_k.T
 
 
-def _tents(count: int, side: int) -> Tensor:
-    """(side, count) weights of linear interpolation between `count` points spread evenly over `side` voxels."""
-    positions = np.linspace(0, count - 1, side)
-    return _float32(np.clip(1.0 - np.abs(positions[:, None] - np.arange(count)), 0.0, None))
+def _tents(count: int, places: npt.NDArray[np.float64]) -> Tensor:
+    """(places, count) weights of linear interpolation between `count` points."""
+    inside = np.clip(places, 0, count - 1)
+    return _float32(np.clip(1.0 - np.abs(inside[:, None] - np.arange(count)), 0.0, None))
 
 
 def _float32(values: npt.NDArray[np.float64]) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
-
-
-def _interpolated(image: Tensor, places: _Places, fill: float) -> Tensor:
-    # grid_sample ends in 0, so the fill is taken off first and added afterwards.
-    source = image[places.part].to(torch.float32) - fill
-    patch = F.grid_sample(source[None], places.grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return patch[0].add_(fill)
-
-
-def _nearest(label: Tensor, places: _Places) -> Tensor:
-    source = label[places.part].to(torch.float32)
-    patch = F.grid_sample(source[None], places.grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return patch[0].to(label.dtype)
 
 
 def _mirrored(patch: Tensor, draw: PatchDraw) -> Tensor:
@@ -379,14 +358,20 @@ def _convolve_axis(channel: Tensor, kernel: Tensor, axis: int) -> Tensor:
 
 
 def _low_resolution(channel: Tensor, zoom: float) -> Tensor:
+    """Every so manieth voxel, and linearly between them: voxels of both grids fill the same box."""
     small = [max(1, round(n * zoom)) for n in channel.shape]
-    coarse = F.interpolate(channel[None, None], size=small, mode="nearest-exact")
-    return F.interpolate(coarse, size=tuple(channel.shape), mode="trilinear", align_corners=False)[0, 0]
+    coarse = F.interpolate(channel[None, None], size=small, mode="nearest-exact")[0]
+    middles = [(np.arange(side) + 0.5) * n / side - 0.5 for n, side in zip(small, channel.shape, strict=True)]
+    return _spread(coarse, middles)[0]
 
 
 def _gamma(channel: Tensor, exponent: float) -> Tensor:
     """A power of the intensities between their extremes; mean and deviation are kept, as in nnU-Net."""
-    low, high = channel.min(), channel.max()
-    mean, deviation = channel.mean(), channel.std(correction=0)
-    curved = ((channel - low) / (high - low).clamp_min(1e-7)).pow(exponent)
-    return (curved - curved.mean()) / curved.std(correction=0).clamp_min(1e-7) * deviation + mean
+    low, high = channel.aminmax()
+    mean = channel.mean()
+    deviation = torch.linalg.vector_norm(channel - mean)
+    curved = (channel - low).div_((high - low).clamp_min(1e-7)).pow_(exponent)
+    curved.sub_(curved.mean())
+    # The number of voxels is the same on both sides; the smallest deviation that counts is 1e-7.
+    smallest = 1e-7 * channel.numel() ** 0.5
+    return curved.mul_(deviation / torch.linalg.vector_norm(curved).clamp_min(smallest)).add_(mean)

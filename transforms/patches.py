@@ -43,13 +43,14 @@ def draw_centre(
 ) -> npt.NDArray[np.float64]:
     """Centre (3,) of a patch in voxel indices, inside the volume as far as the volume is large enough.
 
-    With probability `foreground_share` it is drawn about a voxel of a class that is chosen evenly among those present.
+    With probability `foreground_share` it is drawn about a voxel of a class that is chosen evenly among those present;
+    `positions` are ordered by class, as `class_positions` gives them.
     """
     size, patch = np.asarray(shape), np.asarray(patch_shape)
     if len(positions) and random.random_sample() < foreground_share:
-        classes = np.flatnonzero(np.bincount(positions[:, 0]))
-        rows = positions[positions[:, 0] == random.choice(classes)]
-        wanted = rows[random.randint(len(rows)), 1:].astype(np.float64)
+        ends = [0, *(np.flatnonzero(np.diff(positions[:, 0])) + 1), len(positions)]
+        chosen = random.randint(len(ends) - 1)
+        wanted = positions[random.randint(ends[chosen], ends[chosen + 1]), 1:].astype(np.float64)
     else:
         wanted = random.random_sample(3) * (size - 1)
     # Half-integer centres of even patches keep unrotated patches on voxel centres.
