@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models.shape import activation_bytes
+from pipeline.models.counts import activation_bytes
 from pipeline.models.spec import UNetSpec
 from pipeline.models.unet import UNet
 

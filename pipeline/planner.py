@@ -11,7 +11,8 @@ from pipeline.config import NetworkConfig, PlanConfig
 from pipeline.errors import PlanError
 from pipeline.fitting import advice_when_too_large
 from pipeline.models.cost import step_gb
-from pipeline.models.shape import fitting_shapes, forward_flops, receptive_field
+from pipeline.models.counts import forward_flops
+from pipeline.models.shape import fitting_shapes, receptive_field
 from pipeline.models.spec import UNetSpec
 from pipeline.plan import Budget, ChannelFingerprint, ChannelPlan, Fingerprint, Plan, Spacing, Triple
 from transforms.intensity_spec import Normalisation
@@ -141,6 +142,9 @@ def _channel(facts: ChannelFingerprint, reasons: dict[str, str]) -> ChannelPlan:
         reason = f"{facts.modality} has no fixed unit: each volume by its own mean and deviation"
         if nonzero:
             reason += f", measured on nonzero voxels, since {facts.zero_share:.0%} are exactly 0 (masked background)"
+    if facts.optional:
+        count = "all" if facts.case_count is None else f"{facts.case_count} of the"
+        reason += f"; optional ({count} training cases have it), and 0 everywhere where it is missing"
     reasons[f"normalisation of {facts.name}"] = reason
     return ChannelPlan(
         name=facts.name,
@@ -148,6 +152,7 @@ def _channel(facts: ChannelFingerprint, reasons: dict[str, str]) -> ChannelPlan:
         normalisation=how,
         lowest=facts.lowest,
         highest=facts.highest,
+        optional=facts.optional,
     )
 
 

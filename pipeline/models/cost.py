@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from pipeline.models.shape import FLOAT_BYTES, Shape, activation_bytes, parameter_count
+from pipeline.models.counts import FLOAT_BYTES, activation_bytes, parameter_count
+from pipeline.models.shape import Shape
 from pipeline.models.spec import UNetSpec
 
 WORKSPACE_FACTOR = 1.25

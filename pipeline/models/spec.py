@@ -6,11 +6,16 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+MLP_FACTOR = 4
+"""Channels inside a transformer layer's perceptron, as a multiple of those outside (Vaswani et al. 2017)."""
+
 
 class UNetSpec(BaseModel):
     """Every choice of the U-Net. Stage 0 works at full resolution; stage s+1 is coarser by `strides[s+1]`.
 
-    Every tuple is indexed by stage, finest first; `decoder_blocks[s]` is at the resolution of stage s.
+    Every tuple that is indexed by stage is finest first; `decoder_blocks[s]` is at the resolution of stage s.
+    `decoder_block` None: as `block`. `transformer_*`, `positions` and `position_grid` count with bottleneck
+    'transformer' alone; `position_grid` is the bottleneck's shape in training, which learned positions need.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,6 +29,14 @@ class UNetSpec(BaseModel):
     encoder_blocks: tuple[int, ...] = (2, 2, 2, 2)
     decoder_blocks: tuple[int, ...] = (2, 2, 2)
     block: Literal["plain", "residual"] = "plain"
+    decoder_block: Literal["plain", "residual"] | None = None
+    bottleneck: Literal["convolution", "transformer"] = "convolution"
+    transformer_layers: int = 4
+    transformer_heads: int = 8
+    positions: Literal["rotary", "learned"] = "rotary"
+    position_grid: tuple[int, ...] = ()
+    drop_path: float = 0.0
+    weight_standardisation: bool = False
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
     activation: Literal["leaky_relu", "relu"] = "leaky_relu"
     padding: Literal["same", "valid"] = "same"
@@ -37,6 +50,23 @@ class UNetSpec(BaseModel):
     def stages(self) -> int:
         """Number of resolutions, the bottleneck included."""
         return len(self.features)
+
+    @property
+    def block_of_decoder(self) -> Literal["plain", "residual"]:
+        """Kind of the blocks on the way up."""
+        return self.decoder_block or self.block
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Of each encoder block and then each transformer layer: rising linearly from 0 over those that can drop.
+
+        Plain blocks cannot; the decoder's blocks, few and close to the output, never do.
+        """
+        fixed = sum(self.encoder_blocks) if self.block == "plain" else 0
+        dropping = sum(self.encoder_blocks) - fixed
+        dropping += self.transformer_layers if self.bottleneck == "transformer" else 0
+        steps = max(dropping - 1, 1)
+        return (0.0,) * fixed + tuple(self.drop_path * (n if dropping > 1 else 1) / steps for n in range(dropping))
 
     @property
     def downsampling_factor(self) -> tuple[int, ...]:
@@ -83,6 +113,34 @@ class UNetSpec(BaseModel):
                 raise ValueError(f"{name}: found {min(numbers)}, every number must be at least 1")
         if any(k % 2 == 0 for k in counts["kernel_shapes"]):
             raise ValueError("kernel_shapes: found an even number, a kernel needs a middle voxel: use 1, 3 or 5")
+        return self
+
+    @model_validator(mode="after")
+    def _transformer_can_be_built(self) -> Self:
+        if self.bottleneck == "convolution":
+            return self
+        if self.transformer_layers < 1:
+            raise ValueError(f"transformer_layers: found {self.transformer_layers}, expected at least 1")
+        heads, channels = self.transformer_heads, self.features[-1]
+        if heads < 1 or channels % heads:
+            raise ValueError(
+                f"transformer_heads: found {heads}, which does not divide the bottleneck's {channels} channels"
+            )
+        if self.positions == "rotary" and channels // heads < 2 * self.dimensions:
+            raise ValueError(
+                f"transformer_heads: found {heads}, which leaves {channels // heads} channels a head; rotary positions "
+                f"need {2 * self.dimensions}: use fewer heads"
+            )
+        if self.positions == "learned" and len(self.position_grid) != self.dimensions:
+            raise ValueError(f"position_grid: found {self.position_grid}, expected {self.dimensions} numbers")
+        return self
+
+    @model_validator(mode="after")
+    def _drop_path_has_paths(self) -> Self:
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path: found {self.drop_path:g}, expected a probability below 1")
+        if self.drop_path and self.block == "plain" and self.bottleneck == "convolution":
+            raise ValueError("drop_path: needs block 'residual' or bottleneck 'transformer', there is no path to drop")
         return self
 
     @model_validator(mode="after")

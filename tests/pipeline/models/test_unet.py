@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.shape import fitting_shapes, output_margin, output_shape, parameter_count
+from pipeline.models.counts import parameter_count
+from pipeline.models.shape import fitting_shapes, output_margin, output_shape
 from pipeline.models.spec import UNetSpec, unet_2015
 from pipeline.models.unet import InterpolatedUpsampling, UNet
 
@@ -56,6 +57,22 @@ def settings() -> list[Any]:
     return cases
 
 
+FURTHER: list[dict[str, Any]] = [
+    {"bottleneck": "transformer", "transformer_layers": 2, "transformer_heads": 2},
+    {"bottleneck": "transformer", "transformer_heads": 1, "padding": "valid", "normalisation": "none"},
+    {"bottleneck": "transformer", "positions": "learned", "position_grid": (3, 2), "drop_path": 0.4},
+    {"block": "residual", "drop_path": 0.5, "encoder_blocks": (1, 3, 4), "decoder_block": "plain"},
+    {"block": "residual", "drop_path": 0.5, "bottleneck": "transformer", "transformer_heads": 1, "dimensions": 3},
+    {"weight_standardisation": True, "block": "residual", "drop_path": 0.2, "normalisation": "batch"},
+    {"weight_standardisation": True, "normalisation": "none", "padding": "valid", "downsampling": "max_pool"},
+]
+"""What later networks brought: transformers, drop path, standardised weights, decoders of other blocks."""
+
+
+def further() -> list[Any]:
+    return [pytest.param(choices, id="-".join(f"{k}={v}" for k, v in choices.items())) for choices in FURTHER]
+
+
 def image_for(spec: UNetSpec, side: int = 12, batch: int = 2) -> Tensor:
     _, shape = fitting_shapes(spec, (side,) * spec.dimensions)
     return torch.randn(batch, spec.in_channels, *shape, generator=seeded(1))
@@ -72,6 +89,7 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def everything_after_a_step(network: UNet, image: Tensor) -> dict[str, Tensor]:
     """Outputs, gradients of the image and of every weight, and every buffer, after two backward passes."""
     image = image.clone().requires_grad_()
+    torch.manual_seed(11)  # as the training loop does before each step: drop path draws from torch's own generator
     outputs = as_tuple(network(image))
     loss = torch.stack([(logits**2).mean() for logits in outputs]).sum()
     loss.backward(retain_graph=True)
@@ -83,7 +101,7 @@ def everything_after_a_step(network: UNet, image: Tensor) -> dict[str, Tensor]:
     return found | {"gradient of image": image.grad}
 
 
-@pytest.mark.parametrize("choices", settings())
+@pytest.mark.parametrize("choices", [*settings(), *further()])
 def test_checkpointing_changes_not_one_bit(choices: dict[str, Any]) -> None:
     spec = spec_of(**choices)
     image = image_for(spec)
@@ -129,7 +147,7 @@ def test_checkpointing_does_nothing_without_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(on.buffers(), off.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("choices", settings())
+@pytest.mark.parametrize("choices", [*settings(), *further()])
 def test_output_shape_and_every_weight_is_used(choices: dict[str, Any]) -> None:
     spec = spec_of(**choices)
     network = UNet(spec, seeded())
@@ -140,6 +158,15 @@ def test_output_shape_and_every_weight_is_used(choices: dict[str, Any]) -> None:
     assert (expected == tuple(image.shape[2:])) == (spec.padding == "same")
     torch.stack([logits.square().mean() for logits in outputs]).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_checkpointing_leaves_torchs_generator_where_the_plain_step_does() -> None:
+    states = []
+    for on in (False, True):
+        spec = spec_of(block="residual", drop_path=0.5, checkpointing=on)
+        everything_after_a_step(UNet(spec, seeded()), image_for(spec))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
