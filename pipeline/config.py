@@ -98,7 +98,6 @@ class TrainConfig(Section):
     learning_rate: float = Field(3e-3, gt=0, description="peak of the schedule")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled for AdamW, L2 for SGD")
     warmup: float = Field(0.05, ge=0, lt=1, description="part of the steps over which the rate rises")
-    loss: str = Field("dice_ce", description="entry of pipeline.losses: dice_ce, dice, tversky, ce")
     gradient_norm: float = Field(12.0, gt=0, description="gradients are clipped to this norm")
     weight_average: float = Field(0.995, ge=0, lt=1, description="decay of the averaged weights that are kept; 0: none")
     foreground_share: float = Field(0.5, ge=0, le=1, description="part of the patches centred on a labelled voxel")
@@ -107,6 +106,45 @@ class TrainConfig(Section):
     checkpoint_minutes: float = Field(2.0, gt=0, description="a resumable checkpoint at least this often")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field("auto", description="auto: by what the device can do")
+
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class LossTerms(Section):
+    """Weights of the terms of `pipeline.loss_terms`, where their sources are named; 0 leaves a term out."""
+
+    dice: Weight = Field(0.0, description="weight of soft Dice")
+    generalised_dice: Weight = Field(0.0, description="weight of Dice with classes weighted by inverse squared volume")
+    tversky: Weight = Field(0.0, description="weight of Tversky")
+    focal_tversky: Weight = Field(0.0, description="weight of focal Tversky")
+    cross_entropy: Weight = Field(0.0, description="weight of cross entropy")
+    top_k: Weight = Field(0.0, description="weight of cross entropy of the hardest voxels")
+    focal: Weight = Field(0.0, description="weight of focal cross entropy")
+    boundary: Weight = Field(0.0, description="weight of the boundary loss; distances are computed on the CPU")
+    hausdorff: Weight = Field(0.0, description="weight of the Hausdorff loss; distances are computed on the CPU")
+    cldice: Weight = Field(0.0, description="weight of centreline Dice, for tubes")
+
+    @model_validator(mode="after")
+    def _some(self) -> LossTerms:
+        if not any(weight for _, weight in self):
+            raise ValueError("expected at least one term with a weight above 0")
+        return self
+
+
+class LossConfig(Section):
+    """What training minimises: a weighted sum. A `terms` mapping in a file says all the terms there are."""
+
+    terms: LossTerms = LossTerms(dice=1.0, cross_entropy=1.0)
+    batch_dice: bool = Field(False, description="overlaps of all patches of a batch together, not of each patch")
+    include_background: bool = Field(False, description="the background counts as a class in overlaps and distances")
+    tversky_false_positives: float = Field(0.3, gt=0, le=10, description="their weight in both Tversky terms")
+    tversky_false_negatives: float = Field(0.7, gt=0, le=10, description="their weight in both Tversky terms")
+    focal_tversky_gamma: float = Field(4 / 3, ge=1, le=3, description="order of the root; 1: Tversky itself")
+    focal_gamma: float = Field(2.0, ge=0, le=5, description="how little sure voxels count in focal; 0: cross entropy")
+    top_k_share: float = Field(0.1, gt=0, le=1, description="part of each patch's voxels that top_k counts")
+    hausdorff_alpha: float = Field(2.0, gt=0, le=3, description="power of the distances")
+    cldice_iterations: int = Field(3, ge=1, le=50, description="erosions to a skeleton: the tubes' largest radius")
 
 
 class AugmentConfig(Section):
@@ -168,6 +206,7 @@ class Config(Section):
     plan: PlanConfig = PlanConfig()
     network: NetworkConfig = NetworkConfig()
     train: TrainConfig = TrainConfig()
+    loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
     predict: PredictConfig = PredictConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -192,6 +231,8 @@ class Config(Section):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `section.key=value` overrides (values are YAML).
+
+    `loss.terms.NAME=...` adds to the terms that the file says, or else the default ones; `loss.terms={...}` replaces.
 
     `data.manifest`, `data.root` and `data.cache` in the file are relative to the file, those in overrides to the
     working directory.
@@ -268,10 +309,17 @@ def reference() -> str:
 DATA_PATHS = ("manifest", "root", "cache")
 
 
-def _fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+MOVED = {"train.loss": "loss.terms"}
+"""Keys that something else does now."""
+
+
+def _fields(model: type[Section], prefix: str = "", default: Any = None) -> Iterator[tuple[str, FieldInfo]]:
+    """The keys with their fields; `default` is the section's value where the one above gives it another."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+            yield from _fields(field.annotation, f"{prefix}{name}.", field.default)
+        elif isinstance(default, Section):
+            yield prefix + name, FieldInfo.merge_field_infos(field, default=getattr(default, name))
         else:
             yield prefix + name, field
 
@@ -322,11 +370,14 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"--set {override}: expected section.key=value")
     *sections, last = key.strip().split(".")
-    target = document
+    target, section = document, Config.model_fields
     for name in sections:
-        below = target.setdefault(name, {})
-        if below is None:
-            below = target[name] = {}
+        default = section[name].default if name in section else None
+        section = type(default).model_fields if isinstance(default, Section) else {}
+        if target.get(name) is None:
+            # What a section says of one below it, such as the terms of a loss, is there to be added to.
+            target[name] = default.model_dump(exclude_defaults=True) if isinstance(default, Section) else {}
+        below = target[name]
         if not isinstance(below, dict):
             raise ConfigError(f"--set {override}: '{name}' is not a section")
         target = below
@@ -373,8 +424,10 @@ def _is_mixed(annotation: Any) -> bool:
 
 
 def _nearest(key: str) -> str:
+    if key in MOVED:
+        return f"did you mean {MOVED[key]!r}?"
     known = [name for name, _ in _fields(Config)]
-    known += sorted({name.partition(".")[0] for name in known if "." in name})
+    known += sorted({name.rpartition(".")[0] for name in known if "." in name})
     elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     near = elsewhere or difflib.get_close_matches(key, known, n=2, cutoff=0.8)
     if near:

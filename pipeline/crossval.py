@@ -96,6 +96,7 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
             validation=validation,
             settings=run.config.train,
             augment=run.config.augment,
+            loss=run.config.loss,
             tile_step=run.config.predict.tile_step,
             folder=folder,
         )

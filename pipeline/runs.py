@@ -23,7 +23,6 @@ from pipeline.errors import ConfigError, ManifestError, RunError
 from pipeline.files import sha256_of_json, write_json, write_text
 from pipeline.fingerprint import Measuring
 from pipeline.folds import Folds, assign_folds, read_folds, write_folds
-from pipeline.losses import require_loss
 from pipeline.manifest import Dataset, load_dataset, manifest_hash
 from pipeline.models.registry import require_network
 from pipeline.plan import Fingerprint, Plan, read_plan
@@ -68,7 +67,6 @@ def plan_dataset(config: Config, console: Console) -> tuple[Dataset, CheckReport
     # What is wrong in the config is told before a large dataset is read for it.
     budget = budget_of(choose_hardware(config.train), config.plan, config.train)
     require_network(config.network.name)
-    require_loss(config.train.loss)
     dataset = load_dataset(config.data.manifest, config.data.root)
     measuring = Measuring(dataset.manifest)
     report = check_dataset(

@@ -49,7 +49,7 @@ def update(
         group["lr"] = rate
     state.network.train()
     state.optimiser.zero_grad(set_to_none=True)
-    total, terms = deep_supervision_loss(loss, state.network(batch.images), batch.classes)
+    total, terms = deep_supervision_loss(loss, state.network(batch.images), batch.classes, batch.annotated)
     fabric.backward(total)
     norm = fabric.clip_gradients(
         state.network, state.optimiser, max_norm=task.settings.gradient_norm, error_if_nonfinite=False

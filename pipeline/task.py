@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import AugmentConfig, TrainConfig
+from pipeline.config import AugmentConfig, LossConfig, TrainConfig
 from pipeline.dataset import PreparedCase
 from pipeline.files import sha256_of_json
 from pipeline.plan import Plan
@@ -42,6 +42,7 @@ class TrainingTask:
     augment: AugmentConfig
     tile_step: float
     folder: Path
+    loss: LossConfig = field(default_factory=LossConfig)
 
     def key(self) -> str:
         """Hash of what must be the same for a checkpoint to be resumed."""
@@ -60,6 +61,7 @@ class TrainingTask:
                         "device",
                     },
                 ),
+                "loss": self.loss.model_dump(mode="json"),
                 "augment": self.augment.model_dump(mode="json"),
                 "cases": [case.case_id for case in self.training],
             }

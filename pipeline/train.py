@@ -20,7 +20,7 @@ from pipeline.device import Hardware, peak_memory_gb
 from pipeline.errors import RunError
 from pipeline.history import HISTORY, History
 from pipeline.loader import prefetch
-from pipeline.losses import build_loss
+from pipeline.losses import Targets, build_loss
 from pipeline.pace import timed_steps
 from pipeline.step import learning_rate, start_training, update
 from pipeline.task import Observer, TrainingResult, TrainingTask
@@ -36,7 +36,7 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     """
     fabric = Fabric(accelerator=hardware.device, devices=1, precision=hardware.precision)
     patches = _patches(task)
-    loss = build_loss(task.settings.loss, class_count=task.plan.class_count)
+    loss = build_loss(task.loss, Targets(task.plan.class_count))
     state = start_training(task, fabric)
     checkpoint = task.folder / CHECKPOINT
     if checkpoint.exists():
