@@ -105,7 +105,12 @@ class TrainConfig(Section):
     validation_cases: int = Field(8, ge=1, description="cases in those before the last, which takes all")
     checkpoint_minutes: float = Field(2.0, gt=0, description="a resumable checkpoint at least this often")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
-    precision: Literal["auto", "float32", "bf16", "fp16"] = Field("auto", description="auto: by what the device can do")
+    precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = Field(
+        "auto", description="auto: by what the device can do; tf32: float32 whose products a GPU may round to 10 bits"
+    )
+    deterministic: bool = Field(
+        False, description="a GPU gives the same bits every time, more slowly; a CPU always does"
+    )
 
 
 Weight = Annotated[float, Field(ge=0)]

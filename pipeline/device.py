@@ -38,6 +38,17 @@ class Hardware:
 
     device: Literal["cpu", "cuda"]
     precision: Precision
+    devices: int = 1
+    """Processes on each machine, one device each."""
+    nodes: int = 1
+    """Machines."""
+    tf32: bool = False
+    """A GPU may round what it multiplies in float32 to 10 bits."""
+
+    @property
+    def processes(self) -> int:
+        """In all."""
+        return self.devices * self.nodes
 
     def torch_device(self) -> torch.device:
         """For tensors."""
@@ -64,16 +75,17 @@ def choose_hardware(settings: TrainConfig) -> Hardware:
     names: dict[str, Precision] = {
         "auto": "bf16-mixed" if bf16 else "16-mixed",
         "float32": "32-true",
+        "tf32": "32-true",
         "bf16": "bf16-mixed",
         "fp16": "16-mixed",
     }
-    return Hardware("cuda", names[settings.precision])
+    return Hardware("cuda", names[settings.precision], tf32=settings.precision == "tf32")
 
 
 def _cpu_precision(settings: TrainConfig) -> Precision:
     native = _cpu_has_bf16()
-    if settings.precision == "fp16":
-        raise ConfigError("train.precision: fp16 is for GPUs; on a CPU use auto, bf16 or float32")
+    if settings.precision in ("fp16", "tf32"):
+        raise ConfigError(f"train.precision: {settings.precision} is for GPUs; on a CPU use auto, bf16 or float32")
     if settings.precision == "bf16" and not native:
         raise ConfigError(
             "train.precision: this CPU has no bfloat16 instructions and would take a hundred times as long; "
