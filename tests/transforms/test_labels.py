@@ -11,7 +11,7 @@ from pydicom.sr.codedict import codes
 from skimage.color import rgb2lab
 
 from transforms.colours import distinct_colours
-from transforms.labels import MAX_LABEL_ID, PALETTE, TISSUE, Label, LabelSchema, schema_from_names
+from transforms.labels import MAX_LABEL_ID, PALETTE, TISSUE, Label, LabelSchema, Region, schema_from_names
 
 
 def schema(*rows: tuple[int, str, str | None]) -> LabelSchema:
@@ -226,3 +226,80 @@ def test_schemas_match_by_number_and_name() -> None:
     assert one.matches(recoloured)
     assert not one.matches(schema_from_names({1: "b", 2: "a"}))
     assert not one.matches(schema_from_names({1: "a"}))
+
+
+def nested(*regions: Region, ignore: int | None = None, twins: bool = False) -> LabelSchema:
+    """Tumour parts 1 necrosis, 2 oedema, 4 enhancing; or a right, a left and a middle part."""
+    names = {1: "necrosis", 2: "oedema", 4: "enhancing"}
+    labels = schema_from_names(names).labels
+    if twins:
+        pairs = {"necrosis": "enhancing", "enhancing": "necrosis"}
+        labels = tuple(x.model_copy(update={"twin": pairs.get(x.name)}) for x in labels)
+    return LabelSchema(labels=labels, regions=regions, ignore=ignore)
+
+
+WHOLE = Region(name="whole", labels=("necrosis", "oedema", "enhancing"), paints="oedema")
+CORE = Region(name="core", labels=("enhancing", "necrosis"), paints="necrosis")
+ACTIVE = Region(name="active", labels=("enhancing",), paints="enhancing")
+
+
+def test_what_a_network_gives_for_regions() -> None:
+    schema = nested(WHOLE, CORE, ACTIVE)
+    assert schema.class_count == 4
+    assert schema.output_count == 3
+    assert schema.region_classes == ((1, 2, 3), (1, 3), (3,))
+    assert schema.painted_classes == (2, 1, 3)
+    assert schema.twin_outputs == (0, 1, 2)
+    assert schema.ignored_class is None
+
+
+def test_what_a_network_gives_without() -> None:
+    schema = nested()
+    assert (schema.output_count, schema.region_classes, schema.twin_outputs) == (4, (), (0, 1, 2, 3))
+
+
+def test_regions_of_twins_change_places() -> None:
+    right = Region(name="right", labels=("necrosis",), paints="necrosis")
+    schema = nested(WHOLE, right, ACTIVE, CORE, twins=True)
+    assert schema.twin_outputs == (0, 2, 1, 3)
+    assert schema.twin_classes == (0, 3, 2, 1)
+
+
+def test_the_ignored_class_is_the_one_after_the_last() -> None:
+    schema = nested(ignore=255, twins=True)
+    assert schema.ignored_class == schema.class_count == 4
+    assert schema.twin_classes == (0, 3, 2, 1, 4)
+    assert schema.twin_outputs == (0, 3, 2, 1)
+    with pytest.raises(ValueError, match=r"\[255\] are not in the schema"):
+        schema.classes_from_ids(np.array([0, 255]))
+
+
+def test_the_background_is_always_annotated() -> None:
+    assert nested().are_annotated(("oedema",)) == (True, False, True, False)
+    assert nested().are_annotated(()) == (True, False, False, False)
+    assert nested().are_annotated(None) == (True, True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ([WHOLE, WHOLE], "the name 'whole' of a region is taken"),
+        ([WHOLE.model_copy(update={"name": "oedema"})], "the name 'oedema' of a region is taken"),
+        ([WHOLE.model_copy(update={"labels": ("oedema", "fat")})], "region 'whole': fat is no label of the schema"),
+        ([CORE.model_copy(update={"paints": "oedema"})], "region 'core' paints 'oedema', which is none of its labels"),
+        ([WHOLE, WHOLE.model_copy(update={"name": "all"})], "regions 'whole' and 'all' are of the same labels"),
+    ],
+)
+def test_regions_that_make_no_sense(regions: list[Region], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nested(*regions)
+
+
+def test_a_region_whose_twin_is_missing() -> None:
+    with pytest.raises(ValueError, match="region 'active' mirrored left to right is necrosis, which is no region"):
+        nested(WHOLE, ACTIVE, twins=True)
+
+
+def test_the_value_to_ignore_is_no_label() -> None:
+    with pytest.raises(ValueError, match="label 'enhancing' has the id 4, which is the value to ignore"):
+        nested(ignore=4)
