@@ -6,7 +6,7 @@ Cases are read in threads, one case a thread in memory; decompression and numpy 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ FaultKind = Literal[
     "unknown-label",
     "empty-label",
     "absent-label",
+    "absent-channel",
     "shared-label",
     "outlying-volume",
     "duplicate",
@@ -45,7 +46,7 @@ _OUTLYING_DEVIATIONS = 6.0
 _OUTLYING_FACTOR = 3.0
 _FEWEST_TO_COMPARE = 10
 
-Visit = Callable[[Case, "Sequence[Volume]", "Volume | None"], None]
+Visit = Callable[[Case, "Sequence[Volume | None]", "Volume | None"], None]
 Progress = Callable[[int, int], None]
 
 
@@ -64,7 +65,7 @@ class Fault:
 class CaseFacts:
     """What folds need to know of a case whose files could be read and share a grid.
 
-    image_sha256: one a channel, of the voxels and nothing else (see `voxel_sha256`).
+    image_sha256: one a channel that the case has, of the voxels and nothing else (see `voxel_sha256`).
     label_volumes_mm3: by label name, every label of the schema; None when the case is not annotated.
     """
 
@@ -85,12 +86,16 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The outcome of `check_dataset`: faults in the manifest's order of cases, then those of the whole."""
+    """The outcome of `check_dataset`: faults in the manifest's order of cases, then those of the whole.
+
+    `channel_counts` is by channel name, how many of the cases have it.
+    """
 
     dataset: str
     case_count: int
     faults: tuple[Fault, ...]
     facts: tuple[CaseFacts, ...]
+    channel_counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -109,7 +114,7 @@ def check_dataset(
 
     `on_progress(done, total)` is called in this thread after each case. `visit(case, images, label)` is
     called in a worker's thread for each case without an error, so that others can measure on the same pass;
-    what it raises ends the check.
+    its images are one a channel, None where the case lacks it, and what it raises ends the check.
     """
     cases = dataset.manifest.cases
     outcomes: dict[str, _Outcome] = {}
@@ -127,8 +132,9 @@ def check_dataset(
     faults = [fault for outcome in ordered for fault in outcome.faults]
     facts = tuple(outcome.facts for outcome in ordered if outcome.facts is not None)
     faults += [*_shared_labels(cases), *_same_voxels(cases, ordered), *_outlying_volumes(cases, facts)]
-    faults += _absent_labels(dataset, ordered)
-    return CheckReport(dataset.manifest.name, len(cases), tuple(faults), facts)
+    counts = {c.name: sum(c.name in case.images for case in cases) for c in dataset.manifest.channels}
+    faults += [*_absent_labels(dataset, ordered), *_absent_channels(counts)]
+    return CheckReport(dataset.manifest.name, len(cases), tuple(faults), facts, counts)
 
 
 def voxel_sha256(voxels: npt.NDArray[Any]) -> str:
@@ -161,19 +167,19 @@ def _check_case(dataset: Dataset, case: Case, visit: Visit | None) -> _Outcome:
     from transforms.volume import read_label, read_volume
 
     outcome = _Outcome(case)
-    images = []
-    for channel in dataset.manifest.channels:
+    images: dict[str, Volume] = {}
+    for channel in (c for c in dataset.manifest.channels if c.name in case.images):
         image = _read(dataset, case.images[channel.name], read_volume, outcome)
         if image is not None:
             _check_image(image, channel, outcome)
-            images.append(image)
+            images[channel.name] = image
     label = None if case.label is None else _read(dataset, case.label, read_label, outcome)
-    _check_grids(images, label, dataset, outcome)
+    _check_grids(images, label, outcome)
     volumes_mm3 = None if label is None else _check_label(label, dataset.manifest.labels, outcome)
     if not outcome.faults:
-        outcome.facts = _facts(outcome, images[0].geometry, volumes_mm3)
+        outcome.facts = _facts(outcome, next(iter(images.values())).geometry, volumes_mm3)
         if visit is not None:
-            visit(case, images, label)
+            visit(case, [images.get(channel.name) for channel in dataset.manifest.channels], label)
     return outcome
 
 
@@ -200,17 +206,15 @@ def _check_image(image: Volume, channel: Channel, outcome: _Outcome) -> None:
         outcome.add("constant", file, f"every voxel has the value {image.voxels.flat[0]:g}")
 
 
-def _check_grids(images: list[Volume], label: Volume | None, dataset: Dataset, outcome: _Outcome) -> None:
-    """Against the first image that could be read; each difference shows both grids."""
+def _check_grids(images: Mapping[str, Volume], label: Volume | None, outcome: _Outcome) -> None:
+    """Against the first image that could be read; each difference shows both grids. `images` are by channel."""
     if not images:
         return
-    reference = images[0].geometry
-    if len(images) == len(dataset.manifest.channels):
-        for channel, image in zip(dataset.manifest.channels, images, strict=True):
-            if (difference := reference.difference(image.geometry)) is not None:
-                first = dataset.manifest.channels[0].name
-                message = f"channels '{first}' and '{channel.name}' differ: {difference}"
-                outcome.add("channel-grid", outcome.case.images[channel.name], message)
+    first, reference = next((name, image.geometry) for name, image in images.items())
+    for name, image in images.items():
+        if (difference := reference.difference(image.geometry)) is not None:
+            message = f"channels '{first}' and '{name}' differ: {difference}"
+            outcome.add("channel-grid", outcome.case.images[name], message)
     if label is not None and (difference := reference.difference(label.geometry)) is not None:
         outcome.add("label-grid", outcome.case.label or "", f"image and label differ: {difference}")
 
@@ -304,3 +308,9 @@ def _absent_labels(dataset: Dataset, outcomes: Sequence[_Outcome]) -> Iterator[F
         if read and label.id not in present:
             message = f"label {label.id} '{label.name}' occurs in none of the {len(read)} labels that were read"
             yield Fault(None, None, "absent-label", message)
+
+
+def _absent_channels(counts: Mapping[str, int]) -> Iterator[Fault]:
+    """An optional channel that no case has: fit for prediction, but nothing can be learnt of it."""
+    for name in (name for name, count in counts.items() if not count):
+        yield Fault(None, None, "absent-channel", f"no case has the optional channel '{name}'", "note")

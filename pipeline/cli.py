@@ -78,6 +78,9 @@ def manifest_build(
     channel: Annotated[
         list[str], typer.Option("--channel", metavar="NAME:MODALITY", help="A channel and its modality, as T1:MR.")
     ],
+    optional: Annotated[
+        list[str] | None, typer.Option("--optional", metavar="NAME", help="A channel that cases may lack.")
+    ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="Folder of label maps.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", metavar="ID:NAME", help="A label's name.")] = None,
     patient_pattern: Annotated[
@@ -89,8 +92,8 @@ def manifest_build(
     """Make a manifest from folders of images and labels."""
     from pipeline.cli_stages import build
 
-    build(images, labels, name=name, channels=channel, names=label or [], target=out, force=force,
-          patients=(patient_pattern, patient_table))  # fmt: skip
+    build(images, labels, name=name, channels=channel, optional=optional or [], names=label or [], target=out,
+          force=force, patients=(patient_pattern, patient_table))  # fmt: skip
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -25,6 +25,7 @@ def build(
     *,
     name: str,
     channels: Sequence[str],
+    optional: Sequence[str] = (),
     names: Sequence[str],
     target: Path,
     patients: tuple[str | None, Path | None],
@@ -41,6 +42,8 @@ def build(
         if modality not in get_args(Modality):
             known = ", ".join(get_args(Modality))
             raise ManifestError(f"--channel {channel}:{modality}: the modality is one of {known}")
+    if unknown := sorted(set(optional) - {channel for channel, _ in pairs}):
+        raise ManifestError(f"--optional {unknown[0]}: no --channel has this name")
     labelled = {_whole(i): n for i, n in (_pair(text, "--label", "ID:NAME") for text in names)} or None
     pattern, table = patients
     rule = PatientRule(pattern=pattern, table=read_patient_table(table) if table else None)
@@ -48,12 +51,14 @@ def build(
         images,
         labels,
         name=name,
-        channels=[Channel.model_validate({"name": n, "modality": m}) for n, m in pairs],
+        channels=[Channel.model_validate({"name": n, "modality": m, "optional": n in optional}) for n, m in pairs],
         label_names=labelled,
         patients=rule if pattern or table else None,
     )
     save_manifest(dataset, target)
-    print(f"{len(dataset.manifest.cases)} cases written to {target}; run `volseg check {target}` next")
+    cases = dataset.manifest.cases
+    _tell_channels({n: sum(n in case.images for case in cases) for n, _ in pairs}, len(cases))
+    print(f"{len(cases)} cases written to {target}; run `volseg check {target}` next")
 
 
 def check_manifest(
@@ -76,9 +81,16 @@ def check_manifest(
     if json_file:
         write_json(json_file, report.to_json())
     errors = sum(f.severity == "error" for f in report.faults)
+    _tell_channels(report.channel_counts, report.case_count)
     print(f"{report.dataset}: {report.case_count} cases, {_count(errors, 'error')}, "
           f"{_count(len(report.faults) - errors, 'note')}")  # fmt: skip
     return report.ok
+
+
+def _tell_channels(counts: Mapping[str, int], case_count: int) -> None:
+    """How many cases have each channel, where some lack one."""
+    if any(count < case_count for count in counts.values()):
+        print(f"channels: {', '.join(f'{name} in {count} of {case_count} cases' for name, count in counts.items())}")
 
 
 def show_plan(config: Config, out: Path | None, console: TerminalConsole) -> None:

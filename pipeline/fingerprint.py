@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import PlanError
-from pipeline.manifest import Case, Manifest
+from pipeline.manifest import Case, Channel, Manifest
 from pipeline.plan import CaseFingerprint, ChannelFingerprint, Fingerprint
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ class ChannelMeasure:
 
 @dataclass(frozen=True, eq=False)
 class CaseMeasure:
-    """One annotated case."""
+    """One annotated case; None stands for a channel that it lacks."""
 
     facts: CaseFingerprint
-    channels: tuple[ChannelMeasure, ...]
+    channels: tuple[ChannelMeasure | None, ...]
 
 
 class Measuring:
@@ -47,7 +47,7 @@ class Measuring:
         self._manifest = manifest
         self._measures: dict[str, CaseMeasure] = {}
 
-    def visit(self, case: Case, images: Sequence[Volume], label: Volume | None) -> None:
+    def visit(self, case: Case, images: Sequence[Volume | None], label: Volume | None) -> None:
         """Measure one case; cases without a label have nothing to say to the planner."""
         if label is not None:
             self._measures[case.case_id] = measure_case(case, images, label, schema=self._manifest.labels)
@@ -55,8 +55,10 @@ class Measuring:
     def fingerprint(self, case_ids: Sequence[str]) -> Fingerprint:
         """What the planner needs of the named cases, in the order of their names.
 
+        A channel is measured on the cases that have it.
+
         Raises:
-            PlanError: none of them could be measured.
+            PlanError: none of them could be measured, or a channel is in none of them.
         """
         measures = [self._measures[i] for i in sorted(case_ids) if i in self._measures]
         if not measures:
@@ -64,8 +66,7 @@ class Measuring:
         schema = self._manifest.labels
         return Fingerprint(
             channels=tuple(
-                _pool(channel.name, channel.modality, [m.channels[c] for m in measures])
-                for c, channel in enumerate(self._manifest.channels)
+                _pool(channel, [m.channels[c] for m in measures]) for c, channel in enumerate(self._manifest.channels)
             ),
             class_count=schema.class_count,
             has_twins=any(label.twin is not None for label in schema.labels),
@@ -73,7 +74,7 @@ class Measuring:
         )
 
 
-def measure_case(case: Case, images: Sequence[Volume], label: Volume, *, schema: LabelSchema) -> CaseMeasure:
+def measure_case(case: Case, images: Sequence[Volume | None], label: Volume, *, schema: LabelSchema) -> CaseMeasure:
     """Grid, labels and intensities of one case, on RAS axes; those of the orthogonal grid around a sheared one."""
     geometry = label.geometry
     straight = geometry.orthogonal()
@@ -92,7 +93,8 @@ def measure_case(case: Case, images: Sequence[Volume], label: Volume, *, schema:
     )
     inside = np.flatnonzero(label.voxels)
     thinned = inside[:: max(1, len(inside) // SAMPLES_PER_CASE)]
-    return CaseMeasure(facts, tuple(_measure_channel(image.voxels, thinned) for image in images))
+    channels = tuple(None if image is None else _measure_channel(image.voxels, thinned) for image in images)
+    return CaseMeasure(facts, channels)
 
 
 def _measure_channel(voxels: npt.NDArray[np.float32], places: npt.NDArray[np.intp]) -> ChannelMeasure:
@@ -130,13 +132,21 @@ def _axis_along(pair: str, geometry: Geometry) -> int:
     return next(axis for axis, code in enumerate(geometry.axis_codes) if code in pair)
 
 
-def _pool(name: str, modality: str, measures: Sequence[ChannelMeasure]) -> ChannelFingerprint:
+def _pool(channel: Channel, of_cases: Sequence[ChannelMeasure | None]) -> ChannelFingerprint:
+    measures = [measure for measure in of_cases if measure is not None]
+    if not measures:
+        raise PlanError(
+            f"none of the {len(of_cases)} training cases has the channel '{channel.name}', so nothing can be learnt "
+            "of it; add a case that has it, or take it out of the manifest's channels"
+        )
     inside = np.concatenate([m.inside for m in measures]).astype(np.float64)
     low, high = np.percentile(inside, [0.5, 99.5]) if len(inside) else (0.0, 0.0)
     return ChannelFingerprint.model_validate(
         {
-            "name": name,
-            "modality": modality,
+            "name": channel.name,
+            "modality": channel.modality,
+            "optional": channel.optional,
+            "case_count": len(measures),
             "lowest": float(np.median([m.lowest for m in measures])),
             "highest": float(np.median([m.highest for m in measures])),
             "zero_share": round(float(np.mean([m.zero_share for m in measures])), 6),

@@ -44,14 +44,15 @@ class Frozen(BaseModel):
 
 
 class Channel(Frozen):
-    """One input channel of the network."""
+    """One input channel of the network. Cases may lack an `optional` one, in training and in prediction."""
 
     name: str = Field(min_length=1)
     modality: Modality
+    optional: bool = False
 
 
 class Case(Frozen):
-    """One study to segment. `images` maps each channel's name to a path relative to the manifest's root."""
+    """One study to segment. `images` maps the name of each channel that it has to a path relative to the root."""
 
     # It becomes part of file names, so it can neither hide a file nor climb out of a folder.
     case_id: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
@@ -81,10 +82,8 @@ class Manifest(Frozen):
         # Results are named after the case, and some file systems do not tell A from a.
         if repeated := _repeated([case.case_id.casefold() for case in self.cases]):
             raise ValueError(f"case_id {', '.join(repeated)} stands more than once (capitals ignored)")
-        names = {channel.name for channel in self.channels}
         for case in self.cases:
-            if set(case.images) != names:
-                raise ValueError(f"case '{case.case_id}' has images {sorted(case.images)}, expected {sorted(names)}")
+            _require_channels(case, self.channels)
             if repeated := _repeated([*case.images.values(), case.label or ""]):
                 raise ValueError(f"case '{case.case_id}' names the file {repeated[0]} twice")
         return self
@@ -97,8 +96,13 @@ class Dataset(Frozen):
     root: Path
 
     def image_paths(self, case: Case) -> list[Path]:
-        """In the order of the manifest's channels."""
-        return [self.root / case.images[channel.name] for channel in self.manifest.channels]
+        """Of the channels that the case has, in the order of the manifest's channels."""
+        return [path for path in self.channel_paths(case) if path is not None]
+
+    def channel_paths(self, case: Case) -> list[Path | None]:
+        """One a channel of the manifest; None where the case lacks it."""
+        files = (case.images.get(channel.name) for channel in self.manifest.channels)
+        return [None if file is None else self.root / file for file in files]
 
     def label_path(self, case: Case) -> Path | None:
         """None when the case is not annotated."""
@@ -196,6 +200,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated := _repeated([key for key, _ in pairs]):
         raise ValueError(f"the key '{repeated[0]}' stands more than once in one object")
     return dict(pairs)
+
+
+def _require_channels(case: Case, channels: tuple[Channel, ...]) -> None:
+    """At least one image, each of a channel, and every channel that is not optional."""
+    names = {channel.name for channel in channels}
+    required = {channel.name for channel in channels if not channel.optional}
+    if not case.images or not required <= set(case.images) <= names:
+        optional = sorted(names - required)
+        rest = f"; only {', '.join(optional)} may be missing, and never all" if optional else ""
+        raise ValueError(f"case '{case.case_id}' has images {sorted(case.images)}, expected {sorted(names)}{rest}")
 
 
 def _repeated(values: list[str]) -> list[str]:

@@ -58,15 +58,15 @@ def build_manifest(
 
     A case of one channel is a file, or a folder of one DICOM series. Several channels are told apart by
     subfolders of `images` named after them, or by an ending of the file name (case_T1, or case_0000 as in
-    nnU-Net), all files together or in a folder a case. Labels are named after the case, `LABEL_SUFFIXES`
-    allowed. Without `label_names` every label is read and its values are called label_1, ....
+    nnU-Net), all files together or in a folder a case. A case may lack channels that are optional. Labels are
+    named after the case, `LABEL_SUFFIXES` allowed. Without `label_names` every label is read and its values are called label_1, ....
 
     Raises:
         ManifestError: images and labels that have no partner (all are listed), a rule for patients that
             does not cover every case, or a DICOM folder that carries its patient's name.
     """
     source = f"{images}"
-    files = _image_files(images, [channel.name for channel in channels])
+    files = _image_files(images, channels)
     label_of = _label_files(labels, set(files), source) if labels is not None else {}
     root = Path(os.path.commonpath([p.resolve() for p in (images, labels) if p is not None]))
     patient_of = _patients(files, images, patients or PatientRule())
@@ -78,7 +78,7 @@ def build_manifest(
             {
                 "case_id": safe_name(case),
                 "patient_id": patient_of[case],
-                "images": {c.name: _below(root, p) for c, p in zip(channels, files[case], strict=True)},
+                "images": {name: _below(root, path) for name, path in files[case].items()},
                 "label": _below(root, label_of[case]) if case in label_of else None,
             }
             for case in sorted(files)
@@ -127,22 +127,23 @@ def read_patient_table(path: Path) -> dict[str, str]:
     return table
 
 
-def _image_files(images: Path, channels: list[str]) -> dict[str, list[Path]]:
-    """Case to one path a channel, in the channels' order."""
+def _image_files(images: Path, channels: Sequence[Channel]) -> dict[str, dict[str, Path]]:
+    """Case to the paths of the channels that it has, by their names in the channels' order."""
     by_case: dict[str, dict[int, Path]] = {}
     problems: dict[str, list[str]] = {"of a channel twice": [], "without a channel's name or number": []}
-    for case, channel, path in _channel_entries(images, channels):
+    for case, channel, path in _channel_entries(images, [channel.name for channel in channels]):
         if channel is None:
             problems["without a channel's name or number"].append(path.name)
         elif channel in by_case.setdefault(case, {}):
             problems["of a channel twice"].append(case)
         else:
             by_case[case][channel] = path
-    problems["without all of their channels"] = sorted(c for c, f in by_case.items() if len(f) < len(channels))
+    required = {index for index, channel in enumerate(channels) if not channel.optional}
+    problems["without all of their channels"] = sorted(case for case, found in by_case.items() if required - set(found))
     refuse_all(problems, str(images))
     if not by_case:
         raise ManifestError(f"{images}: no volume here ({', '.join(VOLUME_SUFFIXES)}, or DICOM folders)")
-    return {case: [found[i] for i in range(len(channels))] for case, found in by_case.items()}
+    return {case: {channels[i].name: found[i] for i in sorted(found)} for case, found in by_case.items()}
 
 
 def _channel_entries(images: Path, channels: list[str]) -> Iterator[tuple[str, int | None, Path]]:
@@ -241,9 +242,10 @@ def _below(root: Path, path: Path) -> str:
     return (path.parent.resolve() / path.name).relative_to(root).as_posix()
 
 
-def _patients(files: dict[str, list[Path]], images: Path, rule: PatientRule) -> dict[str, str]:
+def _patients(files: dict[str, dict[str, Path]], images: Path, rule: PatientRule) -> dict[str, str]:
     if rule.pattern is not None:
-        found = {c: _first_group(rule.pattern, p[0].relative_to(images).as_posix()) for c, p in files.items()}
+        first = {case: next(iter(paths.values())).relative_to(images).as_posix() for case, paths in files.items()}
+        found = {case: _first_group(rule.pattern, path) for case, path in first.items()}
     elif rule.table is not None:
         found = {case: rule.table.get(case) or rule.table.get(safe_name(case)) for case in files}
     else:
@@ -264,13 +266,13 @@ def _first_group(pattern: str, text: str) -> str | None:
     return match[1] if match else None
 
 
-def _own_patients(files: dict[str, list[Path]], salt: str) -> dict[str, str | None]:
+def _own_patients(files: dict[str, dict[str, Path]], salt: str) -> dict[str, str | None]:
     """Each case its own patient, unless its DICOM files name one: a keyed hash of that name stands for it."""
     found: dict[str, str | None] = {}
     problems: dict[str, list[str]] = {"cases with channels of different patients": []}
     speaking = 0
     for case, paths in files.items():
-        headers = [_dicom_identity(path) for path in paths if path.is_dir()]
+        headers = [_dicom_identity(path) for path in paths.values() if path.is_dir()]
         identities = {header["PatientID"] for header in headers} - {""}
         digests = [hmac.new(salt.encode(), i.encode(), "sha256").hexdigest() for i in identities]
         found[case] = f"p{digests[0][:_PSEUDONYM_DIGITS]}" if digests else safe_name(case)

@@ -34,10 +34,15 @@ class CaseFingerprint(Frozen):
 
 
 class ChannelFingerprint(Frozen):
-    """One channel over all training cases. `inside_*` are of voxels inside labels, in the file's unit (CT: HU)."""
+    """One channel over the `case_count` training cases that have it (None: all).
+
+    `inside_*` are of voxels inside labels, in the file's unit (CT: HU).
+    """
 
     name: str
     modality: Modality
+    optional: bool = False
+    case_count: int | None = None
     lowest: float
     highest: float
     zero_share: float
@@ -58,13 +63,17 @@ class Fingerprint(Frozen):
 
 
 class ChannelPlan(Frozen):
-    """One input channel: what it is, how it is normalised, and the range that training saw (for refusing others)."""
+    """One input channel: what it is, how it is normalised, and the range that training saw (for refusing others).
+
+    An `optional` one may be missing; it is then 0 everywhere, the mean of what the network sees.
+    """
 
     name: str
     modality: Modality
     normalisation: Normalisation
     lowest: float
     highest: float
+    optional: bool = False
 
 
 class Plan(Frozen):
