@@ -6,14 +6,10 @@ the label ids and the code of the chain. An entry is whole or not there; two pro
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,19 +17,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 import transforms
 from pipeline.batch import Batch, collate
+from pipeline.cache_entry import DamagedEntry, open_entry, publish, remove
+from pipeline.cache_entry import PreparedCase as PreparedCase
 from pipeline.config import AugmentConfig
-from pipeline.errors import RunError, VolsegError, VolumeError
-from pipeline.files import explain_os_error, sha256_of_file, sha256_of_json, share_as_new
+from pipeline.console import Console, Silence
+from pipeline.errors import ConfigError, RunError, VolsegError, VolumeError
+from pipeline.files import sha256_of_file, sha256_of_json
 from pipeline.manifest import Case, Dataset
 from pipeline.plan import Plan
+from transforms.annotation import Annotation
 from transforms.augment import IntensitySettings, SpatialSettings
 from transforms.chains import plain, preprocess_chain, reseed, training_chain
-from transforms.geometry import Geometry
-from transforms.labels import LabelSchema
+from transforms.channels import RandDropChannelsd, channel_minima
 from transforms.load import geometry_of
 from transforms.patches import class_positions
 
@@ -48,27 +46,17 @@ PREPROCESSING_MODULES = (
     "intensity",
     "intensity_spec",
     "labels",
+    "annotation",
     "patches",
+    "channels",
     "chains",
 )
 """Modules of `transforms` whose code decides what a preprocessed case looks like."""
 
-Progress = Callable[[int, int], None]
+SILENCE = Silence()
 
-
-@dataclass(frozen=True, eq=False)
-class PreparedCase:
-    """A case on the plan's grid. `image` (C, I, J, K) float32 and `classes` (1, I, J, K) are memory-mapped.
-
-    `annotated` (class_count,) bool is False where a class was not annotated; None means that all were.
-    """
-
-    case_id: str
-    geometry: Geometry
-    image: Tensor
-    classes: Tensor
-    positions: npt.NDArray[np.int32]
-    annotated: Tensor | None = None
+CHANNEL_DROPOUT = 0.3
+"""How often an optional channel is left out of a patch where the config says `auto`."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +68,13 @@ class Failure:
 
 
 def prepare_cases(
-    dataset: Dataset, cases: Sequence[Case], plan: Plan, cache: Path, *, workers: int, on_progress: Progress
+    dataset: Dataset, cases: Sequence[Case], plan: Plan, cache: Path, *, workers: int, console: Console
 ) -> tuple[list[PreparedCase], list[Failure]]:
     """Every case from the cache, made first where it is missing; a case that fails is set aside and named."""
     prepared: list[PreparedCase] = []
     failures: list[Failure] = []
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        futures = [pool.submit(prepare_case, dataset, case, plan, cache) for case in cases]
+        futures = [pool.submit(prepare_case, dataset, case, plan, cache, console=console) for case in cases]
         try:
             for done, (case, future) in enumerate(zip(cases, futures, strict=True), start=1):
                 try:
@@ -95,14 +83,14 @@ def prepare_cases(
                     raise
                 except VolsegError as error:
                     failures.append(Failure(case.case_id, str(error)))
-                on_progress(done, len(cases))
+                console.progress("preprocessing", done, len(cases))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return prepared, failures
 
 
-def prepare_case(dataset: Dataset, case: Case, plan: Plan, cache: Path) -> PreparedCase:
-    """One annotated case from the cache, made first if it is missing.
+def prepare_case(dataset: Dataset, case: Case, plan: Plan, cache: Path, *, console: Console = SILENCE) -> PreparedCase:
+    """One annotated case from the cache, made first if it is missing, and again if it is damaged.
 
     Raises:
         VolsegError: a file cannot be read or does not fit; RunError when the cache cannot be written.
@@ -110,11 +98,20 @@ def prepare_case(dataset: Dataset, case: Case, plan: Plan, cache: Path) -> Prepa
     label = dataset.label_path(case)
     if label is None:
         raise RunError(f"case {case.case_id} has no label, so it cannot be trained on")
-    key = _key([*dataset.image_paths(case), label], plan, dataset.manifest.labels)
+    annotation = dataset.annotation(case)
+    key = _key([*dataset.channel_paths(case), label], plan, annotation)
     entry = cache / key[:2] / key
-    if not entry.is_dir():
-        _make_entry(entry, dataset, case, plan)
-    return _open_entry(entry, case.case_id)
+    if entry.is_dir():
+        try:
+            return _open_entry(entry, dataset, case)
+        except DamagedEntry as damage:
+            console.note(f"{entry}: a damaged cache entry, {damage}; it is made again")
+            remove(entry)
+    _make_entry(entry, dataset, case, plan)
+    try:
+        return _open_entry(entry, dataset, case)
+    except DamagedEntry as damage:
+        raise RunError(f"{entry}: {damage} just after it was written; use another disk (data.cache)") from damage
 
 
 def content_digest(path: Path) -> str:
@@ -148,10 +145,11 @@ class Patches:
     ) -> None:
         if not cases:
             raise RunError("there is no case to train on")
+        _require_every_channel(cases, plan)
         self.cases = tuple(cases)
         self.batch_size = plan.batch_size
         self.seed = seed
-        self._minima = [float(case.image.min()) for case in self.cases]
+        self._fill = [channel_minima(case.image) for case in self.cases]
         every = torch.ones(plan.class_count, dtype=torch.bool)
         self._annotated = [every if case.annotated is None else case.annotated for case in self.cases]
         self._chain = training_chain(
@@ -161,6 +159,7 @@ class Patches:
             intensity=intensity_settings(augment),
             twin_classes=twin_classes,
             foreground_share=foreground_share,
+            dropout=channel_dropout(augment, plan),
         )
 
     def batch(self, step: int) -> Batch:
@@ -168,13 +167,25 @@ class Patches:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         return collate([self._patch(number) for number in numbers])
 
-    def _patch(self, number: int) -> dict[str, Any]:
+    def case_ids(self, step: int) -> tuple[str, ...]:
+        """Whose patches update number `step` is made of, without making them."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return tuple(self.cases[self._case_of(number)].case_id for number in numbers)
+
+    def _case_of(self, number: int) -> int:
         epoch, place = divmod(number, len(self.cases))
-        index = int(_order(self.seed, epoch, len(self.cases))[place])
+        return int(_order(self.seed, epoch, len(self.cases))[place])
+
+    def _patch(self, number: int) -> dict[str, Any]:
+        index = self._case_of(number)
         case = self.cases[index]
         reseed(self._chain, [self.seed, 1, number])
-        data = {"image": case.image, "label": case.classes, "positions": case.positions, "fill": self._minima[index]}
-        patch: dict[str, Any] = self._chain(data)
+        data = {"image": case.image, "label": case.classes, "positions": case.positions, "fill": self._fill[index],
+                "present": case.present}  # fmt: skip
+        try:
+            patch = apply_chain(self._chain, data)
+        except VolsegError as error:
+            raise VolumeError(f"case {case.case_id}: {error}") from error
         return {**patch, "annotated": self._annotated[index], "case_id": case.case_id}
 
 
@@ -190,36 +201,77 @@ def intensity_settings(augment: AugmentConfig) -> IntensitySettings:
     return IntensitySettings(**augment.model_dump(include=set(IntensitySettings.__dataclass_fields__)))
 
 
+def channel_dropout(augment: AugmentConfig, plan: Plan) -> RandDropChannelsd:
+    """How often optional channels are left out of a patch.
+
+    Raises:
+        ConfigError: a probability is set, but no channel is optional.
+    """
+    optional = [channel.optional for channel in plan.channels]
+    if augment.channel_dropout == "auto":
+        return RandDropChannelsd(optional, CHANNEL_DROPOUT)
+    if augment.channel_dropout and not any(optional):
+        raise ConfigError(
+            f"augment.channel_dropout: {augment.channel_dropout:g}, but no channel may be missing; "
+            "say which by \"optional\": true in the manifest, or leave this key out"
+        )
+    return RandDropChannelsd(optional, augment.channel_dropout)
+
+
+def _require_every_channel(cases: Sequence[PreparedCase], plan: Plan) -> None:
+    """A fold's training cases may lack what the plan was made from."""
+    for number, channel in enumerate(plan.channels):
+        if not any(case.present is None or case.present[number] for case in cases):
+            raise RunError(
+                f"none of the {len(cases)} training cases has the channel '{channel.name}', so nothing can be learnt "
+                "of it; choose other folds, or take it out of the manifest's channels"
+            )
+
+
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """Each epoch sees every case once."""
     return np.random.default_rng([seed, 2, epoch]).permutation(count)
 
 
-def _key(files: Sequence[Path], plan: Plan, schema: LabelSchema) -> str:
+def _key(files: Sequence[Path | None], plan: Plan, annotation: Annotation) -> str:
     return sha256_of_json(
         {
-            "files": [content_digest(path) for path in files],
+            "files": [None if path is None else content_digest(path) for path in files],
             "preprocessing": plan.preprocessing(),
-            "label_ids": list(schema.ids),
+            "label_ids": list(annotation.schema.ids),
+            "classes": sorted(annotation.class_of_value.items()),
+            "annotated": list(annotation.mask),
             "code": code_digest(),
         }
     )
 
 
+def _present(dataset: Dataset, case: Case) -> tuple[bool, ...]:
+    return tuple(path is not None for path in dataset.channel_paths(case))
+
+
+def _open_entry(entry: Path, dataset: Dataset, case: Case) -> PreparedCase:
+    return replace(open_entry(entry, case.case_id), present=_present(dataset, case))
+
+
 def _make_entry(entry: Path, dataset: Dataset, case: Case, plan: Plan) -> None:
-    schema = dataset.manifest.labels
+    annotation = dataset.annotation(case)
     chain = preprocess_chain(
-        axis_codes=plan.axis_codes, spacing_mm=plan.spacing_mm, normalisations=plan.normalisations, schema=schema
+        axis_codes=plan.axis_codes,
+        spacing_mm=plan.spacing_mm,
+        normalisations=plan.normalisations,
+        annotation=annotation,
+        present=_present(dataset, case),
     )
     data = apply_chain(chain, {"image": dataset.image_paths(case), "label": dataset.label_path(case)})
     image, classes = plain(data["image"]).numpy(), plain(data["label"]).numpy()
     arrays = {
         "image": np.ascontiguousarray(image),
         "classes": np.ascontiguousarray(classes),
-        "positions": class_positions(classes[0], class_count=schema.class_count),
+        "positions": class_positions(classes[0], class_count=annotation.schema.class_count),
     }
-    _publish(entry, arrays, geometry_of(data["image"]))
+    publish(entry, arrays, geometry_of(data["image"]))
 
 
 def apply_chain(chain: Callable[[Any], Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -240,48 +292,6 @@ def apply_chain(chain: Callable[[Any], Any], data: dict[str, Any]) -> dict[str, 
             raise cause from error
         raise VolumeError(str(cause)) from error
     return result
-
-
-def _publish(entry: Path, arrays: dict[str, npt.NDArray[Any]], geometry: Geometry) -> None:
-    temporary: Path | None = None
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
-        for name, array in arrays.items():
-            _save_array(temporary / f"{name}.npy", array)
-        (temporary / "geometry.json").write_text(json.dumps(geometry.to_json()))
-        share_as_new(temporary)
-        try:
-            temporary.rename(entry)
-        except OSError as error:
-            # Another process was first; its entry is the same.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    except OSError as error:
-        raise explain_os_error(error, entry) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """As `np.save`, which does not say why it could write only a part."""
-    with path.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-        stream.write(np.ascontiguousarray(array).data)
-
-
-def _open_entry(entry: Path, case_id: str) -> PreparedCase:
-    try:
-        image = np.load(entry / "image.npy", mmap_mode="c", allow_pickle=False)
-        classes = np.load(entry / "classes.npy", mmap_mode="c", allow_pickle=False)
-        positions = np.load(entry / "positions.npy", allow_pickle=False)
-        geometry = Geometry.from_json(json.loads((entry / "geometry.json").read_text()))
-        if not geometry.shape == image.shape[1:] == classes.shape[1:]:
-            raise ValueError(f"voxels of {image.shape} and {classes.shape} on a grid of {geometry.shape}")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{entry}: a damaged cache entry ({type(error).__name__}); delete this folder") from error
-    return PreparedCase(case_id, geometry, torch.from_numpy(image), torch.from_numpy(classes), positions)
 
 
 def dataset_digest(prepared: Sequence[PreparedCase]) -> str:

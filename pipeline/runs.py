@@ -115,7 +115,7 @@ def run_fold_cases(run: Run, fold: int, console: Console) -> tuple[list[Prepared
         run.plan,
         run.config.cache_folder,
         workers=CHECK_WORKERS,
-        on_progress=lambda done, total: console.progress("preprocessing", done, total),
+        console=console,
     )
     if failures:
         tell_set_aside(run.fold_folder(fold) / "set_aside.json", failures, console)

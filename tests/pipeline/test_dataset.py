@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline import cache_entry
 from pipeline import dataset as module
 from pipeline.config import AugmentConfig
+from pipeline.console import Silence
 from pipeline.dataset import (
     Patches,
     PreparedCase,
@@ -63,6 +68,37 @@ def world(small_dataset: Dataset, tmp_path: Path) -> Dataset:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     return small_dataset.model_copy(update={"root": tmp_path / "data"})
+
+
+class Told(Silence):
+    """What a console was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.done: list[tuple[str, int, int]] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+    def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+        self.done.append((what, done, total))
+
+
+FILES = ("image.npy", "classes.npy", "positions.npy", "geometry.json", "digests.json")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
 
 
 def entries(cache: Path) -> list[Path]:
@@ -159,51 +195,65 @@ class TestCache:
     @pytest.mark.parametrize("shape", [(2, 3, 4), (0, 4)])
     def test_arrays_are_written_as_numpy_does(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
         for array in (np.random.default_rng(0).random(shape), np.ones(shape[::-1], np.int32).T):
-            module._save_array(tmp_path / "ours.npy", array)
+            cache_entry._save_array(tmp_path / "ours.npy", array)
             assert np.array_equal(np.load(tmp_path / "ours.npy"), array)
 
-    @pytest.mark.parametrize(
-        ("name", "content"),
-        [
-            ("image.npy", b""),
-            ("image.npy", b"\x93NUMPY\x01\x00 cut short"),
-            ("positions.npy", b""),
-            ("geometry.json", b"{"),
-            ("geometry.json", b"null"),
-            ("classes.npy", None),
-        ],
-    )
-    def test_a_damaged_entry_is_named(
-        self, world: Dataset, small_plan: Plan, tmp_path: Path, name: str, content: bytes | None
+    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, empty, Path.unlink])
+    def test_a_damaged_entry_is_made_again(
+        self, world: Dataset, small_plan: Plan, tmp_path: Path, name: str, damage: Callable[[Path], None]
     ) -> None:
-        cache = tmp_path / "cache"
-        prepare_case(world, world.manifest.cases[0], small_plan, cache)
+        case, cache, told = world.manifest.cases[0], tmp_path / "cache", Told()
+        before = prepare_case(world, case, small_plan, cache)
         (entry,) = entries(cache)
-        if content is None:
-            (entry / name).unlink()
-        else:
-            (entry / name).write_bytes(content)
-        with pytest.raises(RunError) as caught:
-            prepare_case(world, world.manifest.cases[0], small_plan, cache)
-        assert str(caught.value).startswith(f"{entry}: a damaged cache entry (")
-        assert str(caught.value).endswith("delete this folder")
+        good = {path.name: path.read_bytes() for path in entry.iterdir()}
+        del before  # a mapped file that is cut short ends the process that reads it
+        damage(entry / name)
+        prepare_case(world, case, small_plan, cache, console=told)
+        (line,) = told.lines
+        assert re.fullmatch(rf"{re.escape(str(entry))}: a damaged cache entry, {name} .*; it is made again", line)
+        assert {path.name: path.read_bytes() for path in entry.iterdir()} == good
+        assert hidden(cache) == []
+        prepare_case(world, case, small_plan, cache, console=told)
+        assert len(told.lines) == 1
 
     def test_arrays_that_do_not_belong_together_are_damage(
         self, world: Dataset, small_plan: Plan, tmp_path: Path
     ) -> None:
-        cache = tmp_path / "cache"
-        prepare_case(world, world.manifest.cases[0], small_plan, cache)
-        (entry,) = entries(cache)
-        np.save(entry / "classes.npy", np.zeros((1, 3, 3, 3), np.uint8))
-        with pytest.raises(RunError, match="a damaged cache entry"):
-            prepare_case(world, world.manifest.cases[0], small_plan, cache)
+        cache, told = tmp_path / "cache", Told()
+        for case in world.manifest.cases[:2]:
+            prepare_case(world, case, small_plan, cache)
+        first, second = entries(cache)
+        shutil.copy(first / "classes.npy", second / "classes.npy")
+        prepare_cases(world, world.manifest.cases[:2], small_plan, cache, workers=2, console=told)
+        assert len([line for line in told.lines if "classes.npy is not as it was written" in line]) == 1
+
+    def test_many_entries_take_no_file_descriptors(self, world: Dataset, small_plan: Plan, tmp_path: Path) -> None:
+        """Most systems allow a process 1,024."""
+        opened = Path("/dev/fd")
+        before = len(list(opened.iterdir()))
+        cases = [prepare_case(world, world.manifest.cases[0], small_plan, tmp_path) for _ in range(20)]
+        assert len(list(opened.iterdir())) == before
+        assert len(cases) == 20
+
+    def test_another_process_is_sent_where_a_case_lies_not_its_voxels(
+        self, world: Dataset, small_plan: Plan, tmp_path: Path
+    ) -> None:
+        case = replace(prepare_case(world, world.manifest.cases[0], small_plan, tmp_path), annotated=torch.ones(3))
+        sent = pickle.dumps(case)
+        assert len(sent) < 5_000
+        received = pickle.loads(sent)
+        for key in ("image", "classes", "annotated"):
+            assert torch.equal(getattr(received, key), getattr(case, key))
+        assert np.array_equal(received.positions, case.positions)
+        assert received.geometry.difference(case.geometry) is None
 
 
 RIVAL = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from pipeline import dataset as module
+from pipeline import cache_entry
 from pipeline.dataset import prepare_case
 from pipeline.manifest import load_dataset
 from pipeline.plan import read_plan
@@ -212,7 +262,7 @@ torch.set_num_threads(1)
 folder, manifest, plan = Path(sys.argv[1]), sys.argv[2], read_plan(Path(sys.argv[3]))
 dataset = load_dataset(Path(manifest))
 first, second = [c for c in dataset.manifest.cases if c.case_id in sys.argv[4:]]
-save = module._save_array
+save = cache_entry._save_array
 
 def slow(path, array):
     (folder / "rival_is_writing").touch()
@@ -220,7 +270,7 @@ def slow(path, array):
         time.sleep(0.01)
     save(path, array)
 
-module._save_array = slow
+cache_entry._save_array = slow
 prepare_case(dataset, first, plan, folder / "cache")
 (folder / "rival_has_it").touch()
 
@@ -228,7 +278,7 @@ def deadly(path, array):
     save(path, array)
     os.kill(os.getpid(), signal.SIGKILL)
 
-module._save_array = deadly
+cache_entry._save_array = deadly
 prepare_case(dataset, second, plan, folder / "cache")
 """
 
@@ -243,14 +293,14 @@ def test_two_processes_at_once_and_a_kill(
     manifest = ROOT / "data_manifests" / "hippocampus_demo.json"
     command = [sys.executable, "-c", RIVAL, tmp_path, manifest, plan_file, contested.case_id, killed.case_id]
     with subprocess.Popen([str(x) for x in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as rival:
-        save = module._save_array
+        save = cache_entry._save_array
 
         def after_the_rival(path: Path, array: Any) -> None:
             (tmp_path / "we_are_writing").touch()
             wait_for(tmp_path / "rival_is_writing")
             save(path, array)
 
-        monkeypatch.setattr(module, "_save_array", after_the_rival)
+        monkeypatch.setattr(cache_entry, "_save_array", after_the_rival)
         ours = prepare_case(small_dataset, contested, small_plan, cache)
         wait_for(tmp_path / "rival_has_it")
         assert len(entries(cache)) == 1
@@ -275,14 +325,14 @@ class TestPrepareCases:
         bad = world.manifest.cases[1]
         content = world.image_paths(bad)[0].read_bytes()
         world.image_paths(bad)[0].write_bytes(content[: len(content) // 2])
-        told: list[tuple[int, int]] = []
+        told = Told()
         prepared, failures = prepare_cases(
             world,
             world.manifest.cases,
             small_plan,
             tmp_path / "cache",
             workers=2,
-            on_progress=lambda done, total: told.append((done, total)),
+            console=told,
         )
         assert [case.case_id for case in prepared] == [
             c.case_id for c in world.manifest.cases if c.case_id != bad.case_id
@@ -290,7 +340,7 @@ class TestPrepareCases:
         assert [failure.case_id for failure in failures] == [bad.case_id]
         assert "cut short" in failures[0].reason
         assert "\n" not in failures[0].reason
-        assert told == [(n, 4) for n in range(1, 5)]
+        assert told.done == [("preprocessing", n, 4) for n in range(1, 5)]
 
     def test_labels_outside_the_schema_are_named(self, world: Dataset, small_plan: Plan, tmp_path: Path) -> None:
         schema = LabelSchema(labels=world.manifest.labels.labels[:1])
@@ -301,9 +351,7 @@ class TestPrepareCases:
     def test_a_cache_that_cannot_be_written_stops_all(self, world: Dataset, small_plan: Plan, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file")
         with pytest.raises(RunError, match="a file stands where a folder is needed"):
-            prepare_cases(
-                world, world.manifest.cases, small_plan, tmp_path / "cache", workers=1, on_progress=lambda *_: None
-            )
+            prepare_cases(world, world.manifest.cases, small_plan, tmp_path / "cache", workers=1, console=Told())
 
     def test_what_cannot_be_trained_on(self, world: Dataset, small_plan: Plan, tmp_path: Path) -> None:
         bare = world.manifest.cases[0].model_copy(update={"label": None})
