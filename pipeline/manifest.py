@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.errors import ManifestError
 from pipeline.files import sha256_of_json, write_json
 from pipeline.manifest_formats import FOREIGN_FORMATS, foreign_format
-from transforms.labels import CodedConcept, Label, LabelSchema
+from transforms.annotation import Annotation
+from transforms.labels import MAX_LABEL_ID, CodedConcept, Label, LabelSchema, Region
 
 Modality = Literal["CT", "MR", "PT", "NM", "US"]
 """DICOM's codes (PS3.3 C.7.3.1.1.1) of the volumes that can be planned for; a closed list on purpose."""
@@ -37,6 +38,9 @@ RelativePath = Annotated[str, AfterValidator(_inside_root)]
 """A file, or a folder of DICOM files, below the dataset's root."""
 
 
+LabelValue = Annotated[int, Field(ge=1, le=MAX_LABEL_ID)]
+
+
 class Frozen(BaseModel):
     """An immutable value; unknown keys are errors."""
 
@@ -52,13 +56,19 @@ class Channel(Frozen):
 
 
 class Case(Frozen):
-    """One study to segment. `images` maps the name of each channel that it has to a path relative to the root."""
+    """One study to segment. `images` maps the name of each channel that it has to a path relative to the root.
+
+    `annotated` names the labels that were looked for in this case (None: all); of the others nothing is known here.
+    `label_values` gives the labels that have another voxel value in this case's file than their id.
+    """
 
     # It becomes part of file names, so it can neither hide a file nor climb out of a folder.
     case_id: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
     patient_id: str = Field(min_length=1)
     images: dict[str, RelativePath]
     label: RelativePath | None = None
+    annotated: tuple[str, ...] | None = None
+    label_values: dict[str, LabelValue] | None = None
     fold: int | None = Field(None, ge=0)
 
 
@@ -86,6 +96,7 @@ class Manifest(Frozen):
             _require_channels(case, self.channels)
             if repeated := _repeated([*case.images.values(), case.label or ""]):
                 raise ValueError(f"case '{case.case_id}' names the file {repeated[0]} twice")
+            _require_annotation(case, self.labels)
         return self
 
 
@@ -107,6 +118,10 @@ class Dataset(Frozen):
     def label_path(self, case: Case) -> Path | None:
         """None when the case is not annotated."""
         return None if case.label is None else self.root / case.label
+
+    def annotation(self, case: Case) -> Annotation:
+        """How the case's label file is read."""
+        return Annotation(self.manifest.labels, case.annotated, case.label_values or {})
 
 
 def load_dataset(path: Path, root: Path | None = None) -> Dataset:
@@ -212,6 +227,15 @@ def _require_channels(case: Case, channels: tuple[Channel, ...]) -> None:
         raise ValueError(f"case '{case.case_id}' has images {sorted(case.images)}, expected {sorted(names)}{rest}")
 
 
+def _require_annotation(case: Case, labels: LabelSchema) -> None:
+    if case.label is None and (case.annotated is not None or case.label_values):
+        raise ValueError(f"case '{case.case_id}' says what was annotated, but has no label")
+    try:
+        Annotation(labels, case.annotated, case.label_values or {})
+    except ValueError as error:
+        raise ValueError(f"case '{case.case_id}': {error}") from error
+
+
 def _repeated(values: list[str]) -> list[str]:
     if len(set(values)) == len(values):
         return []
@@ -263,6 +287,8 @@ def _nearest(word: str, known: tuple[str, ...]) -> str:
 
 _KEYS = tuple(
     dict.fromkeys(
-        name for model in (Manifest, Channel, Case, LabelSchema, Label, CodedConcept) for name in model.model_fields
+        name
+        for model in (Manifest, Channel, Case, LabelSchema, Label, Region, CodedConcept)
+        for name in model.model_fields
     )
 )

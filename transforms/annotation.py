@@ -61,6 +61,13 @@ class Annotation:
         rest = self._values_of(set(self.schema.names) - given)
         return {value: name for name, value in {**rest, **self._values_of(given)}.items()}
 
+    @cached_property
+    def class_of_value(self) -> dict[int, int]:
+        """Per voxel value that the file can hold, its class; the value to ignore too, background not."""
+        classes = {name: c for c, name in enumerate(self.schema.names, start=1)}
+        ignored = {} if self.schema.ignore is None else {self.schema.ignore: self.schema.class_count}
+        return {value: classes[name] for value, name in self.name_of_value.items()} | ignored
+
     def unannotated_in(self, values: npt.NDArray[Any] | set[int]) -> list[str]:
         """The labels that occur among voxel values although they were not annotated, in the schema's order."""
         found = {self.name_of_value.get(int(value)) for value in values}
@@ -72,11 +79,7 @@ class Annotation:
         Raises:
             ValueError: a value that means nothing, or a label that was not annotated.
         """
-        classes = {name: c for c, name in enumerate(self.schema.names, start=1)}
-        class_of = {value: classes[name] for value, name in self.name_of_value.items()}
-        if self.schema.ignore is not None:
-            class_of[self.schema.ignore] = self.schema.class_count
-        found = classes_of_values(voxels, class_of)
+        found = classes_of_values(voxels, self.class_of_value)
         if not self.is_complete and (strangers := self.unannotated_in(np.unique(voxels))):
             raise ValueError(f"{', '.join(strangers)} occurs, which the manifest says was not annotated in this case")
         return found

@@ -185,7 +185,7 @@ class RandPatchd(Randomizable, Transform):
 
     `positions` in the data (see `transforms.patches.class_positions`) makes the sampling class-aware, `fill` is what
     the image ends in (default 0). When the first axis (x, left to right in RAS) is mirrored, left and right labels are
-    exchanged.
+    exchanged, and with them which classes were `annotated` (class_count,), if that is there.
     """
 
     def __init__(
@@ -222,9 +222,12 @@ class RandPatchd(Randomizable, Transform):
             raise ValueError(f"an image of {tuple(image.shape[1:])} voxels and a label of {tuple(label.shape[1:])}")
         draw = self.draw(image.shape[1:], data.get("positions", np.empty((0, 4), np.int32)))
         patch, classes = cut_patch(image, label, draw, self.patch_shape, fill=data.get("fill", 0.0))
+        rest = {k: v for k, v in data.items() if k not in ("image", "label", "positions", "fill")}
         if 0 in draw.mirrored and self.twin_classes != tuple(range(len(self.twin_classes))):
             classes = exchange_twins(classes, self.twin_classes)
-        rest = {k: v for k, v in data.items() if k not in ("image", "label", "positions", "fill")}
+            if "annotated" in rest:
+                # The ignored class, which may stand last among the twins, is not one of those.
+                rest["annotated"] = rest["annotated"][list(self.twin_classes[: len(rest["annotated"])])]
         return {**rest, "image": patch, "label": classes}
 
 

@@ -11,26 +11,27 @@ from monai.config import KeysCollection
 from monai.transforms import Compose, MapTransform, Randomizable
 from torch import Tensor
 
+from transforms.annotation import Annotation
 from transforms.augment import IntensitySettings, RandIntensityd, RandPatchd, SpatialSettings
 from transforms.intensity import NormaliseIntensityd
 from transforms.intensity_spec import Normalisation
-from transforms.labels import LabelSchema
 from transforms.load import LoadVolumed, as_metatensor, geometry_of
 from transforms.resample import move, move_classes
 
 
 class EncodeLabelsd(MapTransform):
-    """Label ids of a file to the schema's classes 0..n, uint8 or uint16."""
+    """Voxel values of a case's label file to the schema's classes 0..n, uint8 or uint16; what is to be ignored to the
+    class after the last."""
 
-    def __init__(self, keys: KeysCollection, schema: LabelSchema) -> None:
+    def __init__(self, keys: KeysCollection, annotation: Annotation) -> None:
         super().__init__(keys)
-        self.schema = schema
+        self.annotation = annotation
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Raises ValueError when a value is not in the schema."""
+        """Raises ValueError when a value is not in the schema, or of a label that was not annotated."""
         result = dict(data)
         for key in self.key_iterator(result):
-            classes = self.schema.classes_from_ids(np.asarray(result[key]))
+            classes = self.annotation.classes(np.asarray(result[key]))
             result[key] = as_metatensor(torch.from_numpy(classes), geometry_of(result[key]))
         return result
 
@@ -72,16 +73,16 @@ def preprocess_chain(
     axis_codes: str,
     spacing_mm: Sequence[float],
     normalisations: Sequence[Normalisation],
-    schema: LabelSchema | None,
+    annotation: Annotation | None,
 ) -> Compose:
-    """Files under `image` (a list, one a channel) and, with a schema, `label`, to the plan's grid and range.
+    """Files under `image` (a list, one a channel) and, with an annotation, `label`, to the plan's grid and range.
 
     Gives MetaTensors (C, I, J, K) float32 and (1, I, J, K) classes.
     """
-    labels = [] if schema is None else ["label"]
+    labels = [] if annotation is None else ["label"]
     steps: list[Any] = [LoadVolumed(["image", *labels], label_keys=labels)]
-    if schema is not None:
-        steps.append(EncodeLabelsd("label", schema))
+    if annotation is not None:
+        steps.append(EncodeLabelsd("label", annotation))
     return Compose([*steps, *placing_steps(["image", *labels], labels, axis_codes, spacing_mm, normalisations)])
 
 

@@ -21,16 +21,24 @@ SMALLEST_WEIGHT = 1e-3
 
 
 def class_positions(classes: npt.NDArray[np.uint8 | np.uint16], *, class_count: int) -> npt.NDArray[np.int32]:
-    """Voxels (N, 4) of every class but background, columns class, i, j, k; large classes are thinned evenly."""
+    """Voxels (N, 4) of every class but background, columns class, i, j, k; large classes are thinned evenly.
+
+    Where some voxels are to be ignored (class `class_count`), there are rows of class 0 as well, before the others: of
+    all voxels that count, the background among them.
+    """
     foreground = np.flatnonzero(classes)
     found = classes.reshape(-1)[foreground]
     rows = []
-    for label in range(1, class_count):
-        places = foreground[found == label]
-        places = places[:: max(1, -(-len(places) // VOXELS_PER_CLASS))]
-        ijk = np.stack(np.unravel_index(places, classes.shape), axis=1)
-        rows.append(np.concatenate([np.full((len(places), 1), label), ijk], axis=1))
+    if bool((found == class_count).any()):
+        rows.append(_rows(0, np.flatnonzero(classes != class_count), classes.shape))
+    rows += [_rows(label, foreground[found == label], classes.shape) for label in range(1, class_count)]
     return np.concatenate(rows).astype(np.int32) if rows else np.empty((0, 4), np.int32)
+
+
+def _rows(label: int, places: npt.NDArray[np.intp], shape: tuple[int, ...]) -> npt.NDArray[np.intp]:
+    places = places[:: max(1, -(-len(places) // VOXELS_PER_CLASS))]
+    ijk = np.stack(np.unravel_index(places, shape), axis=1)
+    return np.concatenate([np.full((len(places), 1), label), ijk], axis=1)
 
 
 def draw_centre(
@@ -44,13 +52,18 @@ def draw_centre(
     """Centre (3,) of a patch in voxel indices, inside the volume as far as the volume is large enough.
 
     With probability `foreground_share` it is drawn about a voxel of a class that is chosen evenly among those present;
-    `positions` are ordered by class, as `class_positions` gives them.
+    `positions` are ordered by class, as `class_positions` gives them. Otherwise it is drawn about any voxel, but if
+    `positions` has rows of class 0, about one of those, because the volume holds voxels that do not count.
     """
     size, patch = np.asarray(shape), np.asarray(patch_shape)
-    if len(positions) and random.random_sample() < foreground_share:
-        ends = [0, *(np.flatnonzero(np.diff(positions[:, 0])) + 1), len(positions)]
+    counted = int(np.searchsorted(positions[:, 0], 0, side="right"))
+    if len(positions) > counted and random.random_sample() < foreground_share:
+        classes = positions[counted:, 0]
+        ends = [counted, *(np.flatnonzero(np.diff(classes)) + 1 + counted), len(positions)]
         chosen = random.randint(len(ends) - 1)
         wanted = positions[random.randint(ends[chosen], ends[chosen + 1]), 1:].astype(np.float64)
+    elif counted:
+        wanted = positions[random.randint(counted), 1:].astype(np.float64)
     else:
         wanted = random.random_sample(3) * (size - 1)
     # Half-integer centres of even patches keep unrotated patches on voxel centres.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -70,6 +70,31 @@ def move_argmax(scores: Tensor, source: Geometry, target: Geometry, *, dtype: to
         return move(scores.argmax(dim=0, keepdim=True).to(dtype), source, target)
     # Beyond the source every class has the same fill, and the first of equals wins.
     return _winner(enumerate(s[None] for s in scores), dtype, lambda s: move(s, source, target, order=1))
+
+
+def move_regions(
+    probabilities: Tensor,
+    painted: Sequence[int],
+    source: Geometry,
+    target: Geometry,
+    *,
+    dtype: torch.dtype = torch.uint8,
+) -> Tensor:
+    """Probabilities of regions (R, I, J, K) on `source` to a class map (1, I', J', K') on `target`.
+
+    Region r paints class `painted[r]` wherever its own probability, linearly interpolated, is above a half; later ones
+    paint over earlier ones. One region at a time is at full size. Voxels beyond the source are class 0.
+
+    Raises:
+        ValueError: not one class a region.
+    """
+    if len(painted) != len(probabilities):
+        raise ValueError(f"found {len(probabilities)} regions that paint {len(painted)} classes")
+    classes = torch.zeros((1, *target.shape), dtype=dtype, device=probabilities.device)
+    for region, number in zip(probabilities, painted, strict=True):
+        inside = move(region[None], source, target, order=1) > 0.5
+        classes.masked_fill_(inside, number)
+    return classes
 
 
 def _winner(volumes: Iterable[tuple[int, Tensor]], dtype: torch.dtype, place: Callable[[Tensor], Tensor]) -> Tensor:

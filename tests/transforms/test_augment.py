@@ -424,3 +424,20 @@ def test_a_patch_carries_no_affine_of_its_volume() -> None:
 def test_image_and_label_must_share_their_grid() -> None:
     with pytest.raises(ValueError, match=r"\(20, 18, 16\) voxels and a label of \(20, 18, 15\)"):
         patches()({**case(), "label": torch.zeros(1, 20, 18, 15)})
+
+
+def test_what_was_annotated_is_exchanged_with_the_twins() -> None:
+    """Of left (1) and right (2) only the right was annotated; mirrored, that is the left. Class 4 is ignored."""
+    change = SpatialSettings(mirror_axes=(0,))
+    cut = RandPatchd((10, 12, 8), (1, 1, 1), settings=change, twin_classes=(0, 2, 1, 3, 4), foreground_share=0.0)
+    data = {**case(), "label": torch.full((1, 20, 18, 16), 2, dtype=torch.uint8)}
+    data["label"][:, :, :, ::2] = 4
+    data["annotated"] = torch.tensor([True, False, True, False])
+    seen = set()
+    for seed in range(12):
+        patch = cut.set_random_state(seed=seed)(data)
+        mirrored = bool((patch["label"] == 1).any())
+        seen.add(mirrored)
+        assert torch.unique(patch["label"]).tolist() == ([1, 4] if mirrored else [2, 4])
+        assert patch["annotated"].tolist() == [True, mirrored, not mirrored, False]
+    assert seen == {True, False}

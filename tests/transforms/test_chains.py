@@ -15,6 +15,7 @@ from monai.transforms import Compose, Orientationd, RandGaussianNoised, ScaleInt
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
+from transforms.annotation import Annotation
 from transforms.augment import IntensitySettings, RandIntensityd, RandPatchd, SpatialSettings
 from transforms.chains import EncodeLabelsd, OrientAndRespaced, placing_steps, plain, preprocess_chain, training_chain
 from transforms.geometry import Geometry
@@ -24,6 +25,7 @@ from transforms.load import LoadVolumed, as_metatensor, geometry_of
 from transforms.patches import class_positions
 
 SCHEMA = schema_from_names({1: "Anterior", 2: "Posterior"})
+WHOLE = Annotation(SCHEMA)
 ZSCORE = Normalisation(kind="zscore")
 SPACING_MM = (0.8, 1.1, 1.3)
 Array = npt.NDArray[Any]
@@ -55,11 +57,11 @@ def turned_paths(
 
 
 def chain(
-    schema: LabelSchema | None = SCHEMA,
+    annotation: Annotation | None = WHOLE,
     how: Normalisation = ZSCORE,
     spacing_mm: tuple[float, float, float] = SPACING_MM,
 ) -> Compose:
-    return preprocess_chain(axis_codes="RAS", spacing_mm=spacing_mm, normalisations=[how], schema=schema)
+    return preprocess_chain(axis_codes="RAS", spacing_mm=spacing_mm, normalisations=[how], annotation=annotation)
 
 
 def canonical(path: Path) -> tuple[Array, Array]:
@@ -122,7 +124,7 @@ def test_on_its_own_grid_nothing_is_interpolated(paths: dict[str, Any]) -> None:
 
 def test_prediction_prepares_an_image_as_training_does(turned_paths: dict[str, Any]) -> None:
     with_label = chain()(turned_paths)["image"]
-    alone = chain(schema=None)({"image": turned_paths["image"]})
+    alone = chain(annotation=None)({"image": turned_paths["image"]})
     assert set(alone) == {"image"}
     assert torch.equal(alone["image"].as_tensor(), with_label.as_tensor())
     loaded = LoadVolumed("image")({"image": turned_paths["image"]})
@@ -167,7 +169,7 @@ def test_ids_become_classes_in_the_order_of_the_schema(paths: dict[str, Any], tm
         }
     )
     case = remapped(paths, {1: 3, 2: 200}, tmp_path / "label.nii.gz")
-    found = chain(posterior_first)(case)["label"]
+    found = chain(Annotation(posterior_first))(case)["label"]
     expected = chain()(paths)["label"]
     assert found.dtype == torch.uint8
     assert torch.equal(found.as_tensor() == 1, expected.as_tensor() == 2)
@@ -195,7 +197,7 @@ def test_labels_are_encoded_on_their_grid(dtype: torch.dtype, count: int) -> Non
     highest = 10 * (count - 1)
     ids = torch.zeros((1, 2, 3, 4), dtype=dtype)
     ids[0, 1, 2, 3], ids[0, 0, 0, 1] = highest, 10
-    found = EncodeLabelsd("label", schema)({"label": as_metatensor(ids, geometry)})["label"]
+    found = EncodeLabelsd("label", Annotation(schema))({"label": as_metatensor(ids, geometry)})["label"]
     assert found.dtype == (torch.uint8 if count <= 256 else torch.uint16)
     assert int(found[0, 1, 2, 3]) == count - 1
     assert int(found[0, 0, 0, 1]) == 1
@@ -220,7 +222,7 @@ def test_the_steps_work_among_monais_own(turned_paths: dict[str, Any]) -> None:
     spatial = SpatialSettings(rotation_probability=1.0, rotation_degrees=20.0, mirror_axes=(0,))
     steps = [
         LoadVolumed(["image", "label"], label_keys=["label"]),
-        EncodeLabelsd("label", SCHEMA),
+        EncodeLabelsd("label", WHOLE),
         Orientationd(["image", "label"], axcodes="RAS", labels=None),
         OrientAndRespaced(["image", "label"], class_keys=["label"], axis_codes="RAS", spacing_mm=SPACING_MM),
         ScaleIntensityd("image"),
@@ -311,3 +313,21 @@ def test_plain_takes_the_metadata_off() -> None:
     found = plain(MetaTensor(tensor))
     assert type(found) is Tensor
     assert torch.equal(found, tensor)
+
+
+def test_what_is_ignored_stays_so_between_voxels(tmp_path: Path) -> None:
+    """A label beside ignored voxels beside background, on another grid: nothing comes between but these three, in
+    their order, and no label where mostly the ignored lies."""
+    sparse = Annotation(LabelSchema(labels=schema_from_names({1: "a", 2: "b", 3: "c"}).labels, ignore=255))
+    ids = np.zeros((12, 6, 6), np.uint8)
+    ids[:4], ids[4:8] = 1, 255
+    nib.save(nib.Nifti1Image(ids, np.diag([1.0, 1, 1, 1])), tmp_path / "label.nii.gz")
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=ids.shape), np.eye(4)), tmp_path / "image.nii.gz")
+    found = chain(sparse, spacing_mm=(0.7, 1, 1))(
+        {"image": [tmp_path / "image.nii.gz"], "label": tmp_path / "label.nii.gz"}
+    )
+    row = found["label"][0, :, 3, 3].numpy()
+    geometry = geometry_of(found["label"])
+    places = np.asarray([geometry.affine_ras[0, 3] + geometry.affine_ras[0, 0] * i for i in range(len(row))])
+    expected = np.select([places < 3.5, places < 7.5], [1, 4], 0)
+    assert row.tolist() == expected.tolist()

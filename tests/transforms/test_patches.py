@@ -208,3 +208,29 @@ def test_padding_makes_room_as_evenly_as_can_be(shape: Triple, patch: Triple) ->
 
 def test_padding_by_hand() -> None:
     assert padding_to((10, 7, 4), (10, 10, 2)) == ((0, 0), (1, 2), (0, 0))
+
+
+def test_where_voxels_are_ignored_all_that_counts_is_class_0_too() -> None:
+    classes = np.full((3, 4, 5), 3, np.uint8)
+    classes[0, 1, 2], classes[2, 3, 4], classes[1, 0, 0] = 0, 1, 2
+    positions = class_positions(classes, class_count=3)
+    assert positions.tolist() == [[0, 0, 1, 2], [0, 1, 0, 0], [0, 2, 3, 4], [1, 2, 3, 4], [2, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_no_patch_is_drawn_about_an_ignored_voxel(share: float) -> None:
+    """The only background that counts is at (2, 2, 2), the only label at (7, 7, 7)."""
+    classes = np.full((9, 9, 9), 2, np.uint8)
+    classes[2, 2, 2], classes[7, 7, 7] = 0, 1
+    found = starts((9, 9, 9), (1, 1, 1), class_positions(classes, class_count=2), share=share)
+    assert {tuple(start) for start in found.tolist()} <= {(2, 2, 2), (7, 7, 7)}
+    about_label = float((found[:, 0] == 7).mean())
+    assert about_label == pytest.approx(share + (1 - share) / 2, abs=0.1)
+
+
+def test_with_nothing_but_labels_counted_these_are_drawn() -> None:
+    classes = np.full((9, 9, 9), 2, np.uint8)
+    classes[7, 7, 7] = 1
+    assert {tuple(s) for s in starts((9, 9, 9), (1, 1, 1), class_positions(classes, class_count=2)).tolist()} == {
+        (7, 7, 7)
+    }

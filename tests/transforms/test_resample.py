@@ -12,7 +12,7 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from transforms.geometry import Geometry
-from transforms.resample import Order, axis_matrix, move, move_argmax, move_classes
+from transforms.resample import Order, axis_matrix, move, move_argmax, move_classes, move_regions
 
 CODES = ("RAS", "LPS", "RIP", "SLA", "ASR", "PIL", "LIA", "SPR")
 """Right- and left-handed ones, with every axis at every place."""
@@ -248,3 +248,34 @@ def test_what_cannot_be_moved() -> None:
         move(torch.zeros(1, 4, 4, 4), source, Geometry((4, 4, 4), np.eye(4)))
     with pytest.raises(ValueError, match="at least one class"):
         move_argmax(torch.zeros(0, 4, 4, 4), source, source.respaced((0.5, 0.5, 0.5)))
+
+
+class TestRegions:
+    PROBABILITIES = torch.tensor([[0.9, 0.6, 0.5, 0.1], [0.2, 0.8, 0.9, 0.1], [0.0, 0.51, 0.4, 0.0]]).view(3, 4, 1, 1)
+
+    def test_later_ones_paint_over_earlier_ones(self) -> None:
+        """A half is not above a half: the third voxel is in the second region alone, which needs no first one."""
+        grid = Geometry((4, 1, 1), np.eye(4))
+        found = move_regions(self.PROBABILITIES, (2, 1, 300), grid, grid, dtype=torch.int32)
+        assert found.flatten().tolist() == [2, 300, 1, 0]
+        assert found.shape == (1, 4, 1, 1)
+
+    def test_each_probability_is_interpolated_before_it_is_asked(self) -> None:
+        """Half-way between voxels: 0.75, 0.55, 0.3 and 0.5, 0.85, 0.5 and 0.255, 0.455, 0.2."""
+        source = Geometry((4, 1, 1), np.eye(4))
+        affine = np.eye(4)
+        affine[0, 3] = 0.5
+        found = move_regions(self.PROBABILITIES, (2, 1, 3), source, Geometry((3, 1, 1), affine))
+        assert found.flatten().tolist() == [2, 1, 0]
+
+    def test_beyond_the_source_is_background(self) -> None:
+        affine = np.eye(4)
+        affine[0, 3] = -3
+        source, target = Geometry((4, 1, 1), np.eye(4)), Geometry((10, 1, 1), affine)
+        found = move_regions(torch.ones((1, 4, 1, 1)), (1,), source, target)
+        assert found.flatten().tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+
+    def test_a_region_without_a_class(self) -> None:
+        grid = Geometry((4, 1, 1), np.eye(4))
+        with pytest.raises(ValueError, match="3 regions that paint 2 classes"):
+            move_regions(self.PROBABILITIES, (1, 2), grid, grid)
