@@ -181,12 +181,12 @@ class Patches:
         case = self.cases[index]
         reseed(self._chain, [self.seed, 1, number])
         data = {"image": case.image, "label": case.classes, "positions": case.positions, "fill": self._fill[index],
-                "present": case.present}  # fmt: skip
+                "present": case.present, "annotated": self._annotated[index]}  # fmt: skip
         try:
             patch = apply_chain(self._chain, data)
         except VolsegError as error:
             raise VolumeError(f"case {case.case_id}: {error}") from error
-        return {**patch, "annotated": self._annotated[index], "case_id": case.case_id}
+        return {**patch, "case_id": case.case_id}
 
 
 def spatial_settings(augment: AugmentConfig, plan: Plan) -> SpatialSettings:
@@ -252,7 +252,9 @@ def _present(dataset: Dataset, case: Case) -> tuple[bool, ...]:
 
 
 def _open_entry(entry: Path, dataset: Dataset, case: Case) -> PreparedCase:
-    return replace(open_entry(entry, case.case_id), present=_present(dataset, case))
+    annotation = dataset.annotation(case)
+    annotated = None if annotation.is_complete else torch.tensor(annotation.mask)
+    return replace(open_entry(entry, case.case_id), present=_present(dataset, case), annotated=annotated)
 
 
 def _make_entry(entry: Path, dataset: Dataset, case: Case, plan: Plan) -> None:
