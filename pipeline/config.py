@@ -177,6 +177,10 @@ class AugmentConfig(Section):
     gamma_range: Range = Field((0.7, 1.5), description="range of the exponent")
     low_resolution_probability: float = Field(0.1, ge=0, le=1, description="of a simulated low resolution")
     low_resolution_range: Range = Field((0.5, 1.0), description="range of the zoom")
+    channel_dropout: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto",
+        description="probability with which each optional channel is left out, never all; auto: 0.3",
+    )
 
 
 class PredictConfig(Section):

@@ -59,7 +59,8 @@ def build_manifest(
     A case of one channel is a file, or a folder of one DICOM series. Several channels are told apart by
     subfolders of `images` named after them, or by an ending of the file name (case_T1, or case_0000 as in
     nnU-Net), all files together or in a folder a case. A case may lack channels that are optional. Labels are
-    named after the case, `LABEL_SUFFIXES` allowed. Without `label_names` every label is read and its values are called label_1, ....
+    named after the case, `LABEL_SUFFIXES` allowed. Without `label_names` every label is read and its values are
+    called label_1, ....
 
     Raises:
         ManifestError: images and labels that have no partner (all are listed), a rule for patients that

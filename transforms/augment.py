@@ -19,7 +19,7 @@ from monai.transforms import Randomizable, Transform
 from torch import Tensor
 
 from transforms.patches import draw_centre
-from transforms.sampling import Places, linear, nearest, places_in
+from transforms.sampling import Places, filled, linear, nearest, places_in
 
 Range = tuple[float, float]
 
@@ -114,12 +114,12 @@ def draw_patch(
 
 
 def cut_patch(
-    image: Tensor, label: Tensor, draw: PatchDraw, patch_shape: Sequence[int], *, fill: float = 0.0
+    image: Tensor, label: Tensor, draw: PatchDraw, patch_shape: Sequence[int], *, fill: float | Tensor = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The drawn patches (C, *patch_shape) of an image and a label map (C, I, J, K) on one grid.
 
-    Images are interpolated linearly, end in `fill` and become float32; labels keep their dtype, take the nearest voxel
-    and end in 0. Mirroring exchanges no classes.
+    Images are interpolated linearly, end in `fill` (one value, or one a channel) and become float32; labels keep their
+    dtype, take the nearest voxel and end in 0. Mirroring exchanges no classes.
     """
     if draw.is_plain:
         start = np.rint(draw.centre_ijk - (np.asarray(patch_shape) - 1) / 2)
@@ -261,14 +261,16 @@ def _log_uniform(random: np.random.RandomState, limits: Range) -> float:
     return float(np.exp(random.uniform(np.log(limits[0]), np.log(limits[1]))))
 
 
-def _cut_box(volume: Tensor, start: npt.NDArray[np.float64], patch_shape: Sequence[int], fill: float) -> Tensor:
+def _cut_box(
+    volume: Tensor, start: npt.NDArray[np.float64], patch_shape: Sequence[int], fill: float | Tensor
+) -> Tensor:
     first = start.astype(int)
     low = np.maximum(first, 0)
     high = np.maximum(np.minimum(first + np.asarray(patch_shape), volume.shape[1:]), low)
     inside = volume[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
     if tuple(inside.shape[1:]) == tuple(patch_shape):
         return inside.clone()
-    patch = torch.full((volume.shape[0], *patch_shape), fill, dtype=volume.dtype, device=volume.device)
+    patch = filled((volume.shape[0], *patch_shape), fill, dtype=volume.dtype, device=volume.device)
     if (high > low).all():
         into, upto = low - first, high - first
         patch[:, into[0] : upto[0], into[1] : upto[1], into[2] : upto[2]] = inside

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transforms.annotation import Annotation
 from transforms.augment import IntensitySettings, RandIntensityd, RandPatchd, SpatialSettings
+from transforms.channels import InsertMissingd, RandDropChannelsd
 from transforms.intensity import NormaliseIntensityd
 from transforms.intensity_spec import Normalisation
 from transforms.load import LoadVolumed, as_metatensor, geometry_of
@@ -74,8 +75,10 @@ def preprocess_chain(
     spacing_mm: Sequence[float],
     normalisations: Sequence[Normalisation],
     annotation: Annotation | None,
+    present: Sequence[bool] | None = None,
 ) -> Compose:
-    """Files under `image` (a list, one a channel) and, with an annotation, `label`, to the plan's grid and range.
+    """Files under `image` (a list, one a channel that is `present`) and, with an annotation, `label`, to the plan's
+    grid and range.
 
     Gives MetaTensors (C, I, J, K) float32 and (1, I, J, K) classes.
     """
@@ -83,7 +86,8 @@ def preprocess_chain(
     steps: list[Any] = [LoadVolumed(["image", *labels], label_keys=labels)]
     if annotation is not None:
         steps.append(EncodeLabelsd("label", annotation))
-    return Compose([*steps, *placing_steps(["image", *labels], labels, axis_codes, spacing_mm, normalisations)])
+    placing = placing_steps(["image", *labels], labels, axis_codes, spacing_mm, normalisations, present)
+    return Compose([*steps, *placing])
 
 
 def placing_steps(
@@ -92,15 +96,19 @@ def placing_steps(
     axis_codes: str,
     spacing_mm: Sequence[float],
     normalisations: Sequence[Normalisation],
+    present: Sequence[bool] | None = None,
 ) -> list[Any]:
-    """What follows loading: normalise, reorient, respace.
+    """What follows loading: normalise, reorient, respace, and put zeros where a channel is missing.
 
-    Respacing comes last: a spline rings, and after it hardly a voxel of a masked background would be exactly 0.
+    `normalisations` are of all channels, `image` holds those that are `present` (by default all). Respacing comes
+    after normalising: a spline rings, and after it hardly a voxel of a masked background would be exactly 0.
     """
-    return [
-        NormaliseIntensityd("image", normalisations),
+    there = [True] * len(normalisations) if present is None else list(present)
+    steps = [
+        NormaliseIntensityd("image", [how for how, is_there in zip(normalisations, there, strict=True) if is_there]),
         OrientAndRespaced(keys, class_keys=class_keys, axis_codes=axis_codes, spacing_mm=spacing_mm),
     ]
+    return steps if all(there) else [*steps, InsertMissingd("image", there)]
 
 
 def training_chain(
@@ -111,12 +119,13 @@ def training_chain(
     intensity: IntensitySettings,
     twin_classes: Sequence[int],
     foreground_share: float,
+    dropout: RandDropChannelsd | None = None,
 ) -> Compose:
     """A preprocessed volume to one augmented patch; seed it with `reseed` before each call."""
     cut = RandPatchd(
         patch_shape, spacing_mm, settings=spatial, twin_classes=twin_classes, foreground_share=foreground_share
     )
-    return Compose([cut, RandIntensityd(intensity)])
+    return Compose([cut, RandIntensityd(intensity), *([] if dropout is None else [dropout])])
 
 
 def reseed(chain: Compose, seed: int | Sequence[int]) -> None:

@@ -37,8 +37,14 @@ def places_in(part: Box, ijk: Tensor) -> Places:
     return Places(part, ijk)
 
 
-def linear(image: Tensor, places: Places, *, fill: float) -> Tensor:
-    """An image (C, I, J, K) at `places`: (C, I', J', K') float32; beside the part all is `fill`."""
+def filled(shape: Sequence[int], fill: float | Tensor, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor of `shape` (C, I, J, K) that holds `fill`: one value, or one a channel (C,)."""
+    values = torch.as_tensor(fill, dtype=dtype, device=device).reshape(-1, 1, 1, 1)
+    return values.expand(*shape).clone(memory_format=torch.contiguous_format)
+
+
+def linear(image: Tensor, places: Places, *, fill: float | Tensor) -> Tensor:
+    """An image (C, I, J, K) at `places`: (C, I', J', K') float32; beside the part all is `fill`, one value or (C,)."""
     source = _bordered(image, places.part, fill, torch.float32)
     voxels, shape = source.flatten(1), source.shape[1:]
     slabs = []
@@ -70,11 +76,11 @@ def _slabs(ijk: Tensor) -> Sequence[Tensor]:
     return [ijk[:, first : first + planes] for first in range(0, ijk.shape[1], planes)]
 
 
-def _bordered(volume: Tensor, part: Box, fill: float, dtype: torch.dtype) -> Tensor:
+def _bordered(volume: Tensor, part: Box, fill: float | Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of a part of a volume with one voxel of `fill` all around."""
     inside = volume[(slice(None), *part)]
     shape = (inside.shape[0], *(n + 2 for n in inside.shape[1:]))
-    bordered = torch.full(shape, fill, dtype=dtype, device=volume.device)
+    bordered = filled(shape, fill, dtype=dtype, device=volume.device)
     bordered[:, 1:-1, 1:-1, 1:-1] = inside
     return bordered
 
