@@ -1,6 +1,7 @@
 """Predictions against references: a Dice per case and label, and what they say together.
 
-A label that neither side holds is counted as absent: no success and no failure, part of no mean.
+A label that neither side holds is counted as absent: no success and no failure, part of no mean. Nor is one that was
+not annotated in the case; voxels that the reference ignores are not counted at all.
 """
 
 from __future__ import annotations
@@ -23,14 +24,7 @@ from pipeline.errors import GeometryMismatch, VolsegError, VolumeError
 from pipeline.files import safe_name
 from pipeline.manifest import Dataset, load_dataset
 from pipeline.manifest_formats import VOLUME_SUFFIXES, volume_stem
-from pipeline.metrics import (
-    ConfusionCounts,
-    confusion_counts,
-    dice_from_counts,
-    percentile_interval,
-    resampled_means,
-    volume_mm3,
-)
+from pipeline.metrics import percentile_interval, resampled_means
 from pipeline.report import (
     CaseDice,
     CaseFailure,
@@ -41,9 +35,10 @@ from pipeline.report import (
     LabelSummary,
     Overall,
     Report,
-    Status,
 )
-from transforms.labels import MAX_LABEL_ID, LabelSchema, schema_from_names
+from pipeline.scores import CaseCounts, count_ids, label_scores, region_scores
+from transforms.annotation import Annotation
+from transforms.labels import LabelSchema, schema_from_names
 from transforms.volume import read_label
 
 SCHEMA_FILE = "labels.json"
@@ -60,12 +55,13 @@ _MOST_THREADS = 4  # each holds a prediction and its reference
 
 @dataclass(frozen=True)
 class Reference:
-    """An annotated case: where its label map is, and whose it is."""
+    """An annotated case: where its label map is, whose it is, and how it is read if not as it is."""
 
     case_id: str
     path: Path
     patient_id: str
     fold: int | None = None
+    annotation: Annotation | None = None
 
 
 def score_case(
@@ -76,9 +72,8 @@ def score_case(
     Raises:
         ValueError: the shapes differ, or a value is not in the schema.
     """
-    counts = _counts_of_ids(prediction, reference)
-    _check_ids(counts, schema)
-    return _label_scores(counts, schema, voxel_volume_mm3)
+    counts = count_ids(prediction, reference, schema)
+    return label_scores(counts, schema, voxel_volume_mm3, annotated=schema.are_annotated(None))
 
 
 def summarise(
@@ -91,8 +86,9 @@ def summarise(
 ) -> Report:
     """Sum up cases that were scored with one schema. Their order changes nothing.
 
-    Means are over cases. Intervals come from resampling patients, all labels together (see
-    `resampled_means`); a figure that rests on one patient has none, as that says nothing about the next.
+    Means are over cases; the overall one is over regions where there are any, for these are what is learnt. Intervals
+    come from resampling patients, all labels together (see `resampled_means`); a figure that rests on one patient has
+    none, as that says nothing about the next.
 
     Raises:
         ValueError: no cases, a case that stands twice, or cases with different labels.
@@ -100,10 +96,12 @@ def summarise(
     table = _table(cases)
     generator = np.random.default_rng(settings.seed)
     resampled = resampled_means(table.values, table.patients, samples=settings.bootstrap_samples, generator=generator)
+    rows = [_label_summary(table, column, resampled[:, column]) for column in range(table.values.shape[1])]
     return Report(
         settings=settings,
         overall=_overall(table, resampled),
-        labels=tuple(_label_summary(table, column, resampled[:, column]) for column in range(table.values.shape[1])),
+        labels=tuple(rows[: table.label_count]),
+        regions=tuple(rows[table.label_count :]),
         cases=table.cases,
         failures=tuple(failures),
         missing_predictions=tuple(missing_predictions),
@@ -162,15 +160,19 @@ def evaluate_files(
 def references_of_dataset(dataset: Dataset) -> tuple[Reference, ...]:
     """The annotated cases of a dataset, with their patients and folds."""
     labelled = [(case, dataset.label_path(case)) for case in dataset.manifest.cases]
-    return tuple(Reference(c.case_id, path, c.patient_id, c.fold) for c, path in labelled if path is not None)
+    return tuple(
+        Reference(c.case_id, path, c.patient_id, c.fold, dataset.annotation(c))
+        for c, path in labelled
+        if path is not None
+    )
 
 
 @dataclass(frozen=True)
 class _CountedCase:
-    """Voxel counts by label id, before it is known which labels there are."""
+    """Voxel counts by label id, perhaps before it is known which labels there are."""
 
     reference: Reference
-    by_id: ConfusionCounts
+    counts: CaseCounts
     voxel_volume_mm3: float
 
 
@@ -208,68 +210,29 @@ def _count_case(pair: Pair, schema: LabelSchema | None) -> _CountedCase | Volseg
                 "bring both onto one grid first"
             )
         try:
-            by_id = _counts_of_ids(predicted.voxels, expected.voxels)
-            if schema:
-                _check_ids(by_id, schema)
+            ids = expected.voxels if reference.annotation is None else reference.annotation.ids(expected.voxels)
+            counts = count_ids(predicted.voxels, ids, schema)
         except ValueError as error:
             raise VolumeError(f"{path} against {reference.path}: {error}") from error
-        return _CountedCase(reference, by_id, expected.geometry.voxel_volume_mm3)
+        return _CountedCase(reference, counts, expected.geometry.voxel_volume_mm3)
     except VolsegError as error:
         return error
 
 
 def _score_all(counted: Sequence[_CountedCase], schema: LabelSchema) -> list[CaseScores]:
-    return [
-        CaseScores(
-            case_id=case.reference.case_id,
-            patient_id=case.reference.patient_id,
-            fold=case.reference.fold,
-            labels=_label_scores(case.by_id, schema, case.voxel_volume_mm3),
-        )
-        for case in counted
-    ]
+    return [_case_scores(case, schema) for case in counted]
 
 
-def _counts_of_ids(prediction: npt.NDArray[Any], reference: npt.NDArray[Any]) -> ConfusionCounts:
-    highest = max(int(prediction.max(initial=0)), int(reference.max(initial=0)))
-    if highest > MAX_LABEL_ID:
-        raise ValueError(f"a label value of {highest} is no label id; these go up to {MAX_LABEL_ID}")
-    return confusion_counts(prediction, reference, highest + 1)
-
-
-def _check_ids(counts: ConfusionCounts, schema: LabelSchema) -> None:
-    for side, sizes in (("prediction", counts.prediction), ("reference", counts.reference)):
-        if unknown := schema.unknown_ids(np.flatnonzero(sizes)):
-            raise ValueError(f"the {side} holds label values {unknown}, the schema knows {list(schema.ids)}")
-
-
-def _label_scores(counts: ConfusionCounts, schema: LabelSchema, voxel_volume_mm3: float) -> tuple[LabelScore, ...]:
-    coefficients = dice_from_counts(counts)
-    scores = []
-    for label in schema.labels:
-        # A label beyond the highest id that occurs is on neither side.
-        occurs = label.id < coefficients.size
-        predicted = int(counts.prediction[label.id]) if occurs else 0
-        expected = int(counts.reference[label.id]) if occurs else 0
-        status = _status(predicted, expected)
-        scores.append(
-            LabelScore(
-                label=label.name,
-                status=status,
-                dice=None if status == "absent" else float(coefficients[label.id]),
-                prediction_mm3=volume_mm3(predicted, voxel_volume_mm3),
-                reference_mm3=volume_mm3(expected, voxel_volume_mm3),
-            )
-        )
-    return tuple(scores)
-
-
-def _status(predicted: int, expected: int) -> Status:
-    if predicted and expected:
-        return "scored"
-    if expected:
-        return "missed"
-    return "false" if predicted else "absent"
+def _case_scores(case: _CountedCase, schema: LabelSchema) -> CaseScores:
+    annotation = case.reference.annotation
+    annotated = schema.are_annotated(None if annotation is None else annotation.annotated)
+    return CaseScores(
+        case_id=case.reference.case_id,
+        patient_id=case.reference.patient_id,
+        fold=case.reference.fold,
+        labels=label_scores(case.counts, schema, case.voxel_volume_mm3, annotated=annotated),
+        regions=region_scores(case.counts, schema, case.voxel_volume_mm3, annotated=annotated),
+    )
 
 
 def _dataset_at(references: Path) -> Dataset | None:
@@ -350,7 +313,8 @@ def _listed(schema: LabelSchema) -> str:
 
 
 def _schema_of_found_ids(counted: Sequence[_CountedCase]) -> LabelSchema:
-    ids = {int(i) for case in counted for i in np.flatnonzero(case.by_id.prediction + case.by_id.reference) if i}
+    values = [case.counts.values for case in counted]
+    ids = {int(i) for counts in values for i in np.flatnonzero(counts.prediction + counts.reference) if i}
     if not ids:
         raise VolumeError("no label in any prediction or reference: there is nothing to score")
     return schema_from_names({i: f"label {i}" for i in ids})
@@ -364,11 +328,24 @@ def _some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Table:
-    """Dice of all cases (N, L), NaN where a label is absent, and the number of each case's patient (N,)."""
+    """Dice of all cases (N, L), NaN where there is none, and the number of each case's patient (N,).
+
+    Columns are the labels, then the regions.
+    """
 
     cases: tuple[CaseScores, ...]
     values: npt.NDArray[np.float64]
     patients: npt.NDArray[np.int64]
+
+    @property
+    def label_count(self) -> int:
+        """Columns before the regions."""
+        return len(self.cases[0].labels)
+
+    @property
+    def headline(self) -> slice:
+        """The columns that the overall figures are of."""
+        return slice(self.label_count if self.cases[0].regions else 0, None)
 
 
 def _table(cases: Sequence[CaseScores]) -> _Table:
@@ -378,9 +355,9 @@ def _table(cases: Sequence[CaseScores]) -> _Table:
         raise ValueError("there is no case to sum up")
     if repeated := sorted({a for a, b in pairwise(ids) if a == b}):
         raise ValueError(f"cases that stand twice: {_some(repeated)}")
-    if len({tuple(score.label for score in case.labels) for case in ordered}) > 1:
+    if len({tuple(score.label for score in case.scores) for case in ordered}) > 1:
         raise ValueError("the cases were not scored with the same labels")
-    values = [[np.nan if score.dice is None else score.dice for score in case.labels] for case in ordered]
+    values = [[np.nan if score.dice is None else score.dice for score in case.scores] for case in ordered]
     _, patients = np.unique([case.patient_id for case in ordered], return_inverse=True)
     return _Table(ordered, np.array(values, dtype=np.float64), patients.astype(np.int64))
 
@@ -388,13 +365,14 @@ def _table(cases: Sequence[CaseScores]) -> _Table:
 def _label_summary(table: _Table, column: int, resampled: npt.NDArray[np.float64]) -> LabelSummary:
     values = table.values[:, column]
     scored = ~np.isnan(values)
-    statuses = [case.labels[column].status for case in table.cases]
+    statuses = [case.scores[column].status for case in table.cases]
     return LabelSummary(
-        label=table.cases[0].labels[column].label,
+        label=table.cases[0].scores[column].label,
         n_scored=int(scored.sum()),
         n_absent=statuses.count("absent"),
         n_missed=statuses.count("missed"),
         n_false=statuses.count("false"),
+        n_unannotated=statuses.count("unannotated"),
         interval_95=_interval(resampled, table.patients[scored]),
         worst=_worst(table.cases, values),
         folds=_fold_means(table, values[:, None]),
@@ -412,16 +390,17 @@ def _spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
 
 
 def _overall(table: _Table, resampled: npt.NDArray[np.float64]) -> Overall:
-    scored = ~np.isnan(table.values)
+    values, resampled = table.values[:, table.headline], resampled[:, table.headline]
+    scored = ~np.isnan(values)
     # NaN where a resample lacks a label: without that label it would be another figure.
     means = resampled[:, scored.any(axis=0)].mean(axis=1) if scored.any() else resampled[:, 0]
     return Overall(
         n_cases=len(table.cases),
         n_patients=int(table.patients.max()) + 1,
-        mean=_mean_of_means(table.values),
+        mean=_mean_of_means(values),
         interval_95=_interval(means, table.patients[scored.any(axis=1)]),
-        worst=_worst(table.cases, np.array([_mean(row) for row in table.values])),
-        folds=_fold_means(table, table.values),
+        worst=_worst(table.cases, np.array([_mean(row) for row in values])),
+        folds=_fold_means(table, values),
     )
 
 

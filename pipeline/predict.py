@@ -21,7 +21,7 @@ from transforms.chains import placing_steps, plain
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.load import as_metatensor, geometry_of
-from transforms.resample import move_argmax
+from transforms.resample import move_argmax, move_regions
 from transforms.volume import Volume
 
 AIR_HU = -500.0
@@ -39,7 +39,7 @@ class Model:
             raise BundleError("a model is at least one bundle")
         first = self.bundles[0]
         for other in self.bundles[1:]:
-            if not other.schema.matches(first.schema):
+            if not other.schema.matches(first.schema) or other.schema.regions != first.schema.regions:
                 raise BundleError("the bundles of an ensemble have different labels; give models of one training")
             if other.plan.preprocessing() != first.plan.preprocessing():
                 raise BundleError("the bundles of an ensemble preprocess differently; give models of one training")
@@ -89,9 +89,18 @@ def predict(model: Model, channels: Sequence[Volume], *, mirror: bool, device: t
             total = scores if total is None else total.add_(scores)
         if total is None:
             raise BundleError("a model is at least one bundle")
-        classes = move_argmax(total, grid, source, dtype=torch.int32)
+        classes = classes_of_probabilities(total.div_(len(model.bundles)), model.schema, grid, source)
     label_map = model.schema.ids_from_classes(classes[0].cpu().numpy())
     return Segmentation(label_map, source, model.schema, model.algorithm)
+
+
+def classes_of_probabilities(
+    probabilities: Tensor, schema: LabelSchema, source: Geometry, target: Geometry
+) -> Tensor:
+    """The class map (1, I', J', K') int32 on `target` that the outputs (O, I, J, K) on `source` of a network say."""
+    if schema.regions:
+        return move_regions(probabilities, schema.painted_classes, source, target, dtype=torch.int32)
+    return move_argmax(probabilities, source, target, dtype=torch.int32)
 
 
 def check_input(plan: Plan, channels: Sequence[Volume]) -> None:
@@ -150,4 +159,4 @@ def _prepare(plan: Plan, channels: Sequence[Volume]) -> tuple[Tensor, Geometry]:
 
 def _window(bundle: ModelBundle, *, mirror: bool, step: float) -> WindowSettings:
     axes = bundle.plan.mirror_axes if mirror else ()
-    return WindowSettings(bundle.plan.patch_shape, bundle.plan.factor, step, axes, bundle.schema.twin_classes)
+    return WindowSettings(bundle.plan.patch_shape, bundle.plan.factor, step, axes, bundle.schema.twin_outputs, bool(bundle.schema.regions))

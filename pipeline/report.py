@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-Status = Literal["scored", "absent", "missed", "false"]
+Status = Literal["scored", "absent", "missed", "false", "unannotated"]
 Interval = tuple[float, float]
 Cell = str | int | float | None
 
@@ -33,10 +33,11 @@ _VALUE = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LabelScore(BaseModel):
-    """One label in one case.
+    """One label, or one region, in one case.
 
     `status`: "scored" is on both sides; "missed" in the reference only and "false" in the prediction only,
-    both with a Dice of 0; "absent" on neither, with no Dice.
+    both with a Dice of 0; "absent" on neither, with no Dice; "unannotated" where the reference says nothing of it,
+    with neither a Dice nor a volume there. Volumes are of the voxels that the reference does not ignore.
     """
 
     model_config = _VALUE
@@ -45,11 +46,11 @@ class LabelScore(BaseModel):
     status: Status
     dice: float | None
     prediction_mm3: float
-    reference_mm3: float
+    reference_mm3: float | None
 
 
 class CaseScores(BaseModel):
-    """One case: a score for every label of the schema, in its order."""
+    """One case: a score for every label of the schema, in its order, and for every region."""
 
     model_config = _VALUE
 
@@ -57,6 +58,12 @@ class CaseScores(BaseModel):
     patient_id: str
     fold: int | None = None
     labels: tuple[LabelScore, ...]
+    regions: tuple[LabelScore, ...] = ()
+
+    @property
+    def scores(self) -> tuple[LabelScore, ...]:
+        """Of the labels, then of the regions."""
+        return (*self.labels, *self.regions)
 
 
 class CaseFailure(BaseModel):
@@ -87,9 +94,10 @@ class FoldMean(BaseModel):
 
 
 class LabelSummary(BaseModel):
-    """Dice of one label over the cases.
+    """Dice of one label, or one region, over the cases.
 
-    `n_scored` counts the cases with a Dice, with `n_missed` and `n_false` (both 0); `n_absent` the others.
+    `n_scored` counts the cases with a Dice, with `n_missed` and `n_false` (both 0); `n_absent` and `n_unannotated`
+    the others.
     `std` is the sample's (n - 1). Quartiles are interpolated linearly. `interval_95` is that of the mean.
     """
 
@@ -100,6 +108,7 @@ class LabelSummary(BaseModel):
     n_absent: int
     n_missed: int
     n_false: int
+    n_unannotated: int = 0
     mean: float | None
     interval_95: Interval | None
     std: float | None
@@ -113,7 +122,8 @@ class LabelSummary(BaseModel):
 
 
 class Overall(BaseModel):
-    """The mean over labels: the unweighted mean of the means of all labels that any case has scored.
+    """The mean over labels: the unweighted mean of the means of all labels that any case has scored. Where there are
+    regions, which are what a network then learns, all of it is of these in place of the labels.
 
     A fold's is the same figure from that fold's cases. `worst` ranks cases by the mean Dice of their labels.
     `interval_95` rests on the resamples that hold every one of those labels; None when those are under half.
@@ -142,10 +152,16 @@ class Report(BaseModel):
     settings: EvaluateConfig
     overall: Overall
     labels: tuple[LabelSummary, ...]
+    regions: tuple[LabelSummary, ...] = ()
     cases: tuple[CaseScores, ...]
     failures: tuple[CaseFailure, ...] = ()
     missing_predictions: tuple[str, ...] = ()
     extra_predictions: tuple[str, ...] = ()
+
+    @property
+    def summaries(self) -> tuple[LabelSummary, ...]:
+        """Of the labels, then of the regions."""
+        return (*self.labels, *self.regions)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` restores; null where a figure is not defined, never NaN."""
@@ -166,23 +182,31 @@ class Report(BaseModel):
             raise RunError(f"not an evaluation report: {key}: {first['msg']}") from error
 
     def to_csv(self) -> str:
-        """One row per case and label; an empty cell where a value is not defined."""
+        """One row per case and label, then the case's regions; an empty cell where a value is not defined."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["case_id", "patient_id", "fold", *LabelScore.model_fields])
         for case in self.cases:
-            for score in case.labels:
+            for score in case.scores:
                 writer.writerow([case.case_id, case.patient_id, case.fold, *score.model_dump().values()])
         return stream.getvalue()
 
-    def rows_for_table(self) -> list[dict[str, Cell]]:
-        """One row a label, then "mean of labels"; keys are column names in order, values are raw.
+    @property
+    def headline(self) -> str:
+        """What the overall figures are."""
+        return "mean of regions" if self.regions else "mean of labels"
 
-        Columns "fold 0" and so on follow when the cases have folds.
+    def rows_for_table(self) -> list[dict[str, Cell]]:
+        """One row a label, one a region, then "mean of labels" (or of regions); keys are column names, values are raw.
+
+        "unannotated" is a column when any label was not annotated somewhere; "fold 0" and so on follow when the cases
+        have folds.
         """
-        rows = [_table_row(summary) for summary in self.labels]
+        rows = [_table_row(summary) for summary in self.summaries]
+        if not any(summary.n_unannotated for summary in self.summaries):
+            rows = [{column: cell for column, cell in row.items() if column != "unannotated"} for row in rows]
         low, high = self.overall.interval_95 or (None, None)
-        last: dict[str, Cell] = {"label": "mean of labels", "mean": self.overall.mean}
+        last: dict[str, Cell] = {"label": self.headline, "mean": self.overall.mean}
         last |= {"low_95": low, "high_95": high, **_fold_columns(self.overall.folds)}
         return [*rows, {column: last.get(column) for column in rows[0]}]
 
@@ -195,6 +219,7 @@ def _table_row(summary: LabelSummary) -> dict[str, Cell]:
         "absent": summary.n_absent,
         "missed": summary.n_missed,
         "false": summary.n_false,
+        "unannotated": summary.n_unannotated,
         "mean": summary.mean,
         "low_95": low,
         "high_95": high,
@@ -253,20 +278,20 @@ def dice_distribution(report: Report, target: Path) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    rows = len(report.labels) + 1
+    rows = len(report.summaries) + 1
     figure = _new_figure(8.5, 1.5 + 0.62 * rows)
     axes = figure.subplots()
-    for row, summary in enumerate(report.labels):
+    for row, summary in enumerate(report.summaries):
         _draw_cases(axes, report, row)
         _draw_box(axes, summary, row)
         note = f"  n = {summary.n_scored}" if summary.n_scored else ""
         _draw_mean(axes, row - 0.24, summary.mean, summary.interval_95, note=note)
     _draw_mean(axes, rows - 1, report.overall.mean, report.overall.interval_95)
     axes.axhline(rows - 1.5, color=_FAINT, linewidth=0.8)
-    names = [_plain(summary.label) for summary in report.labels]
-    axes.set_yticks(range(rows), labels=[*names, "mean of labels"])
+    names = [_plain(summary.label) for summary in report.summaries]
+    axes.set_yticks(range(rows), labels=[*names, report.headline])
     axes.set_ylim(rows - 0.5, -0.6)
-    axes.set_xlim(_lower_limit([summary.minimum for summary in report.labels]), 1.005)
+    axes.set_xlim(_lower_limit([summary.minimum for summary in report.summaries]), 1.005)
     axes.set_xlabel("Dice; box: quartiles and median; diamond: mean and its 95 % interval")
     _draw_title_and_folds(figure, axes, report)
     _tidy(axes, grid_axis="x")
@@ -364,7 +389,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 def _draw_cases(axes: Axes, report: Report, row: int) -> None:
     dice_of_folds: dict[int, list[float]] = {}
     for case in report.cases:
-        dice = case.labels[row].dice
+        dice = case.scores[row].dice
         if dice is not None:
             dice_of_folds.setdefault(-1 if case.fold is None else case.fold, []).append(dice)
     order = [fold.fold for fold in report.overall.folds]

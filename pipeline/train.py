@@ -36,7 +36,7 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     """
     fabric = Fabric(accelerator=hardware.device, devices=1, precision=hardware.precision)
     patches = _patches(task)
-    loss = build_loss(task.loss, Targets(task.plan.class_count))
+    loss = build_loss(task.loss, _targets(task))
     state = start_training(task, fabric)
     checkpoint = task.folder / CHECKPOINT
     if checkpoint.exists():
@@ -68,6 +68,10 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     save_checkpoint(checkpoint, state, task)
     weights = {k: v.detach().cpu().clone() for k, v in state.averaged.state_dict().items()}
     return TrainingResult(weights, state.steps, state.elapsed_s, dice)
+
+
+def _targets(task: TrainingTask) -> Targets:
+    return Targets(task.schema.class_count, task.schema.region_classes, task.schema.ignored_class)
 
 
 def _patches(task: TrainingTask) -> Patches:

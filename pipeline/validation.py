@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from pipeline.metrics import confusion_counts, dice_from_counts
+from pipeline.predict import classes_of_probabilities
+from pipeline.scores import dice_of_classes
 from pipeline.task import TrainingTask
 from pipeline.windows import WindowSettings, predict_windows
 
 
 def validate(task: TrainingTask, network: nn.Module, *, last: bool) -> dict[str, float]:
-    """Mean Dice per label name and `mean`, on whole validation volumes on the plan's grid, without mirroring.
+    """Mean Dice per label, per region and `mean`, on whole validation volumes on the plan's grid, without mirroring.
 
-    Labels absent from both sides count nowhere; a label that occurs in no case is left out.
+    What is ignored or was not annotated in a case does not count, nor do labels that are absent from both sides; a
+    label that is left with no case is left out. `mean` is over regions where there are any, else over labels.
     """
     cases = task.validation if last else task.validation[: task.settings.validation_cases]
-    window = WindowSettings(task.plan.patch_shape, task.plan.factor, task.tile_step, (), task.schema.twin_classes)
+    schema, plan = task.schema, task.plan
+    window = WindowSettings(
+        plan.patch_shape, plan.factor, task.tile_step, (), schema.twin_outputs, bool(schema.regions)
+    )
     per_case = []
     device = next(network.parameters()).device
     network.eval()
     with torch.inference_mode():
         for case in cases:
             scores = predict_windows(network, case.image.to(device), window)
-            found = scores.argmax(dim=0).cpu().numpy()
-            counts = confusion_counts(found, case.classes[0].numpy(), task.plan.class_count)
-            per_case.append([float(x) for x in dice_from_counts(counts)[1:]])
-    return _mean_dice(per_case, task.schema.names)
+            found = classes_of_probabilities(scores, schema, case.geometry, case.geometry)[0].cpu().numpy()
+            annotated = schema.are_annotated(None) if case.annotated is None else case.annotated.tolist()
+            per_case.append(dice_of_classes(found, case.classes[0].numpy(), schema, annotated=annotated))
+    headline = [region.name for region in schema.regions] or schema.names
+    return _mean_dice(per_case, headline)
 
 
-def _mean_dice(per_case: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float]:
+def _mean_dice(per_case: Sequence[Mapping[str, float]], headline: Sequence[str]) -> dict[str, float]:
     means = {}
-    for column, name in enumerate(names):
-        scored = [row[column] for row in per_case if not math.isnan(row[column])]
+    for name in per_case[0] if per_case else ():
+        scored = [row[name] for row in per_case if not math.isnan(row[name])]
         if scored:
             means[name] = sum(scored) / len(scored)
-    if means:
-        means["mean"] = sum(means.values()) / len(means)
-    return means
+    shown = [means[name] for name in headline if name in means]
+    return means | ({"mean": sum(shown) / len(shown)} if shown else {})

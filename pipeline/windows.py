@@ -1,16 +1,16 @@
-"""Sliding-window inference on one preprocessed volume: class probabilities, blended where tiles overlap."""
+"""Sliding-window inference on one preprocessed volume: probabilities, blended where tiles overlap."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import combinations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from transforms.channels import pad_channels
 from transforms.patches import blending_weights, padding_to, tile_starts
 
 LONGEST_WINDOW = 1.5
@@ -24,25 +24,27 @@ class WindowSettings:
     """How a volume is tiled.
 
     `factor` is what a tile's sides must be divisible by. `mirror_axes` are averaged over in every combination;
-    () means once, as it is.
+    () means once, as it is. `twin_outputs` are the outputs' left/right counterparts. Outputs exclude each other (a
+    softmax), or are regions that `overlap` (a sigmoid each).
     """
 
     patch_shape: tuple[int, int, int]
     factor: tuple[int, int, int]
     step: float
     mirror_axes: tuple[int, ...]
-    twin_classes: tuple[int, ...]
+    twin_outputs: tuple[int, ...]
+    overlap: bool = False
 
 
 def predict_windows(network: Network, image: Tensor, settings: WindowSettings) -> Tensor:
-    """Probabilities (classes, I, J, K) float32 for an image (C, I, J, K), on the image's device.
+    """Probabilities (outputs, I, J, K) float32 for an image (C, I, J, K), on the image's device.
 
-    `network` maps (1, C, *patch) to logits (1, classes, *patch). Volumes smaller than the patch are padded with
-    their own minimum, as in training, and the padding is cut off again.
+    `network` maps (1, C, *patch) to logits (1, outputs, *patch). Volumes smaller than the patch are padded with
+    each channel's own minimum, as in training, and the padding is cut off again.
     """
     window = window_shape(image.shape[1:], settings)
     before_after = padding_to(image.shape[1:], window)
-    padded = F.pad(image, list(chain.from_iterable(reversed(before_after))), value=float(image.min()))
+    padded = pad_channels(image, before_after)
     tiles = tile_starts(padded.shape[1:], window, step=settings.step)
     alone = len(tiles) == 1
     total = _probabilities(network, padded, settings) if alone else _blended(network, padded, tiles, window, settings)
@@ -93,10 +95,11 @@ def _probabilities(network: Network, tile: Tensor, settings: WindowSettings) -> 
     total: Tensor | None = None
     for axes in passes:
         dims = [a + 1 for a in axes]
-        scores = network(tile.flip(dims)[None])[0].float().softmax(dim=0).flip(dims)
+        logits = network(tile.flip(dims)[None])[0].float()
+        scores = (logits.sigmoid() if settings.overlap else logits.softmax(dim=0)).flip(dims)
         if 0 in axes:
             # What the mirrored patient calls left is this patient's right.
-            scores = scores[list(settings.twin_classes)]
+            scores = scores[list(settings.twin_outputs)]
         total = scores if total is None else total + scores
     if total is None:
         raise ValueError("there is at least the pass that mirrors nothing")
