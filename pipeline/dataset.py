@@ -148,6 +148,8 @@ class Patches:
         _require_every_channel(cases, plan)
         self.cases = tuple(cases)
         self.batch_size = plan.batch_size
+        self.rows = range(plan.batch_size)
+        """Those of each batch that are made here; other processes may make the others."""
         self.seed = seed
         self._fill = [channel_minima(case.image) for case in self.cases]
         every = torch.ones(plan.class_count, dtype=torch.bool)
@@ -163,13 +165,12 @@ class Patches:
         )
 
     def batch(self, step: int) -> Batch:
-        """The patches of update number `step`."""
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return collate([self._patch(number) for number in numbers])
+        """The patches of update number `step` that are made here."""
+        return collate([self._patch(step * self.batch_size + row) for row in self.rows])
 
     def case_ids(self, step: int) -> tuple[str, ...]:
         """Whose patches update number `step` is made of, without making them."""
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        numbers = [step * self.batch_size + row for row in self.rows]
         return tuple(self.cases[self._case_of(number)].case_id for number in numbers)
 
     def _case_of(self, number: int) -> int:
@@ -180,8 +181,14 @@ class Patches:
         index = self._case_of(number)
         case = self.cases[index]
         reseed(self._chain, [self.seed, 1, number])
-        data = {"image": case.image, "label": case.classes, "positions": case.positions, "fill": self._fill[index],
-                "present": case.present, "annotated": self._annotated[index]}  # fmt: skip
+        data = {
+            "image": case.image,
+            "label": case.classes,
+            "positions": case.positions,
+            "fill": self._fill[index],
+            "present": case.present,
+            "annotated": self._annotated[index],
+        }
         try:
             patch = apply_chain(self._chain, data)
         except VolsegError as error:
@@ -213,7 +220,7 @@ def channel_dropout(augment: AugmentConfig, plan: Plan) -> RandDropChannelsd:
     if augment.channel_dropout and not any(optional):
         raise ConfigError(
             f"augment.channel_dropout: {augment.channel_dropout:g}, but no channel may be missing; "
-            "say which by \"optional\": true in the manifest, or leave this key out"
+            'say which by "optional": true in the manifest, or leave this key out'
         )
     return RandDropChannelsd(optional, augment.channel_dropout)
 
