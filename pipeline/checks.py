@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,9 +18,10 @@ import numpy.typing as npt
 from pipeline.errors import VolsegError
 from pipeline.manifest import Case, Channel, Dataset
 from transforms.geometry import Geometry
-from transforms.labels import MAX_LABEL_ID, LabelSchema
+from transforms.labels import MAX_LABEL_ID
 
 if TYPE_CHECKING:
+    from transforms.annotation import Annotation
     from transforms.volume import Volume
 
 # "unreadable" is whatever a reader refuses: damage, NaN or infinite voxels, labels with fractions; its line says which.
@@ -32,6 +33,9 @@ FaultKind = Literal[
     "channel-grid",
     "label-grid",
     "unknown-label",
+    "unannotated-label",
+    "nothing-annotated",
+    "ignored-voxels",
     "empty-label",
     "absent-label",
     "absent-channel",
@@ -66,7 +70,7 @@ class CaseFacts:
     """What folds need to know of a case whose files could be read and share a grid.
 
     image_sha256: one a channel that the case has, of the voxels and nothing else (see `voxel_sha256`).
-    label_volumes_mm3: by label name, every label of the schema; None when the case is not annotated.
+    label_volumes_mm3: by label name, every label that was annotated in the case; None when there is no label file.
     """
 
     case_id: str
@@ -114,6 +118,7 @@ def check_dataset(
 
     `on_progress(done, total)` is called in this thread after each case. `visit(case, images, label)` is
     called in a worker's thread for each case without an error, so that others can measure on the same pass;
+    the label has the schema's ids, whatever its file has;
     its images are one a channel, None where the case lacks it, and what it raises ends the check.
     """
     cases = dataset.manifest.cases
@@ -156,11 +161,16 @@ class _Outcome:
     case: Case
     faults: list[Fault] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
-    label_ids: set[int] | None = None
+    present: set[str] | None = None
     facts: CaseFacts | None = None
 
-    def add(self, kind: FaultKind, file: str, message: str) -> None:
-        self.faults.append(Fault(self.case.case_id, file, kind, message))
+    @property
+    def is_sound(self) -> bool:
+        """True when nothing but notes was found."""
+        return all(fault.severity == "note" for fault in self.faults)
+
+    def add(self, kind: FaultKind, file: str, message: str, severity: Severity = "error") -> None:
+        self.faults.append(Fault(self.case.case_id, file, kind, message, severity))
 
 
 def _check_case(dataset: Dataset, case: Case, visit: Visit | None) -> _Outcome:
@@ -175,11 +185,13 @@ def _check_case(dataset: Dataset, case: Case, visit: Visit | None) -> _Outcome:
             images[channel.name] = image
     label = None if case.label is None else _read(dataset, case.label, read_label, outcome)
     _check_grids(images, label, outcome)
-    volumes_mm3 = None if label is None else _check_label(label, dataset.manifest.labels, outcome)
-    if not outcome.faults:
+    annotation = dataset.annotation(case)
+    volumes_mm3 = None if label is None else _check_label(label, annotation, outcome)
+    if outcome.is_sound:
         outcome.facts = _facts(outcome, next(iter(images.values())).geometry, volumes_mm3)
         if visit is not None:
-            visit(case, [images.get(channel.name) for channel in dataset.manifest.channels], label)
+            known = None if label is None else replace(label, voxels=annotation.ids(label.voxels))
+            visit(case, [images.get(channel.name) for channel in dataset.manifest.channels], known)
     return outcome
 
 
@@ -219,19 +231,36 @@ def _check_grids(images: Mapping[str, Volume], label: Volume | None, outcome: _O
         outcome.add("label-grid", outcome.case.label or "", f"image and label differ: {difference}")
 
 
-def _check_label(label: Volume, schema: LabelSchema, outcome: _Outcome) -> dict[str, float]:
-    """Volume of each label of the schema."""
+def _check_label(label: Volume, annotation: Annotation, outcome: _Outcome) -> dict[str, float]:
+    """Volume of each annotated label."""
     counts = _voxel_counts(label.voxels)
-    outcome.label_ids = set(counts) - {0}
-    file = outcome.case.label or ""
-    if unknown := sorted(outcome.label_ids - set(schema.ids)):
+    names, file, ignore = annotation.name_of_value, outcome.case.label or "", annotation.schema.ignore
+    if unknown := sorted(set(counts) - {0, ignore} - set(names)):
         voxels = sum(counts[i] for i in unknown)
-        known = ", ".join(f"{x.id} {x.name}" for x in schema.labels)
+        known = ", ".join(f"{value} {name}" for value, name in sorted(names.items()))
         outcome.add("unknown-label", file, f"values {unknown} in {voxels} voxels; the schema knows {known}")
-    if not outcome.label_ids:
+    sizes = {name: counts[value] for value, name in names.items() if value in counts}
+    outcome.present = set(sizes)
+    for name in annotation.unannotated_in(set(counts)):
+        message = f"'{name}' occurs in {sizes[name]} voxels, but is not among what the manifest says was annotated"
+        outcome.add("unannotated-label", file, message)
+    if not set(counts) - {0, ignore}:
         outcome.add("empty-label", file, "no voxel is labelled")
+    _check_extent(counts.get(ignore, 0) if ignore else 0, label.voxels.size, annotation, outcome)
     mm3 = label.geometry.voxel_volume_mm3
-    return {x.name: counts.get(x.id, 0) * mm3 for x in schema.labels}
+    return {name: sizes.get(name, 0) * mm3 for name in annotation.annotated_names}
+
+
+def _check_extent(ignored: int, voxels: int, annotation: Annotation, outcome: _Outcome) -> None:
+    """How much of the volume, and whether any label, was annotated at all."""
+    file = outcome.case.label or ""
+    if not annotation.annotated_names:
+        outcome.add("nothing-annotated", file, "no label is annotated by the manifest; leave out the case's label")
+    elif ignored == voxels:
+        outcome.add("nothing-annotated", file, f"every voxel is to be ignored ({annotation.schema.ignore})")
+    elif ignored:
+        message = f"{ignored / voxels:.1%} of the voxels are to be ignored ({annotation.schema.ignore})"
+        outcome.add("ignored-voxels", file, message, "note")
 
 
 def _voxel_counts(label_map: npt.NDArray[Any]) -> dict[int, int]:
@@ -302,12 +331,13 @@ def _outlying_volumes(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> Iter
 
 
 def _absent_labels(dataset: Dataset, outcomes: Sequence[_Outcome]) -> Iterator[Fault]:
-    read = [outcome.label_ids for outcome in outcomes if outcome.label_ids is not None]
-    present = set().union(*read)
+    """Labels that occur in no case that they are annotated in."""
+    read = [(o.present, dataset.annotation(o.case).annotated_names) for o in outcomes if o.present is not None]
     for label in dataset.manifest.labels.labels:
-        if read and label.id not in present:
-            message = f"label {label.id} '{label.name}' occurs in none of the {len(read)} labels that were read"
-            yield Fault(None, None, "absent-label", message)
+        where = [present for present, annotated in read if label.name in annotated]
+        if read and not any(label.name in present for present in where):
+            found = f"occurs in none of the {len(where)} labels that were read" if where else "is annotated in no case"
+            yield Fault(None, None, "absent-label", f"label {label.id} '{label.name}' {found}")
 
 
 def _absent_channels(counts: Mapping[str, int]) -> Iterator[Fault]:

@@ -46,11 +46,14 @@ class Measuring:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._measures: dict[str, CaseMeasure] = {}
+        self._annotated: dict[str, tuple[str, ...]] = {}
 
     def visit(self, case: Case, images: Sequence[Volume | None], label: Volume | None) -> None:
         """Measure one case; cases without a label have nothing to say to the planner."""
         if label is not None:
-            self._measures[case.case_id] = measure_case(case, images, label, schema=self._manifest.labels)
+            schema = self._manifest.labels
+            self._measures[case.case_id] = measure_case(case, images, label, schema=schema)
+            self._annotated[case.case_id] = schema.names if case.annotated is None else case.annotated
 
     def fingerprint(self, case_ids: Sequence[str]) -> Fingerprint:
         """What the planner needs of the named cases, in the order of their names.
@@ -58,30 +61,41 @@ class Measuring:
         A channel is measured on the cases that have it.
 
         Raises:
-            PlanError: none of them could be measured, or a channel is in none of them.
+            PlanError: none of them could be measured, a channel is in none of them, or a label annotated in none.
         """
         measures = [self._measures[i] for i in sorted(case_ids) if i in self._measures]
         if not measures:
             raise PlanError("there is no annotated case to plan from; run `volseg check` on the manifest")
         schema = self._manifest.labels
+        known = {name for case_id in case_ids for name in self._annotated.get(case_id, ())}
+        if unknown := [name for name in schema.names if name not in known]:
+            raise PlanError(
+                f"none of the {len(measures)} training cases has {', '.join(unknown)} annotated, so it cannot be "
+                "learnt; add a case that has, or take the label out of the manifest"
+            )
         return Fingerprint(
             channels=tuple(
                 _pool(channel, [m.channels[c] for m in measures]) for c, channel in enumerate(self._manifest.channels)
             ),
             class_count=schema.class_count,
+            regions=tuple(region.name for region in schema.regions),
             has_twins=any(label.twin is not None for label in schema.labels),
             cases=tuple(m.facts for m in measures),
         )
 
 
 def measure_case(case: Case, images: Sequence[Volume | None], label: Volume, *, schema: LabelSchema) -> CaseMeasure:
-    """Grid, labels and intensities of one case, on RAS axes; those of the orthogonal grid around a sheared one."""
+    """Grid, labels and intensities of one case, on RAS axes; those of the orthogonal grid around a sheared one.
+
+    `label` holds the schema's ids; voxels that are to be ignored are no part of any figure but the grid's.
+    """
     geometry = label.geometry
+    label_map = label.voxels if schema.ignore is None else np.where(label.voxels == schema.ignore, 0, label.voxels)
     straight = geometry.orthogonal()
     oriented = straight.oriented("RAS")
     names = {x.id: x.name for x in schema.labels}
     extents, volumes = {}, {}
-    for label_id, (count, sides) in _boxes(label.voxels, geometry, straight).items():
+    for label_id, (count, sides) in _boxes(label_map, geometry, straight).items():
         volumes[names[label_id]] = count * geometry.voxel_volume_mm3
         extents[names[label_id]] = _on_ras_axes(sides, straight)
     facts = CaseFingerprint(
@@ -91,7 +105,7 @@ def measure_case(case: Case, images: Sequence[Volume | None], label: Volume, *, 
         label_volumes_mm3=volumes,
         label_extents_mm=extents,
     )
-    inside = np.flatnonzero(label.voxels)
+    inside = np.flatnonzero(label_map)
     thinned = inside[:: max(1, len(inside) // SAMPLES_PER_CASE)]
     channels = tuple(None if image is None else _measure_channel(image.voxels, thinned) for image in images)
     return CaseMeasure(facts, channels)

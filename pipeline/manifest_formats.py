@@ -1,10 +1,10 @@
 """The dataset.json of the Medical Segmentation Decathlon and of nnU-Net, as a volseg manifest document.
 
-Both are read as they are: nothing is copied or rewritten. What has no place in a manifest yet (regions, an
-ignore label, channels packed into one 4D file) is refused by name. Test cases without labels are left out.
+Both are read as they are: nothing is copied or rewritten. What has no place in a manifest yet (channels packed into
+one 4D file) is refused by name. Test cases without labels are left out.
 
 Sources: MSD, Antonelli et al. 2022, Nature Communications 13:4128, and the dataset.json of its releases;
-nnU-Net v2, documentation/dataset_format.md of its repository.
+nnU-Net v2, documentation/dataset_format.md, region_based_training.md and ignore_label.md of its repository.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.errors import ManifestError
 from pipeline.files import safe_name
-from transforms.labels import schema_from_names
+from pipeline.label_tables import read_labels
 
 Document = dict[str, Any]
 Reader = Callable[[Document, Path, str], Document]
@@ -217,7 +215,7 @@ def _manifest_document(document: Document, channels: list[Document], cases: list
         "source": str(document.get("reference", "")).strip(),
         "licence": str(document.get("licence", document.get("license", ""))),
         "channels": channels,
-        "labels": _labels(document.get("labels"), source),
+        "labels": read_labels(document.get("labels"), document.get("regions_class_order"), source),
         "cases": cases,
     }
 
@@ -253,41 +251,6 @@ def modality_of_channel(name: str, source: str) -> str:
         f"{source}: the modality of channel '{name}' is unknown; {hint}"
         f"known: {', '.join(n.upper() for n in MODALITY_OF_CHANNEL)}"
     )
-
-
-def _labels(table: Any, source: str) -> Document:
-    """Either {"liver": 1} (nnU-Net v2) or {"1": "liver"} (MSD, nnU-Net v1)."""
-    if not isinstance(table, dict) or not table:
-        raise ManifestError(f"{source}: labels is needed, as a table of names and numbers, found {table!r}")
-    if all(isinstance(name, str) and str(key).isdecimal() for key, name in table.items()):
-        names = {int(key): name for key, name in table.items()}
-    else:
-        names = _ids_by_name(table, source)
-    if names.get(0, "background") != "background":
-        raise ManifestError(f"{source}: label 0 is '{names[0]}', but 0 can only be the background")
-    try:
-        return schema_from_names(names).model_dump(mode="json")
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ManifestError(f"{source}: labels: {reason}") from error
-
-
-def _ids_by_name(table: Document, source: str) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for name, value in table.items():
-        if isinstance(value, list):
-            raise ManifestError(
-                f"{source}: label '{name}' is a region of the values {value}, which is not supported yet; "
-                "give each value a name of its own"
-            )
-        if name == "ignore":
-            raise ManifestError(f"{source}: an 'ignore' label ({value}) is not supported yet")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ManifestError(f"{source}: label '{name}' needs a whole number, found {value!r}")
-        if value in names:
-            raise ManifestError(f"{source}: labels '{names[value]}' and '{name}' have the same value {value}")
-        names[value] = name
-    return names
 
 
 def _relative(path: Any, root: Path, source: str) -> str:

@@ -58,8 +58,14 @@ class Fingerprint(Frozen):
     format: Literal["volseg-fingerprint-1"] = "volseg-fingerprint-1"
     channels: tuple[ChannelFingerprint, ...] = Field(min_length=1)
     class_count: int = Field(ge=2)
+    regions: tuple[str, ...] = ()
     has_twins: bool
     cases: tuple[CaseFingerprint, ...] = Field(min_length=1)
+
+    @property
+    def output_count(self) -> int:
+        """Channels of the network's output: one a region, or one a class if there are no regions."""
+        return len(self.regions) or self.class_count
 
 
 class ChannelPlan(Frozen):

@@ -68,6 +68,7 @@ def make_plan(
     spacing_mm = _spacing(fingerprint, settings, reasons)
     median_shape = _median_shape(fingerprint, spacing_mm, reasons)
     channels = tuple(_channel(facts, reasons) for facts in fingerprint.channels)
+    _explain_outputs(fingerprint, reasons)
     slice_axis = _slice_axis(spacing_mm, network, reasons)
     sizer = _Sizer(fingerprint, budget, settings, network, spacing_mm, median_shape, slice_axis)
     unet, patch_shape = sizer.choose(reasons)
@@ -154,6 +155,12 @@ def _channel(facts: ChannelFingerprint, reasons: dict[str, str]) -> ChannelPlan:
         highest=facts.highest,
         optional=facts.optional,
     )
+
+
+def _explain_outputs(fingerprint: Fingerprint, reasons: dict[str, str]) -> None:
+    if fingerprint.regions:
+        names = ", ".join(fingerprint.regions)
+        reasons["outputs"] = f"regions that may overlap ({names}): one output each, a yes or no of its own (sigmoid)"
 
 
 def _slice_axis(spacing_mm: Spacing, network: NetworkConfig, reasons: dict[str, str]) -> int | None:
@@ -313,7 +320,7 @@ class _Sizer:
         return UNetSpec(
             dimensions=3 if dimensions == 3 else 2,
             in_channels=len(self.fingerprint.channels),
-            out_channels=self.fingerprint.class_count,
+            out_channels=self.fingerprint.output_count,
             features=features[:stages],
             strides=tuple(strides),
             kernel_shapes=tuple(kernels),

@@ -34,6 +34,7 @@ NNUNET: dict[str, Any] = {
     "file_ending": ".nii.gz",
     "overwrite_image_reader_writer": "SimpleITKIO",
 }
+REGIONS: dict[str, Any] = {"background": 0, "whole": [1, 2], "tail": [2]}
 
 
 @pytest.fixture
@@ -147,10 +148,16 @@ def test_everything_that_does_not_pair_is_told_at_once(tmp_path: Path, bundled: 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"labels": {"background": 0, "whole": [1, 2]}}, "label 'whole' is a region of the values [1, 2]"),
-        ({"labels": {"background": 0, "Anterior": 1, "ignore": 2}}, "an 'ignore' label (2)"),
+        ({"labels": {"background": 0, "whole": [1, 2]}}, "regions_class_order is needed: for each of the 1 regions"),
+        ({"labels": REGIONS, "regions_class_order": [1]}, "(whole, tail) the value that it paints, found [1]"),
+        ({"labels": REGIONS, "regions_class_order": [1, 1]}, "region 'tail' paints 'label_1', which is none of its"),
+        ({"labels": {"rest": 0, "whole": [1, 2]}, "regions_class_order": [1, 1]}, "'rest' holds 0"),
+        ({"labels": {"whole": [0, 2]}, "regions_class_order": [1]}, "'whole' holds 0, which can only be the backgr"),
+        ({"labels": {"background": 0, "whole": []}}, "label 'whole' needs a whole number, or several in a list"),
+        ({"labels": {"background": 0, "a": 1, "ignore": [2, 3]}}, "the label 'ignore' is one value, found [2, 3]"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 1}}, "label 'a' has the id 1, which is the value to ignore"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "labels 'a' and 'b' have the same value 1"),
-        ({"labels": {"background": 0, "a": True}}, "label 'a' needs a whole number, found True"),
+        ({"labels": {"background": 0, "a": True}}, "label 'a' needs a whole number, or several in a list, found True"),
         ({"labels": {"Anterior": 0, "Posterior": 1}}, "label 0 is 'Anterior'"),
         ({"labels": {"background": 0, "a": -1}}, "labels: "),
         ({"labels": {}}, "labels is needed"),
@@ -196,3 +203,27 @@ def test_repeated_channel_names_get_their_number(tmp_path: Path, bundled: Path) 
 def test_stems(suffix: str) -> None:
     assert volume_stem(Path("a") / f"case.1{suffix}") == "case.1"
     assert volume_stem(Path("a") / f"CASE{suffix.upper()}") == "CASE"
+
+
+def test_nnunet_regions_and_what_to_ignore(tmp_path: Path, bundled: Path) -> None:
+    """BraTS-like: values have no names of their own, and each region says what it paints."""
+    document = {**NNUNET, "labels": {**REGIONS, "ignore": 3}, "regions_class_order": [1, 2]}
+    schema = load_dataset(layout(tmp_path, bundled, document, suffixes=("_0000",))).manifest.labels
+    assert [(label.id, label.name) for label in schema.labels] == [(1, "label_1"), (2, "label_2")]
+    assert [(region.name, region.labels, region.paints) for region in schema.regions] == [
+        ("whole", ("label_1", "label_2"), "label_1"),
+        ("tail", ("label_2",), "label_2"),
+    ]
+    assert (schema.ignore, schema.ignored_class, schema.output_count) == (3, 3, 2)
+
+
+def test_nnunet_lists_of_one_value_are_no_regions(tmp_path: Path, bundled: Path) -> None:
+    document = {**NNUNET, "labels": {"background": 0, "Anterior": [1], "Posterior": 2, "ignore": 7}}
+    schema = load_dataset(layout(tmp_path, bundled, document, suffixes=("_0000",))).manifest.labels
+    assert (schema.names, schema.ids, schema.ignore, schema.regions) == (("Anterior", "Posterior"), (1, 2), 7, ())
+
+
+def test_msd_knows_neither(tmp_path: Path, bundled: Path) -> None:
+    document = {**MSD, "labels": {"0": "background", "1": "Anterior", "2": "ignore"}}
+    schema = load_dataset(layout(tmp_path, bundled, document)).manifest.labels
+    assert (schema.names, schema.ignore) == (("Anterior", "ignore"), None)
