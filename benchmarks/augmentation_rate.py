@@ -163,89 +163,26 @@ def monai_chain(cases: list[Case], shape: tuple[int, ...], s: dict[str, Any]) ->
 
 def batchgenerators_chain(cases: list[Case], shape: tuple[int, ...], s: dict[str, Any], *, labels: str) -> Make:
     """nnU-Net's chain with the larger box that it cuts first; `labels` is how they are interpolated."""
-    from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
-    from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
-    from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
-    from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
-    from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-    from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
     from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
     from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
     from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-    from batchgeneratorsv2.transforms.utils.random import RandomTransform
     from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 
     radians = float(np.deg2rad(s["rotation_degrees"]))
-    low, high = s["scaling_range"]
-    curve = BGContrast(tuple(s["gamma_range"]))
-    gamma = {"gamma": curve, "synchronize_channels": False, "p_per_channel": 1, "p_retain_stats": 1}
-    inverted = s["gamma_probability"] * 0.27  # nnU-Net: 0.1 of the one and 0.3 of the other, 0.37 of either
-    chain = ComposeTransforms(
-        [
-            SpatialTransform(
-                shape,
-                patch_center_dist_from_border=0,
-                random_crop=False,
-                p_elastic_deform=s["elastic_probability"],
-                p_rotation=s["rotation_probability"],
-                rotation=(-radians, radians),
-                p_scaling=s["scaling_probability"],
-                scaling=(low, high),
-                p_synchronize_scaling_across_axes=1,
-                mode_seg=labels,
-            ),
-            RandomTransform(
-                GaussianNoiseTransform(
-                    noise_variance=(0, s["noise_deviation"] ** 2), p_per_channel=1, synchronize_channels=True
-                ),
-                apply_probability=s["noise_probability"],
-            ),
-            RandomTransform(
-                GaussianBlurTransform(
-                    blur_sigma=tuple(s["blur_voxels"]),
-                    synchronize_channels=False,
-                    synchronize_axes=False,
-                    p_per_channel=1,
-                    benchmark=True,
-                ),
-                apply_probability=s["blur_probability"],
-            ),
-            RandomTransform(
-                MultiplicativeBrightnessTransform(
-                    multiplier_range=BGContrast(tuple(s["brightness_range"])),
-                    synchronize_channels=False,
-                    p_per_channel=1,
-                ),
-                apply_probability=s["brightness_probability"],
-            ),
-            RandomTransform(
-                ContrastTransform(
-                    contrast_range=BGContrast(tuple(s["contrast_range"])),
-                    preserve_range=True,
-                    synchronize_channels=False,
-                    p_per_channel=1,
-                ),
-                apply_probability=s["contrast_probability"],
-            ),
-            RandomTransform(
-                SimulateLowResolutionTransform(
-                    scale=tuple(s["low_resolution_range"]),
-                    synchronize_channels=False,
-                    synchronize_axes=True,
-                    ignore_axes=None,
-                    allowed_channels=None,
-                    p_per_channel=1,
-                ),
-                apply_probability=s["low_resolution_probability"],
-            ),
-            RandomTransform(GammaTransform(p_invert_image=1, **gamma), apply_probability=inverted),
-            RandomTransform(
-                GammaTransform(p_invert_image=0, **gamma), apply_probability=s["gamma_probability"] - 0.73 * inverted
-            ),
-            MirrorTransform(allowed_axes=tuple(s["mirror_axes"])),
-            RemoveLabelTansform(-1, 0),
-        ]
+    spatial = SpatialTransform(
+        shape,
+        patch_center_dist_from_border=0,
+        random_crop=False,
+        p_elastic_deform=s["elastic_probability"],
+        p_rotation=s["rotation_probability"],
+        rotation=(-radians, radians),
+        p_scaling=s["scaling_probability"],
+        scaling=tuple(s["scaling_range"]),
+        p_synchronize_scaling_across_axes=1,
+        mode_seg=labels,
     )
+    mirror, relabel = MirrorTransform(allowed_axes=tuple(s["mirror_axes"])), RemoveLabelTansform(-1, 0)
+    chain = ComposeTransforms([spatial, *batchgenerators_intensity(s), mirror, relabel])
     reach = initial_shape(shape, radians, 0.85)  # nnU-Net counts on 0.85 here, whatever the scaling is
     random = np.random.default_rng(0)
     places = [np.argwhere(c["label"][0].numpy()) for c in cases]
@@ -258,6 +195,37 @@ def batchgenerators_chain(cases: list[Case], shape: tuple[int, ...], s: dict[str
         return chain(image=image, segmentation=label.to(torch.int16))
 
     return make
+
+
+def batchgenerators_intensity(s: dict[str, Any]) -> list[Any]:
+    """nnU-Net's changes of intensity, in its order."""
+    from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+    from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
+    from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+    from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+    from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+    from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+    from batchgeneratorsv2.transforms.utils.random import RandomTransform
+
+    def drawn(name: str) -> Any:
+        return BGContrast(tuple(s[f"{name}_range"]))
+
+    each: dict[str, Any] = {"synchronize_channels": False, "p_per_channel": 1}
+    both = GaussianNoiseTransform((0, s["noise_deviation"] ** 2), p_per_channel=1, synchronize_channels=True)
+    blur = GaussianBlurTransform(tuple(s["blur_voxels"]), synchronize_axes=False, benchmark=True, **each)
+    scale = tuple(s["low_resolution_range"])
+    low = SimulateLowResolutionTransform(scale, synchronize_axes=True, ignore_axes=None, **each)
+    curve = {"gamma": drawn("gamma"), "p_retain_stats": 1, **each}
+    inverted = s["gamma_probability"] * 0.27  # nnU-Net: 0.1 of the one and 0.3 of the other, 0.37 of either
+    return [
+        RandomTransform(both, s["noise_probability"]),
+        RandomTransform(blur, s["blur_probability"]),
+        RandomTransform(MultiplicativeBrightnessTransform(drawn("brightness"), **each), s["brightness_probability"]),
+        RandomTransform(ContrastTransform(drawn("contrast"), preserve_range=True, **each), s["contrast_probability"]),
+        RandomTransform(low, s["low_resolution_probability"]),
+        RandomTransform(GammaTransform(p_invert_image=1, **curve), inverted),
+        RandomTransform(GammaTransform(p_invert_image=0, **curve), s["gamma_probability"] - 0.73 * inverted),
+    ]
 
 
 def _box(volume: torch.Tensor, centre: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
