@@ -178,9 +178,10 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
 
 
 def _predict_case(run: Run, model: Model, case: Case, target: Path) -> None:
-    volumes = [read_volume(path) for path in run.dataset.image_paths(case)]
+    volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
     segmentation = predict(model, volumes, mirror=model.mirror, device=run.hardware.torch_device())
-    export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=Source(volumes[0]))
+    source = Source(next(volume for volume in volumes if volume is not None))
+    export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=source)
     # The figures of reading back are for results that leave the house.
     (target / f"{case.case_id}.verification.json").unlink(missing_ok=True)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import VolumeError
+
+if TYPE_CHECKING:
+    from pipeline.manifest import Channel, Manifest
 
 Facts = tuple[str, list[dict[str, Any]]]
 
@@ -35,7 +38,7 @@ def _bundle(path: Path) -> Facts:
     bundle = load_bundle(path)
     plan, index = bundle.plan, bundle.index
     rows = {
-        "channels": ", ".join(f"{c.name} ({c.modality})" for c in plan.channels),
+        "channels": ", ".join(channel.described for channel in plan.channels),
         "labels": ", ".join(f"{x.id} {x.name}" for x in bundle.schema.labels),
         "fold": "-" if index.fold is None else str(index.fold),
         "network": f"{plan.network}, features {', '.join(map(str, plan.unet.features))}",
@@ -73,7 +76,7 @@ def _manifest(path: Path) -> Facts:
         "description": manifest.description,
         "source": manifest.source,
         "licence": manifest.licence,
-        "channels": ", ".join(f"{c.name} ({c.modality})" for c in manifest.channels),
+        "channels": ", ".join(_channel_of(manifest, channel) for channel in manifest.channels),
         "labels": ", ".join(f"{x.id} {x.name}" for x in manifest.labels.labels),
         "cases": str(len(manifest.cases)),
         "annotated": str(sum(case.label is not None for case in manifest.cases)),
@@ -81,6 +84,13 @@ def _manifest(path: Path) -> Facts:
         "root": str(dataset.root),
     }
     return f"manifest '{manifest.name}'", _rows(rows)
+
+
+def _channel_of(manifest: Manifest, channel: Channel) -> str:
+    if not channel.optional:
+        return f"{channel.name} ({channel.modality})"
+    count = sum(channel.name in case.images for case in manifest.cases)
+    return f"{channel.name} ({channel.modality}, optional, {count} of {len(manifest.cases)} cases have it)"
 
 
 def _dicom(path: Path, resample_uneven: bool) -> Facts:

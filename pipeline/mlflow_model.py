@@ -21,8 +21,11 @@ class GridModel:
     def predict(self, model_input: npt.NDArray[np.float32], params: dict[str, Any] | None = None) -> Any:
         """Voxels (B, C, I, J, K), in HU for CT, to label ids (B, I, J, K) int32.
 
+        A channel that is NaN everywhere is missing, which an optional one may be.
+
         Raises:
-            VolumeError: another number of channels, or intensities that cannot be of the model's modality.
+            VolumeError: another number of channels, one missing that is needed, or intensities that cannot be of the
+                model's modality.
         """
         return np.stack([self._predict_one(channels) for channels in model_input])
 
@@ -33,7 +36,10 @@ class GridModel:
 
         plan = self._model.plan
         geometry = Geometry(channels.shape[1:], _affine_ras(plan.axis_codes, plan.spacing_mm))
-        volumes = [Volume(voxels, geometry, None, float(voxels.min())) for voxels in channels]
+        volumes = [
+            None if np.isnan(voxels).all() else Volume(voxels, geometry, None, float(voxels.min()))
+            for voxels in channels
+        ]
         device = next(self._model.bundles[0].network.parameters()).device
         result = predict(self._model, volumes, mirror=self._model.mirror, device=device)
         return result.label_map.astype(np.int32)

@@ -81,6 +81,11 @@ class ChannelPlan(Frozen):
     highest: float
     optional: bool = False
 
+    @property
+    def described(self) -> str:
+        """Its name, and in brackets what it is."""
+        return f"{self.name} ({self.modality}{', optional' if self.optional else ''})"
+
 
 class Plan(Frozen):
     """Everything that training and prediction need to agree on. Axes are RAS."""

@@ -71,15 +71,18 @@ class Model:
         return self.bundles[0].index.tile_step
 
 
-def predict(model: Model, channels: Sequence[Volume], *, mirror: bool, device: torch.device) -> Segmentation:
+def predict(model: Model, channels: Sequence[Volume | None], *, mirror: bool, device: torch.device) -> Segmentation:
     """Segment one study. `channels` are in the order of the model's and share a grid; so does the result.
 
+    None stands for an optional channel that the study lacks.
+
     Raises:
-        VolumeError: another number of channels, another modality, or intensities that cannot be that modality's.
+        VolumeError: another number of channels, another modality, intensities that cannot be that modality's, a
+            channel missing that is not optional, or all of them missing.
         GeometryMismatch: the channels lie on different grids.
     """
     check_input(model.plan, channels)
-    source = channels[0].geometry
+    source = next(volume.geometry for volume in channels if volume is not None)
     image, grid = _prepare(model.plan, channels)
     image = image.to(device)
     total: Tensor | None = None
@@ -94,30 +97,44 @@ def predict(model: Model, channels: Sequence[Volume], *, mirror: bool, device: t
     return Segmentation(label_map, source, model.schema, model.algorithm)
 
 
-def classes_of_probabilities(
-    probabilities: Tensor, schema: LabelSchema, source: Geometry, target: Geometry
-) -> Tensor:
+def classes_of_probabilities(probabilities: Tensor, schema: LabelSchema, source: Geometry, target: Geometry) -> Tensor:
     """The class map (1, I', J', K') int32 on `target` that the outputs (O, I, J, K) on `source` of a network say."""
     if schema.regions:
         return move_regions(probabilities, schema.painted_classes, source, target, dtype=torch.int32)
     return move_argmax(probabilities, source, target, dtype=torch.int32)
 
 
-def check_input(plan: Plan, channels: Sequence[Volume]) -> None:
+def check_input(plan: Plan, channels: Sequence[Volume | None]) -> None:
     """Refuse what the model was not made for.
 
     Raises:
         VolumeError, GeometryMismatch: see `predict`.
     """
     if len(channels) != len(plan.channels):
-        names = ", ".join(f"{c.name} ({c.modality})" for c in plan.channels)
+        names = ", ".join(channel.described for channel in plan.channels)
         raise VolumeError(f"{len(channels)} channel(s) given, the model wants {len(plan.channels)}: {names}")
-    for volume, channel in zip(channels, plan.channels, strict=True):
+    pairs = list(zip(channels, plan.channels, strict=True))
+    refuse_missing([channel.name for volume, channel in pairs if volume is None], plan)
+    there = [(volume, channel) for volume, channel in pairs if volume is not None]
+    for volume, channel in there:
         refuse_modality(volume.modality, channel)
         _check_intensities(volume, channel)
-        difference = channels[0].geometry.difference(volume.geometry)
+        difference = there[0][0].geometry.difference(volume.geometry)
         if difference:
             raise GeometryMismatch(f"channel {channel.name} lies on another grid than the first: {difference}")
+
+
+def refuse_missing(missing: Sequence[str], plan: Plan) -> None:
+    """Refuse a study that lacks the channels of these names.
+
+    Raises:
+        VolumeError: one of them is not optional, or they are all that there are.
+    """
+    needed = [c.described for c in plan.channels if c.name in missing and not c.optional]
+    if needed or len(missing) == len(plan.channels):
+        what = f"channel {', '.join(needed)} is missing" if needed else "every channel is missing"
+        known = ", ".join(channel.described for channel in plan.channels)
+        raise VolumeError(f"{what}; the model wants {known}")
 
 
 def refuse_modality(modality: str | None, channel: ChannelPlan) -> None:
@@ -148,15 +165,19 @@ def _check_intensities(volume: Volume, channel: ChannelPlan) -> None:
         )
 
 
-def _prepare(plan: Plan, channels: Sequence[Volume]) -> tuple[Tensor, Geometry]:
+def _prepare(plan: Plan, channels: Sequence[Volume | None]) -> tuple[Tensor, Geometry]:
     """(C, I, J, K) on the plan's grid, by the same steps as in training, and that grid."""
-    stacked = torch.from_numpy(np.stack([v.voxels for v in channels]).astype(np.float32, copy=False))
-    steps = placing_steps(["image"], [], plan.axis_codes, plan.spacing_mm, plan.normalisations)
-    data: dict[str, Any] = {"image": as_metatensor(stacked, channels[0].geometry)}
+    there = [volume for volume in channels if volume is not None]
+    stacked = torch.from_numpy(np.stack([v.voxels for v in there]).astype(np.float32, copy=False))
+    present = [volume is not None for volume in channels]
+    steps = placing_steps(["image"], [], plan.axis_codes, plan.spacing_mm, plan.normalisations, present)
+    data: dict[str, Any] = {"image": as_metatensor(stacked, there[0].geometry)}
     data = apply_chain(Compose(steps), data)
     return plain(data["image"]), geometry_of(data["image"])
 
 
 def _window(bundle: ModelBundle, *, mirror: bool, step: float) -> WindowSettings:
     axes = bundle.plan.mirror_axes if mirror else ()
-    return WindowSettings(bundle.plan.patch_shape, bundle.plan.factor, step, axes, bundle.schema.twin_outputs, bool(bundle.schema.regions))
+    return WindowSettings(
+        bundle.plan.patch_shape, bundle.plan.factor, step, axes, bundle.schema.twin_outputs, bool(bundle.schema.regions)
+    )

@@ -17,7 +17,7 @@ from pipeline.evaluate import SCHEMA_FILE
 from pipeline.export import FORMATS, ExportedFile, Options, Source, check_formats, export
 from pipeline.files import sha256_of_json, write_json, write_text
 from pipeline.manifest import load_dataset
-from pipeline.predict import Model, predict, refuse_modality
+from pipeline.predict import Model, predict, refuse_missing, refuse_modality
 from pipeline.results import RECORD, record_sources
 from pipeline.studies import EVERY_SERIES, Study
 from transforms.dicom import DicomSeries, read_series, read_voxels
@@ -71,12 +71,15 @@ def segment_studies(
             console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
         else:
             try:
+                refuse_missing(study.missing, model.plan)
                 sources = _sources(model, study, settings)
-                _tell_findings(study.name, sources, console)
-                files = _segment(model, study.name, sources, out, mirror=mirror, settings=settings)
+                _tell_findings(study, sources, console)
+                files = _segment(model, study, sources, out, mirror=mirror, settings=settings)
                 written += files
                 record["studies"][study.name] = sorted(f.format for f in files)
                 record["origins"][study.name] = origin
+                record["missing"].pop(study.name, None)
+                record["missing"] |= {study.name: list(study.missing)} if study.missing else {}
                 write_json(out / RECORD, record)
                 if settings.confidentiality is None:
                     record_sources(out, study.name, study.paths)
@@ -91,27 +94,39 @@ def segment_studies(
 
 
 def _sources(model: Model, study: Study, settings: SegmentSettings) -> list[Source]:
-    """The study's image, or one a channel."""
+    """The study's image, or one for each channel that it has."""
     if study.series is not None:
         refuse_modality(study.series.modality or None, model.plan.channels[0])
         return [_source_of(study.series)]
     return [_study_source(path, settings) for path in study.paths]
 
 
-def _tell_findings(name: str, sources: Sequence[Source], console: Console) -> None:
-    """What was put right in reading; what could not be is an error."""
+def _tell_findings(study: Study, sources: Sequence[Source], console: Console) -> None:
+    """What is missing or was put right in reading; what could not be is an error."""
+    if study.missing:
+        plural = "s" if len(study.missing) > 1 else ""
+        console.note(f"{study.name}: without the optional channel{plural} {', '.join(study.missing)}")
     for series in (source.series for source in sources if source.series is not None):
         for finding in series.findings:
-            console.note(f"{name}: {finding}")
+            console.note(f"{study.name}: {finding}")
 
 
 def _segment(
-    model: Model, name: str, sources: Sequence[Source], out: Path, *, mirror: bool, settings: SegmentSettings
+    model: Model, study: Study, sources: Sequence[Source], out: Path, *, mirror: bool, settings: SegmentSettings
 ) -> list[ExportedFile]:
     device = next(model.bundles[0].network.parameters()).device
-    segmentation = predict(model, [s.image for s in sources], mirror=mirror, device=device)
+    segmentation = predict(model, _in_their_places(model, study, sources), mirror=mirror, device=device)
     options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
-    return export(segmentation, formats=settings.formats, out=out, name=name, source=sources[0], options=options)
+    return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
+
+
+def _in_their_places(model: Model, study: Study, sources: Sequence[Source]) -> list[Volume | None]:
+    """One image a channel of the model, None where the study lacks it."""
+    volumes: list[Volume | None] = [source.image for source in sources]
+    for number, channel in enumerate(model.plan.channels):
+        if channel.name in study.missing:
+            volumes.insert(number, None)
+    return volumes
 
 
 def _study_source(path: Path, settings: SegmentSettings) -> Source:
@@ -158,7 +173,13 @@ def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
 
 
 def _open_record(out: Path, model: Model, made: dict[str, bool | int], *, force: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {"model": [b.digest for b in model.bundles], **made, "studies": {}, "origins": {}}
+    record: dict[str, Any] = {
+        "model": [b.digest for b in model.bundles],
+        **made,
+        "studies": {},
+        "origins": {},
+        "missing": {},
+    }
     path = out / RECORD
     if not path.exists():
         return record
@@ -173,7 +194,7 @@ def _open_record(out: Path, model: Model, made: dict[str, bool | int], *, force:
     same_setting = all(before.get(name, False) == value for name, value in made.items())
     if before.get("model") != record["model"] or not same_setting:
         raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
-    return {**record, **{part: dict(before.get(part, {})) for part in ("studies", "origins")}}
+    return {**record, **{part: dict(before.get(part, {})) for part in ("studies", "origins", "missing")}}
 
 
 def _origin(study: Study, settings: SegmentSettings) -> str:

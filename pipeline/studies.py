@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.console import Console
 from pipeline.errors import VolumeError
 from pipeline.files import safe_name
-from pipeline.manifest import Channel, load_dataset
+from pipeline.manifest import Channel, Dataset, load_dataset
 from pipeline.manifest_formats import VOLUME_SUFFIXES, volume_stem
 from pipeline.plan import ChannelPlan
 from transforms.dicom import DicomSeries, choose_series
@@ -27,7 +27,7 @@ _LONGEST_PART = 40
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """One thing to segment: its name for results, and a path a channel.
+    """One thing to segment: its name for results, and a path a channel, but for those that are `missing` by name.
 
     `series` is set where one of several volumes of a DICOM tree is meant, readable or not.
     """
@@ -35,6 +35,7 @@ class Study:
     name: str
     paths: tuple[Path, ...]
     series: DicomSeries | None = None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,19 @@ class Wanted:
 def find_studies(inputs: Sequence[Path], wanted: Wanted, *, console: Console) -> list[Study]:
     """What the inputs stand for: volume files, folders of them, DICOM folders, manifests.
 
-    In a folder of files with nnU-Net's channel suffixes (_0000, _0001) those of a case belong together. A
-    manifest names its channels, so they are put in the order of the model's. With `EVERY_SERIES` a DICOM tree is
-    indexed here, once, and each image volume in it is a study.
+    Of files with nnU-Net's channel suffixes (_0000, _0001), given one by one or as a folder, those of a case belong
+    together. A manifest names its channels, so they are put in the order of the model's. With `EVERY_SERIES` a DICOM
+    tree is indexed here, once, and each image volume in it is a study. A file or DICOM folder that does not say which
+    channel it is, is the only one that the model cannot do without. Studies may lack channels, needed ones as well:
+    `pipeline.predict.refuse_missing` judges each.
 
     Raises:
         VolumeError: a path is missing or holds nothing to segment, two studies would have one name, or the
             channels of a manifest are not the model's.
     """
-    studies = [study for path in inputs for study in _studies_at(path, wanted, console)]
+    numbered = [path for path in inputs if len(wanted.channels) > 1 and path.is_file() and _channel_file(path)]
+    studies = _grouped(numbered, wanted.channels)
+    studies += [study for path in inputs if path not in numbered for study in _studies_at(path, wanted, console)]
     twice = sorted(name for name, count in Counter(study.name for study in studies).items() if count > 1)
     if twice:
         raise VolumeError(f"two inputs would be named {twice[0]} in the output; predict them into different folders")
@@ -74,19 +79,18 @@ def _studies_at(path: Path, wanted: Wanted, console: Console) -> list[Study]:
     if not path.exists():
         raise VolumeError(f"{path}: no such file or folder")
     if path.suffix == ".json" or (path / "dataset.json").is_file():
-        dataset = load_dataset(path, wanted.root)
-        order = _channel_order(dataset.manifest.channels, wanted.channels, path)
-        images = [(case.case_id, dataset.image_paths(case)) for case in dataset.manifest.cases]
-        return [Study(case_id, tuple(paths[n] for n in order)) for case_id, paths in images]
+        return _cases_of(load_dataset(path, wanted.root), wanted.channels, path)
     if path.is_file():
-        if channel_count > 1:
+        missing = _beside_the_only_one(wanted.channels)
+        if missing is None:
             raise VolumeError(
                 f"{path}: one file, the model wants {channel_count} channels; give the folder of NAME_0000, NAME_0001 "
                 "and so on, or a manifest"
             )
         if wanted.series == EVERY_SERIES and is_dicom(path):
             return _every_series(path, wanted, console)
-        return [Study(safe_name(path.stem if path.suffix.lower() == ".dcm" else volume_stem(path)), (path,))]
+        name = safe_name(path.stem if path.suffix.lower() == ".dcm" else volume_stem(path))
+        return [Study(name, (path,), missing=missing)]
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(VOLUME_SUFFIXES))
     if not any(p.is_file() for p in path.rglob("*")):
         raise VolumeError(f"{path}: no file in this folder; expected a DICOM series or {', '.join(VOLUME_SUFFIXES)}")
@@ -94,10 +98,10 @@ def _studies_at(path: Path, wanted: Wanted, console: Console) -> list[Study]:
         return _every_series(path, wanted, console)
     if not files:
         # No volume files, so the folder is a DICOM series; the reader says what is wrong if it is not.
-        return [Study(safe_name(path.resolve().name), (path,))]
+        return [Study(safe_name(path.resolve().name), (path,), missing=_beside_the_only_one(wanted.channels) or ())]
     if channel_count == 1 and not all(volume_stem(p).endswith("_0000") for p in files):
         return [Study(safe_name(volume_stem(p)), (p,)) for p in files]
-    return _grouped(files, channel_count, path)
+    return _grouped(files, wanted.channels)
 
 
 def _every_series(path: Path, wanted: Wanted, console: Console) -> list[Study]:
@@ -142,30 +146,71 @@ def _name_of(series: DicomSeries, path: Path) -> str:
     return "_".join([*filter(None, words), digest[:8]])
 
 
-def _channel_order(found: Sequence[Channel], wanted: Sequence[ChannelPlan], source: Path) -> list[int]:
-    """Where each of the model's channels stands in a manifest; several are told apart by name, a single one fits."""
-    names = [channel.name.casefold() for channel in found]
+def _cases_of(dataset: Dataset, wanted: Sequence[ChannelPlan], source: Path) -> list[Study]:
+    order = _channel_order(dataset.manifest.channels, wanted, source)
+    return [
+        _study(case.case_id, [None if n is None else paths[n] for n in order], wanted)
+        for case, paths in ((case, dataset.channel_paths(case)) for case in dataset.manifest.cases)
+    ]
+
+
+def _channel_order(found: Sequence[Channel], wanted: Sequence[ChannelPlan], source: Path) -> list[int | None]:
+    """Where each of the model's channels stands in a manifest, if it does: by name, but a single one fits a single one.
+
+    A manifest may do without channels that the model can do without, but has no others.
+    """
+    places: dict[str, int | None] = {channel.name.casefold(): n for n, channel in enumerate(found)}
+    order = [places.get(channel.name.casefold()) for channel in wanted]
     if len(wanted) == len(found) == 1:
         order = [0]
-    elif sorted(names) == sorted(channel.name.casefold() for channel in wanted):
-        order = [names.index(channel.name.casefold()) for channel in wanted]
-    else:
-        order = []
-    if not order or any(found[n].modality != c.modality for n, c in zip(order, wanted, strict=True)):
-        here, there = (", ".join(f"{c.name} ({c.modality})" for c in side) for side in (found, wanted))
+    pairs = [(None if n is None else found[n], channel) for n, channel in zip(order, wanted, strict=True)]
+    fits = all(c.optional if f is None else f.modality == c.modality for f, c in pairs)
+    if not fits or len(found) > len({n for n in order if n is not None}):
+        here = ", ".join(f"{c.name} ({c.modality})" for c in found)
+        there = ", ".join(channel.described for channel in wanted)
         raise VolumeError(f"{source}: its channels are {here}, the model wants {there}; choose the model for these")
     return order
 
 
-def _grouped(files: Sequence[Path], channel_count: int, folder: Path) -> list[Study]:
-    groups: dict[str, dict[str, Path]] = {}
+def _study(name: str, paths: Sequence[Path | None], wanted: Sequence[ChannelPlan]) -> Study:
+    """`paths` are one a channel of the model, None where it is missing."""
+    missing = tuple(channel.name for path, channel in zip(paths, wanted, strict=True) if path is None)
+    return Study(name, tuple(path for path in paths if path is not None), missing=missing)
+
+
+def _beside_the_only_one(wanted: Sequence[ChannelPlan]) -> tuple[str, ...] | None:
+    """The model's other channels, where an image can only be of one of them; None where it could be of several."""
+    needed = [channel.name for channel in wanted if not channel.optional]
+    if len(wanted) == 1:
+        return ()
+    return tuple(channel.name for channel in wanted if channel.optional) if len(needed) == 1 else None
+
+
+def _channel_file(path: Path) -> tuple[str, str] | None:
+    """The case and the channel's four digits of a name such as case_0001.nii.gz; None for any other."""
+    stem, _, number = volume_stem(path).rpartition("_")
+    return (stem, number) if stem and number.isdecimal() and len(number) == 4 else None
+
+
+def _grouped(files: Sequence[Path], wanted: Sequence[ChannelPlan]) -> list[Study]:
+    groups: dict[tuple[Path, str], dict[str, Path]] = {}
     for file in files:
-        stem, _, channel = volume_stem(file).rpartition("_")
-        if not (channel.isdigit() and len(channel) == 4 and stem):
+        split = _channel_file(file)
+        if split is None:
             raise VolumeError(f"{file}: expected a channel number at the end of the name, as in case_0000.nii.gz")
-        groups.setdefault(stem, {})[channel] = file
-    wanted = [f"{n:04d}" for n in range(channel_count)]
-    for stem, found in groups.items():
-        if sorted(found) != wanted:
-            raise VolumeError(f"{folder}: {stem} has the channels {sorted(found)}, the model wants {wanted}")
-    return [Study(safe_name(stem), tuple(found[c] for c in wanted)) for stem, found in sorted(groups.items())]
+        groups.setdefault((file.parent, split[0]), {})[split[1]] = file
+    numbers = [f"{n:04d}" for n in range(len(wanted))]
+    for (folder, stem), found in groups.items():
+        absent = [number for number in numbers if number not in found]
+        if set(found) - set(numbers) or any(not wanted[int(number)].optional for number in absent):
+            raise VolumeError(f"{folder}: {stem} has the channels {sorted(found)}, the model wants {_told(wanted)}")
+    return [
+        _study(safe_name(stem), [found.get(number) for number in numbers], wanted)
+        for (_, stem), found in sorted(groups.items())
+    ]
+
+
+def _told(wanted: Sequence[ChannelPlan]) -> str:
+    if not any(channel.optional for channel in wanted):
+        return str([f"{n:04d}" for n in range(len(wanted))])
+    return ", ".join(f"{n:04d} = {channel.described}" for n, channel in enumerate(wanted))
