@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 
@@ -31,6 +32,18 @@ def small_dataset() -> Dataset:
     dataset = load_dataset(ROOT / "data_manifests" / "hippocampus_demo.json")
     cases = tuple(case for case in dataset.manifest.cases if case.case_id in SMALL_CASES)
     return dataset.model_copy(update={"manifest": dataset.manifest.model_copy(update={"cases": cases})})
+
+
+@pytest.fixture
+def world(small_dataset: Dataset, tmp_path: Path) -> Dataset:
+    """A copy of the cases that a test may spoil."""
+    for case in small_dataset.manifest.cases:
+        for source in (*small_dataset.image_paths(case), small_dataset.label_path(case)):
+            assert source is not None
+            target = tmp_path / "data" / source.relative_to(small_dataset.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return small_dataset.model_copy(update={"root": tmp_path / "data"})
 
 
 @pytest.fixture(scope="session")
