@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,6 +115,52 @@ def budget_of(hardware: Hardware, plan: PlanConfig, train: TrainConfig) -> Budge
     memory_gb = plan.memory_gb or round(CUDA_MEMORY_SHARE * total_gb, 1)
     gflops = CUDA_GFLOPS / (2 if hardware.precision == "32-true" else 1)
     return Budget("cuda", memory_gb, minutes, gflops)
+
+
+def memory_gb_of(device: torch.device) -> float | None:
+    """What a training step may take on a GPU; None for a CPU, whose memory others share."""
+    if device.type != "cuda":
+        return None
+    return CUDA_MEMORY_SHARE * float(torch.cuda.get_device_properties(device).total_memory) / 1e9
+
+
+@contextmanager
+def arithmetic(hardware: Hardware, *, deterministic: bool) -> Iterator[None]:
+    """How a GPU computes inside: whether it rounds float32 products, and whether it gives the same bits every time.
+
+    Deterministic mode refuses what has no deterministic version on a GPU (PyTorch's note on reproducibility), such
+    as the gradient of a linear interpolation; without it, cuDNN tries which algorithms are fastest. A CPU is the same
+    every time as it is.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    on_gpu = hardware.device == "cuda"
+    _set_arithmetic(hardware.tf32, hardware.tf32, on_gpu and not deterministic, on_gpu and deterministic)
+    try:
+        yield
+    finally:
+        _set_arithmetic(*before)
+
+
+def _set_arithmetic(matmul_tf32: bool, cudnn_tf32: bool, benchmark: bool, deterministic: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    torch.backends.cudnn.benchmark = benchmark
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def describe(hardware: Hardware) -> str:
+    """Device and arithmetic in one line."""
+    names = {"32-true": "float32", "bf16-mixed": "bfloat16 and float32", "16-mixed": "float16 and float32"}
+    numbers = "TF32" if hardware.tf32 else names[hardware.precision]
+    if hardware.device == "cuda":
+        return f"{_times(hardware)}{torch.cuda.get_device_name()}, {numbers}"
+    threads = torch.get_num_threads()
+    return f"{_times(hardware)}CPU with {threads} thread{'s' if threads > 1 else ''}, {numbers}"
+
+
+def _times(hardware: Hardware) -> str:
+    return f"{hardware.processes} x " if hardware.processes > 1 else ""
 
 
 def peak_memory_gb(hardware: Hardware) -> float:

@@ -1,0 +1,131 @@
+"""The processes of one training, one device each: how they are joined, what each of them does, what they agree on.
+
+Every update is that of one process with the whole batch: each makes and computes an equal share of its patches, the
+gradients are averaged (DistributedDataParallel), and whatever one of them decides, all do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision, Precision
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+
+from pipeline.config import LossConfig
+from pipeline.device import Hardware
+from pipeline.errors import PlanError
+from pipeline.plan import Plan
+
+LONGEST_WAIT = timedelta(hours=2)
+"""For the slowest process: one that preprocesses, or validates more than the others."""
+
+
+def open_fabric(hardware: Hardware) -> Fabric:
+    """Fabric for `hardware`, its processes joined: those of torchrun or SLURM, or started here.
+
+    Processes that are started here run the same command again from its beginning.
+    """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    plugin: Precision = Precision()
+    if hardware.precision != "32-true":
+        # Given as a plugin rather than by its name, which Fabric would announce.
+        plugin = MixedPrecision(hardware.precision, hardware.device)
+    strategy = DDPStrategy(timeout=LONGEST_WAIT, broadcast_buffers=False) if hardware.processes > 1 else "auto"
+    fabric = Fabric(
+        accelerator=hardware.device,
+        devices=hardware.devices,
+        num_nodes=hardware.nodes,
+        strategy=strategy,
+        plugins=[plugin],
+    )
+    if hardware.processes > 1:
+        fabric.launch()
+    return fabric
+
+
+def gradient_scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
+    """What keeps float16 gradients from vanishing; None in every other precision."""
+    return getattr(fabric.strategy.precision, "scaler", None)
+
+
+def share_of_batch(fabric: Fabric, batch_size: int) -> range:
+    """The rows of each batch that this process makes and computes.
+
+    Raises:
+        PlanError: the batch cannot be shared out evenly; the nearest that can be are named.
+    """
+    world, rank = fabric.world_size, fabric.global_rank
+    if batch_size % world:
+        below, above = batch_size // world * world, (batch_size // world + 1) * world
+        near = f"{below} or {above}" if below else f"{above}"
+        raise PlanError(
+            f"a batch of {batch_size} patches cannot be shared out evenly to {world} devices; "
+            f"set plan.batch_size to {near}"
+        )
+    each = batch_size // world
+    return range(rank * each, (rank + 1) * each)
+
+
+def whole_batch_only(plan: Plan, loss: LossConfig) -> str | None:
+    """The key of what looks at a batch as a whole, so that it cannot be computed in parts; None if nothing does."""
+    if plan.unet.normalisation == "batch":
+        return "network.normalisation=batch"
+    return "loss.batch_dice" if loss.batch_dice else None
+
+
+def require_sharable(fabric: Fabric, plan: Plan, loss: LossConfig) -> None:
+    """Raise PlanError if several processes could not give the update of one."""
+    whole = whole_batch_only(plan, loss)
+    if fabric.world_size > 1 and whole:
+        raise PlanError(f"{whole} looks at a batch as a whole, which {fabric.world_size} devices share out: change it")
+
+
+def without_exchange(fabric: Fabric, network: nn.Module, *, wanted: bool = True) -> AbstractContextManager[None]:
+    """Inside, if `wanted`, gradients stay in this process; forward and backward both have to be inside."""
+    if fabric.world_size == 1 or not wanted:
+        return nullcontext()
+    inner: AbstractContextManager[None] = cast("Any", fabric).no_backward_sync(network)
+    return inner
+
+
+def any_of(fabric: Fabric, flag: bool) -> bool:
+    """True on every process when it is on one; every process has to ask."""
+    if fabric.world_size == 1:
+        return flag
+    total = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
+    return bool(total)
+
+
+def mean_of(fabric: Fabric, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each figure (a scalar) averaged over the processes."""
+    if fabric.world_size == 1:
+        return figures
+    together = fabric.all_reduce(torch.stack(list(figures.values())), reduce_op="mean")
+    return dict(zip(figures, together, strict=True))
+
+
+def names_of_all(fabric: Fabric, names: Iterable[str]) -> list[str]:
+    """The names that the processes hold, each once, sorted."""
+    held = sorted(set(names))
+    if fabric.world_size == 1:
+        return held
+    rows: list[list[str]] = [[] for _ in range(fabric.world_size)]
+    torch.distributed.all_gather_object(rows, held)
+    return sorted({name for row in rows for name in row})
+
+
+@contextmanager
+def first_process_first(fabric: Fabric) -> Iterator[None]:
+    """What the first process does inside is done before the others come to it."""
+    if not fabric.is_global_zero:
+        fabric.barrier()
+    yield
+    if fabric.is_global_zero:
+        fabric.barrier()
