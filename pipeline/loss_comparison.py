@@ -189,10 +189,17 @@ def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
 
 def _sum_by_class(values: Tensor, classes: Tensor, count: int) -> Tensor:
     """The sum of `values` (B,1,...) over the voxels of each class: (B,`count`)."""
-    if values.device.type != "cpu":
-        # Adding by index has no fixed order on a GPU, and one address that most voxels wait for.
-        numbers = torch.arange(count, device=classes.device).view(1, count, *(1,) * (classes.dim() - 2))
-        return (values * (classes == numbers)).sum(tuple(range(2, classes.dim())))
+    # Adding by index has no fixed order on a GPU, and one address that most voxels wait for.
+    add = _sum_by_index if values.device.type == "cpu" else _sum_by_mask
+    return add(values, classes, count)
+
+
+def _sum_by_mask(values: Tensor, classes: Tensor, count: int) -> Tensor:
+    numbers = torch.arange(count, device=classes.device).view(1, count, *(1,) * (classes.dim() - 2))
+    return (values * (classes == numbers)).sum(tuple(range(2, classes.dim())))
+
+
+def _sum_by_index(values: Tensor, classes: Tensor, count: int) -> Tensor:
     # Plane by plane, because a long chain of float32 additions loses digits.
     planes, index = values.flatten(3)[:, 0], classes.flatten(3)[:, 0]
     return planes.new_zeros(*planes.shape[:2], count).scatter_add(2, index, planes).sum(1)

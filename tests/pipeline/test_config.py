@@ -54,6 +54,11 @@ class TestReference:
         assert "| `plan.patch_shape` | 3 int | `null` |" in text
         assert "| `tracking.enabled` | bool | `true` |" in text
 
+    def test_a_section_that_is_given_other_values_by_the_one_above_shows_those(self) -> None:
+        text = reference()
+        assert "| `loss.terms.dice` | float | `1.0` |" in text
+        assert "| `loss.terms.tversky` | float | `0.0` |" in text
+
     def test_the_page_in_configs_is_what_the_code_gives(self) -> None:
         page = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
         assert page.endswith("\n\n" + reference()), "replace the table of configs/README.md by `volseg config`"
@@ -86,6 +91,24 @@ class TestLoading:
         assert (config.train.steps, config.plan.features) == (7, (4, 8))
         assert (config.train.learning_rate, config.tracking.enabled) == (3e-4, False)
         assert load_config(path, ["train.steps=7", "train.steps=null"]).train.steps is None
+
+    @pytest.mark.parametrize(
+        ("loss", "overrides", "terms"),
+        [
+            ("", [], {"dice": 1, "cross_entropy": 1}),
+            ("loss:\n  terms: {top_k: 0.5}\n", [], {"top_k": 0.5}),
+            ("", ["loss.terms={dice: 1, top_k: 0.5}"], {"dice": 1, "top_k": 0.5}),
+            ("", ["loss.terms.tversky=1"], {"dice": 1, "cross_entropy": 1, "tversky": 1}),
+            ("loss:\n  terms:\n", ["loss.terms.tversky=1"], {"dice": 1, "cross_entropy": 1, "tversky": 1}),
+            ("loss:\n  terms: {top_k: 0.5}\n", ["loss.terms.tversky=1"], {"top_k": 0.5, "tversky": 1}),
+            ("", ["loss.terms.focal=2", "loss.terms.dice=0"], {"cross_entropy": 1, "focal": 2}),
+        ],
+    )
+    def test_a_mapping_of_terms_is_all_of_them_and_a_single_one_is_added(
+        self, path: Path, loss: str, overrides: list[str], terms: dict[str, float]
+    ) -> None:
+        path.write_text(MINIMAL + loss)
+        assert {name: weight for name, weight in load_config(path, overrides).loss.terms if weight} == terms
 
     @pytest.mark.parametrize(("word", "meant"), [("on", "on"), ("off", "off"), ("auto", "auto")])
     def test_a_bare_on_is_no_boolean(self, path: Path, word: str, meant: str) -> None:
@@ -136,6 +159,10 @@ class TestRefusals:
             ("plan.patch_size=[8, 8, 8]", "plan.batch_size' or 'plan.patch_shape"),
             ("augment.rotation_degree=3", "augment.rotation_degrees"),
             ("network.normalization=batch", "network.normalisation"),
+            ("train.loss=dice", "loss.terms"),
+            ("loss.terms.cross_entrpy=1", "loss.terms.cross_entropy"),
+            ("loss.term.dice=1", "loss.terms"),
+            ("loss.dice=1", "loss.terms.dice"),
         ],
     )
     def test_a_typo_is_told_the_nearest_key(self, path: Path, wrong: str, right: str) -> None:
@@ -162,6 +189,10 @@ class TestRefusals:
             ("augment.mirror_axes=[3]", "augment.mirror_axes: expected auto | any number of 0 | 1 | 2"),
             ("augment.gamma_range=[1.5, 0.7]", "expected two positive numbers, the smaller first, found [1.5, 0.7]"),
             ("augment.scaling_range=[0, 1]", "augment.scaling_range: expected two positive numbers"),
+            ("loss.terms={dice: 0}", "loss.terms: expected at least one term with a weight above 0, found {'dice': 0}"),
+            ("loss.terms.dice=-1", "loss.terms.dice: should be greater than or equal to 0, found -1"),
+            ("loss.terms=dice", "loss.terms: a section holds keys with values, found 'dice'"),
+            ("loss.top_k_share=0", "loss.top_k_share: should be greater than 0, found 0"),
             ("name=a b", "name: string should match pattern"),
             ("train.steps", "--set train.steps: expected section.key=value"),
             ("=3", "--set =3: expected section.key=value"),
