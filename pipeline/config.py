@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
+from pipeline.schedule import Decision, check_decisions
 
 ERRORS_SHOWN = 5
 """Faults of one config that are told at a time; the rest are counted."""
@@ -29,6 +30,7 @@ def _rising(limits: tuple[float, float]) -> tuple[float, float]:
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_rising)]
+Decisions = Annotated[tuple[Decision, ...], AfterValidator(check_decisions)]
 Channels = Annotated[int, Field(ge=1)]
 RasAxis = Literal[0, 1, 2]
 
@@ -89,10 +91,11 @@ class NetworkConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop. One of `budget_minutes` and `steps` ends it; `steps` wins."""
+    """The loop. One of `budget_minutes`, `steps` and `schedule` ends it; of two the later wins."""
 
     budget_minutes: float | None = Field(60.0, gt=0, description="wall time of the training, validation included")
     steps: int | None = Field(None, ge=1, description="number of updates; exactly repeatable")
+    schedule: Decisions | None = Field(None, description="of a run's steps.json: repeats exactly what minutes gave it")
     seed: int = Field(0, ge=0, description="seed of weights, patches and augmentation")
     optimiser: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum 0.99")
     learning_rate: float = Field(3e-3, gt=0, description="peak of the schedule")

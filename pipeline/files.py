@@ -10,13 +10,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
 
 _BLOCK_BYTES = 1 << 20
+_UNFINISHED = ".writing-"
 
 # Asked once: the only way to read it changes it for a moment, which other threads would see.
 _UMASK = os.umask(0)
@@ -37,13 +38,14 @@ def atomic_path(target: Path) -> Iterator[Path]:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         # mkstemp keeps two writers of the same target apart; the whole name stays a suffix for format sniffing.
-        handle, name = tempfile.mkstemp(prefix=".writing-", suffix="-" + target.name, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=_UNFINISHED, suffix="-" + target.name, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        _sync(temporary)
         temporary.chmod(0o666 & ~_UMASK)
+        sync_file(temporary)
         temporary.replace(target)
+        _sync_folder(target.parent)
     except OSError as error:
         raise explain_os_error(error, target) from error
     finally:
@@ -62,12 +64,13 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".writing-{target.name}-", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{target.name}-", dir=target.parent))
         yield temporary
         share_as_new(temporary)
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
+        _sync_folder(target.parent)
     except OSError as error:
         raise explain_os_error(error, target) from error
     finally:
@@ -126,6 +129,26 @@ def share_as_new(folder: Path) -> None:
     folder.chmod(0o777 & ~_UMASK)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have a file's bytes on the disk itself, where a power cut leaves them."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left of files that were being written; only where no one else is writing."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -14,10 +14,14 @@ from pipeline.config import TrainConfig
 from pipeline.losses import Loss, deep_supervision_loss
 from pipeline.models.registry import build_network
 from pipeline.models.slices import as_volume_network
+from pipeline.schedule import Schedule
 from pipeline.task import TrainingState, TrainingTask, bare
 
 SGD_MOMENTUM = 0.99
 ADAMW_BETAS = (0.9, 0.99)
+
+UNKNOWN = Schedule(((0, 1),))
+"""Of a training whose number of updates is still to be found."""
 
 
 def start_training(task: TrainingTask, fabric: Fabric) -> TrainingState:
@@ -29,7 +33,7 @@ def start_training(task: TrainingTask, fabric: Fabric) -> TrainingState:
     optimiser = _optimiser(network, task.settings)
     network, optimiser = fabric.setup(network, optimiser)
     torch.manual_seed(task.settings.seed)
-    return TrainingState(network, averaged, optimiser, step=0, steps=0, elapsed_s=0.0)
+    return TrainingState(network, averaged, optimiser, UNKNOWN)
 
 
 def _optimiser(network: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
@@ -72,12 +76,14 @@ def _average(state: TrainingState, decay: float) -> None:
         averaged[name].copy_(current[name])
 
 
-def learning_rate(settings: TrainConfig, step: int, steps: int) -> float:
-    """Linear rise over the warm-up, then half a cosine to zero at the last step (Loshchilov and Hutter 2017)."""
+def learning_rate(settings: TrainConfig, step: float, steps: int) -> float:
+    """Linear rise over the warm-up, then half a cosine to zero at the last step (Loshchilov and Hutter 2017).
+
+    `step` is a position among `steps`, as `Schedule.position` gives it.
+    """
     warm = max(1, round(settings.warmup * steps))
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warm) / max(1, steps - warm)))
+    return settings.learning_rate * min(1.0, (step + 1) / warm) * fall
 
 
 def average_decay(settings: TrainConfig, step: int) -> float:

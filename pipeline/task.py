@@ -14,6 +14,7 @@ from pipeline.config import AugmentConfig, LossConfig, TrainConfig
 from pipeline.dataset import PreparedCase
 from pipeline.files import sha256_of_json
 from pipeline.plan import Plan
+from pipeline.schedule import Schedule
 from transforms.labels import LabelSchema
 
 
@@ -55,6 +56,7 @@ class TrainingTask:
                     exclude={
                         "budget_minutes",
                         "steps",
+                        "schedule",
                         "checkpoint_minutes",
                         "validations",
                         "validation_cases",
@@ -75,9 +77,18 @@ class TrainingState:
     network: nn.Module
     averaged: nn.Module
     optimiser: torch.optim.Optimizer
-    step: int
-    steps: int
-    elapsed_s: float
+    schedule: Schedule
+    step: int = 0
+    elapsed_s: float = 0.0
+    dice: dict[str, float] = field(default_factory=dict)
+    """Of the last validation."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Step and mean Dice of the best of those validations that looked at the same cases."""
+
+    @property
+    def steps(self) -> int:
+        """Updates in all, as far as is known by now."""
+        return self.schedule.steps
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 
 from lightning_fabric import Fabric
 
-from pipeline.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import Checkpoints, has_checkpoint
 from pipeline.dataset import Patches
 from pipeline.device import Hardware, peak_memory_gb
 from pipeline.errors import RunError
 from pipeline.history import HISTORY, History
 from pipeline.loader import prefetch
 from pipeline.losses import Targets, build_loss
-from pipeline.pace import timed_steps
+from pipeline.pace import Pace, first_schedule, resumed_schedule
 from pipeline.step import learning_rate, start_training, update
-from pipeline.task import Observer, TrainingResult, TrainingTask
+from pipeline.task import Observer, TrainingResult, TrainingState, TrainingTask
 from pipeline.validation import validate
 
 
@@ -34,40 +34,57 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
         RunError: a checkpoint is there and `resume` is off, or it belongs to another plan or config.
         KeyboardInterrupt: after a checkpoint has been written.
     """
+    started = time.monotonic()
     fabric = Fabric(accelerator=hardware.device, devices=1, precision=hardware.precision)
     patches = _patches(task)
     loss = build_loss(task.loss, _targets(task))
     state = start_training(task, fabric)
-    checkpoint = task.folder / CHECKPOINT
-    if checkpoint.exists():
+    checkpoints = Checkpoints(task, observer)
+    if has_checkpoint(task.folder):
         if not resume:
             raise RunError(f"{task.folder}: an unfinished training is here; give --resume, or another --out")
-        load_checkpoint(checkpoint, state, task)
+        checkpoints.restore(state)
+        started -= state.elapsed_s
+        state.schedule = resumed_schedule(task, state.schedule)
         observer.note(f"resumed at step {state.step} of {state.steps}")
     else:
-        state.steps = task.settings.steps or timed_steps(task, fabric, patches, loss, observer)
-    validate_at = {round(state.steps * (n + 1) / task.settings.validations) for n in range(task.settings.validations)}
-    dice: dict[str, float] = {}
-    started, saved = time.monotonic() - state.elapsed_s, time.monotonic()
+        state.schedule = first_schedule(task, fabric, patches, loss, observer)
+    pace = Pace(task, fabric, state)
     with _interruptible() as interrupted, History(task.folder / HISTORY, state.step, observer) as history:
-        for batch in prefetch(patches.batch, state.step, state.steps):
-            rate = learning_rate(task.settings, state.step, state.steps)
+        for batch in prefetch(patches.batch, state.step, pace.end(state)):
+            rate = learning_rate(task.settings, *state.schedule.position(state.step))
             values = update(task, fabric, state, loss, batch.to(fabric.device), rate)
             state.step += 1
             state.elapsed_s = time.monotonic() - started
+            pace.after_update(state)
             history.update(state, values, rate, len(batch))
-            if state.step in validate_at:
-                dice = validate(task, state.averaged, last=state.step == state.steps)
-                history.add(state.step, {f"dice/{k}": v for k, v in dice.items()})
-            if interrupted() or time.monotonic() - saved > 60 * task.settings.checkpoint_minutes:
-                save_checkpoint(checkpoint, state, task)
-                saved = time.monotonic()
+            if state.schedule.validation_due(state.step, task.settings.validations):
+                _validate(task, state, history, pace)
+            if state.step == state.steps:
+                break
             if interrupted():
+                checkpoints.save_last(state)
                 raise KeyboardInterrupt
+            if checkpoints.due():
+                checkpoints.save(state)
         history.add(state.step, {"memory_gb": peak_memory_gb(hardware)})
-    save_checkpoint(checkpoint, state, task)
+        checkpoints.save_last(state)
     weights = {k: v.detach().cpu().clone() for k, v in state.averaged.state_dict().items()}
-    return TrainingResult(weights, state.steps, state.elapsed_s, dice)
+    return TrainingResult(weights, state.steps, state.elapsed_s, state.dice)
+
+
+def _validate(task: TrainingTask, state: TrainingState, history: History, pace: Pace) -> None:
+    """Dice of the averaged weights. The best is for the record: the result is the weights of the end."""
+    begin, last = time.monotonic(), state.step == state.steps
+    state.dice = validate(task, state.averaged, last=last)
+    cases = len(task.validation) if last else min(len(task.validation), task.settings.validation_cases)
+    pace.validated(time.monotonic() - begin, cases)
+    # All cases and the first few are not to be compared.
+    mean = state.dice.get("mean") if cases <= task.settings.validation_cases else None
+    if mean is not None and mean > state.best.get("dice", -1.0):
+        state.best = {"step": state.step, "dice": mean}
+    rows = {f"dice/{k}": v for k, v in state.dice.items()} | {f"best/{k}": v for k, v in state.best.items()}
+    history.add(state.step, rows)
 
 
 def _targets(task: TrainingTask) -> Targets:

@@ -2,111 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import math
 import signal
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import CHECKPOINT
 from pipeline.config import AugmentConfig, TrainConfig
 from pipeline.dataset import PreparedCase
-from pipeline.device import Hardware
-from pipeline.errors import RunError
 from pipeline.history import HISTORY, read_history
-from pipeline.pace import STEPS
 from pipeline.plan import Plan
 from pipeline.step import average_decay, learning_rate
-from pipeline.task import TrainingResult, TrainingTask
-from pipeline.train import train
+from pipeline.task import TrainingTask
 from pipeline.validation import validate
 from transforms.geometry import Geometry
-from transforms.labels import schema_from_names
-from transforms.patches import class_positions
+
+from .tiny_training import Listener, another, press_ctrl_c, run, same, tiny_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CPU = Hardware("cpu", "32-true")
-SHAPE = (12, 14, 10)
-
-
-class Listener:
-    """Remembers what it is told; `at` has something happen at a step."""
-
-    def __init__(self, at: Mapping[int, Callable[[], Any]] | None = None) -> None:
-        self.at = at or {}
-        self.notes: list[str] = []
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def progress(self, step: int, steps: int, loss: float) -> None:
-        assert 0 < step <= steps
-        assert math.isfinite(loss)
-        self.at.get(step, lambda: None)()
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.rows.append((step, dict(values)))
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-
-def phantom(number: int) -> PreparedCase:
-    """A bright box and a dark one in noise, elsewhere in each case."""
-    random = np.random.default_rng(number)
-    image = random.normal(0, 0.1, (1, *SHAPE)).astype(np.float32)
-    classes = np.zeros((1, *SHAPE), np.uint8)
-    for label, value in ((1, 2.0), (2, -2.0)):
-        i, j = random.integers(0, 8, 2)
-        box = (0, slice(i, i + 4), slice(j, j + 6), slice(5 * (label - 1), 5 * (label - 1) + 5))
-        image[box] += value
-        classes[box] = label
-    return PreparedCase(
-        f"case_{number}",
-        Geometry(SHAPE, np.eye(4)),
-        torch.from_numpy(image),
-        torch.from_numpy(classes),
-        class_positions(classes[0], class_count=3),
-    )
 
 
 @pytest.fixture
 def task(small_plan: Plan, tmp_path: Path) -> TrainingTask:
-    """Twenty updates of a tiny network on three phantoms."""
-    return TrainingTask(
-        plan=small_plan.model_copy(update={"patch_shape": (8, 8, 8), "batch_size": 2}),
-        schema=schema_from_names({1: "bright", 2: "dark"}),
-        training=[phantom(n) for n in range(3)],
-        validation=[phantom(n) for n in range(3, 5)],
-        settings=TrainConfig(steps=20, validations=2, validation_cases=1, learning_rate=0.02, weight_average=0.9),
-        augment=AugmentConfig(),
-        tile_step=0.5,
-        folder=tmp_path,
-    )
-
-
-def another(task: TrainingTask, folder: str, **settings: Any) -> TrainingTask:
-    (task.folder / folder).mkdir()
-    values = task.settings.model_copy(update=settings)
-    return replace(task, folder=task.folder / folder, settings=values)
-
-
-def run(task: TrainingTask, listener: Listener | None = None, *, resume: bool = False) -> TrainingResult:
-    return train(task, CPU, listener or Listener(), resume=resume)
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def press_ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
+    return tiny_task(small_plan, tmp_path)
 
 
 class TestRepeatability:
@@ -172,111 +93,6 @@ class TestLearning:
         plan = task.plan.model_copy(update={"unet": unet, "slice_axis": 2, "patch_shape": (8, 8, 1), "batch_size": 4})
         result = run(replace(task, plan=plan, settings=task.settings.model_copy(update={"steps": 4})))
         assert set(result.dice) == {"bright", "dark", "mean"}
-
-
-class TestCheckpoint:
-    @pytest.fixture
-    def broken(self, task: TrainingTask) -> TrainingTask:
-        with pytest.raises(KeyboardInterrupt):
-            run(task, Listener({10: press_ctrl_c}))
-        return task
-
-    def test_it_holds_tensors_and_plain_values_only(self, broken: TrainingTask) -> None:
-        document = torch.load(broken.folder / CHECKPOINT, weights_only=True)
-        assert (document["step"], document["steps"]) == (10, 20)
-        assert not list(broken.folder.glob(".*"))
-
-    def test_it_is_not_overwritten_unasked(self, broken: TrainingTask) -> None:
-        with pytest.raises(RunError, match=r"an unfinished training is here; give --resume, or another --out"):
-            run(broken)
-
-    @pytest.mark.parametrize("change", ["seed", "plan", "augment", "cases"])
-    def test_it_is_not_resumed_with_anything_else(self, broken: TrainingTask, change: str) -> None:
-        changed = {
-            "seed": lambda: replace(broken, settings=broken.settings.model_copy(update={"seed": 1})),
-            "plan": lambda: replace(broken, plan=broken.plan.model_copy(update={"batch_size": 3})),
-            "augment": lambda: replace(broken, augment=AugmentConfig(noise_deviation=0.5)),
-            "cases": lambda: replace(broken, training=broken.training[:2]),
-        }
-        with pytest.raises(RunError, match="made with another plan, config or set of cases than this run's"):
-            run(changed[change](), resume=True)
-
-    @pytest.mark.parametrize("damage", ["cut short", "text", "empty", "foreign", "pickle"])
-    def test_a_damaged_one_is_named(self, broken: TrainingTask, damage: str) -> None:
-        path = broken.folder / CHECKPOINT
-        if damage == "foreign":
-            torch.save({"weights": torch.zeros(3)}, path)
-        elif damage == "pickle":
-            # Protocol 0 of a call to os.mkdir, as an attacker would write it.
-            path.write_bytes(f"cposix\nmkdir\n(V{broken.folder}/made\ntR.".encode())
-        else:
-            content = {"cut short": path.read_bytes()[:-5000], "text": b"hello", "empty": b""}[damage]
-            path.write_bytes(content)
-        with pytest.raises(RunError) as caught:
-            run(broken, resume=True)
-        assert str(caught.value).startswith(f"{path}: not a ")
-        assert str(caught.value).endswith("delete it to start anew")
-        assert not (broken.folder / "made").exists()
-
-    def test_rows_beyond_it_and_cut_short_are_dropped(self, broken: TrainingTask) -> None:
-        with (broken.folder / HISTORY).open("a") as stream:
-            stream.write(json.dumps({"step": 15, "loss": 1.0}) + '\n{"step": 16, "lo')
-        run(broken, resume=True)
-        steps = [row["step"] for row in read_history(broken.folder / HISTORY)]
-        assert 15 not in steps
-        assert steps == sorted(steps)
-
-    def test_a_finished_one_is_not_trained_again(self, task: TrainingTask) -> None:
-        first = run(task)
-        again = run(task, Listener({n: lambda: pytest.fail("trained again") for n in range(21)}), resume=True)
-        assert same(first.weights, again.weights)
-
-
-class TestBudget:
-    def timed(self, task: TrainingTask, minutes: float) -> TrainingTask:
-        settings = task.settings.model_copy(update={"steps": None, "budget_minutes": minutes})
-        return replace(task, settings=settings)
-
-    def test_minutes_become_steps_once_and_are_recorded_before_the_first(self, task: TrainingTask) -> None:
-        task = self.timed(task, 0.1)
-
-        def stop() -> None:
-            record = json.loads((task.folder / STEPS).read_text())
-            assert record["budget_minutes"] == 0.1
-            raise InterruptedError
-
-        listener = Listener({10: stop})
-        with pytest.raises(InterruptedError):
-            run(task, listener)
-        # No checkpoint was written, as after a kill; the steps are those of the beginning none the less.
-        assert not (task.folder / CHECKPOINT).exists()
-        steps = json.loads((task.folder / STEPS).read_text())["steps"]
-        assert f"0.1 minutes hold {steps} updates" in listener.notes[0]
-        again = Listener({10: stop})
-        with pytest.raises(InterruptedError):
-            run(task, again, resume=True)
-        assert again.notes == [f"{steps} updates, as timed when this training began"]
-
-    def test_repeated_with_its_recorded_steps_it_gives_the_same_weights(self, task: TrainingTask) -> None:
-        (task.folder / STEPS).write_text("[]")  # one that says nothing is made anew
-        timed = run(self.timed(task, 0.01))
-        record = json.loads((task.folder / STEPS).read_text())
-        assert record["steps"] == timed.steps >= task.settings.validations
-        assert same(run(another(task, "again", steps=timed.steps)).weights, timed.weights)
-
-    def test_another_budget_is_timed_anew(self, task: TrainingTask) -> None:
-        record = {"key": self.timed(task, 0.2).key(), "budget_minutes": 0.2, "steps": 3}
-        (task.folder / STEPS).write_text(json.dumps(record))
-        assert run(self.timed(task, 0.2)).steps == 3
-        (task.folder / CHECKPOINT).unlink()
-        listener = Listener()
-        run(self.timed(task, 0.01), listener)
-        assert "0.01 minutes hold" in listener.notes[0]
-
-    def test_without_either_there_is_no_end(self, task: TrainingTask) -> None:
-        settings = task.settings.model_copy(update={"steps": None, "budget_minutes": None})
-        with pytest.raises(RunError, match=r"train.steps and train.budget_minutes are both null"):
-            run(replace(task, settings=settings))
 
 
 class TestSchedule:
@@ -350,12 +166,3 @@ class TestValidation:
         assert {"loss", "learning_rate", "patches_per_s", "gradient_norm"} <= set(row)
         assert any(key.startswith("loss/") for key in row)
         assert listener.rows[-1][1].keys() == {"memory_gb"}
-
-
-def test_a_full_disk_under_the_history_is_one_line(task: TrainingTask) -> None:
-    def swap_for_a_full_device() -> None:
-        (task.folder / HISTORY).unlink()
-        (task.folder / HISTORY).symlink_to("/dev/full")
-
-    with pytest.raises(RunError, match=r"history.jsonl: the disk is full; free some space"):
-        run(task, Listener({10: swap_for_a_full_device}))
