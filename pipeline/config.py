@@ -73,15 +73,41 @@ class NetworkConfig(Section):
 
     name: str = Field("unet", description="builder in pipeline.models.registry")
     dimensions: Literal[2, 3] = Field(3, description="3, or 2 to train on slices along the coarsest axis")
+    preset: Literal["resenc_m", "resenc_l", "resenc_xl"] | None = Field(
+        None, description="residual encoder for about 8, 24 or 40 GB; null: as the keys below say"
+    )
     block: Literal["plain", "residual"] = Field("plain", description="block of every stage")
     normalisation: Literal["instance", "batch", "group", "none"] = Field("instance", description="in every block")
     skip: Literal["concatenate", "attention"] = Field("concatenate", description="how skips join the decoder")
     upsampling: Literal["transposed", "interpolated"] = Field("transposed", description="how the decoder gets finer")
+    bottleneck: Literal["convolution", "transformer"] = Field(
+        "convolution", description="transformer: attention over the coarsest voxels, after their convolutions"
+    )
+    transformer_layers: int = Field(4, ge=1, description="of a transformer bottleneck")
+    transformer_heads: int | None = Field(None, ge=1, description="of each layer; null: one for every 32 channels")
+    positions: Literal["rotary", "learned"] = Field("rotary", description="how a transformer bottleneck tells places")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="of the deepest residual block or transformer layer; rises from 0 (0.1 is common)"
+    )
+    weight_standardisation: bool = Field(False, description="weights of the blocks' convolutions are standardised")
     deep_supervision: bool = Field(False, description="losses at coarser resolutions as well")
     checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="gradient checkpointing: less memory, more time, the same result; auto: when memory asks",
     )
+
+    @model_validator(mode="after")
+    def _keys_say_something(self) -> NetworkConfig:
+        residual = self.block == "residual" or self.preset is not None
+        if self.drop_path and not residual and self.bottleneck == "convolution":
+            raise ValueError(
+                "drop_path needs block residual, a preset or bottleneck transformer: nothing can be dropped"
+            )
+        for key in ("transformer_layers", "transformer_heads", "positions"):
+            default = type(self).model_fields[key].default
+            if self.bottleneck == "convolution" and getattr(self, key) != default:
+                raise ValueError(f"{key} needs bottleneck transformer")
+        return self
 
     @field_validator("checkpointing", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from pipeline.models.cost import step_gb
+from pipeline.models.needs import NEEDS
 from pipeline.models.spec import UNetSpec
 from pipeline.plan import Plan, Triple
 
@@ -35,7 +36,8 @@ def advice_when_too_large(plan: Plan, memory_gb: float | None = None) -> str:
             f"network fits {limit_gb:.2g} GB: use a device with more memory"
         )
     unet, patch = found
-    keys = [f"plan.patch_shape={_plain(patch)}", f"plan.features={_plain(unet.features)}"]
+    keys = [f"plan.patch_shape={_plain(patch)}"]
+    keys += [f"plan.features={_plain(unet.features)}"] if NEEDS[plan.network].features is None else []
     keys += ["network.checkpointing=on"] if unet.checkpointing and not plan.unet.checkpointing else []
     sets = " ".join(f"--set {key}" for key in keys)
     return f"the nearest plan that fits: {sets}, or --set plan.memory_gb={_floor(limit_gb):g} to have it chosen anew"
@@ -47,7 +49,7 @@ def nearest_fitting(plan: Plan, memory_gb: float) -> tuple[UNetSpec, Triple] | N
     Gradient checkpointing comes first, since it changes no result; then a smaller patch; then a narrower network.
     """
     smallest: tuple[UNetSpec, Triple] | None = None
-    for unet in _narrower(plan.unet):
+    for unet in _narrower(plan):
         for patch in _smaller(plan):
             if _one_patch_gb(plan, unet, patch) > memory_gb:
                 continue
@@ -58,10 +60,12 @@ def nearest_fitting(plan: Plan, memory_gb: float) -> tuple[UNetSpec, Triple] | N
     return smallest
 
 
-def _narrower(unet: UNetSpec) -> Iterator[UNetSpec]:
-    for share in NARROWED:
-        features = tuple(max(4, round(n * share / 4) * 4) if share < 1 else n for n in unet.features)
-        yield unet.model_copy(update={"features": features, "checkpointing": True})
+def _narrower(plan: Plan) -> Iterator[UNetSpec]:
+    needs = NEEDS[plan.network]
+    saving = plan.unet.model_copy(update={"checkpointing": needs.follows("checkpointing")})
+    for share in NARROWED if needs.features is None else (1.0,):
+        features = tuple(max(4, round(n * share / 4) * 4) if share < 1 else n for n in plan.unet.features)
+        yield saving.model_copy(update={"features": features})
 
 
 def _smaller(plan: Plan) -> Iterator[Triple]:
@@ -77,12 +81,13 @@ def _smaller(plan: Plan) -> Iterator[Triple]:
 
 
 def _one_patch_gb(plan: Plan, unet: UNetSpec, patch: Triple) -> float:
-    return step_gb(unet, tuple(n for axis, n in enumerate(patch) if axis != plan.slice_axis), 1)
+    return step_gb(plan.network, unet, tuple(n for axis, n in enumerate(patch) if axis != plan.slice_axis), 1)
 
 
 def _floor(gb: float) -> float:
-    """Rounded down to a hundredth, so that what is told is no more than what there is."""
-    return math.floor(100 * gb) / 100
+    """Rounded down to three digits, so that what is told is no more than what there is."""
+    scale = 10.0 ** (2 - math.floor(math.log10(gb)))
+    return math.floor(scale * gb) / scale
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -7,17 +7,16 @@ their builders: that takes seconds, and our own network does not need it.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.errors import PlanError
+from pipeline.models.needs import needs_of
 from pipeline.models.shape import Shape, output_shape
 from pipeline.models.spec import UNetSpec
 from pipeline.models.unet import UNet
@@ -31,23 +30,19 @@ def build_network(
     Raises:
         PlanError: no such network, one that cannot do what the spec asks, or a patch that does not fit it.
     """
-    require_network(name)
-    network = NETWORKS[name]
-    network.check(name, spec, patch_shape)
+    _check(name, spec, patch_shape)
+    build = NETWORKS[name]
     if generator is None:
-        return network.build(spec)
+        return build(spec)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return network.build(spec)
+        return build(spec)
 
 
 def require_network(name: str) -> None:
     """Raise PlanError if there is no network of that name; the nearest and all others are named."""
-    if name not in NETWORKS:
-        near = difflib.get_close_matches(name, NETWORKS, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise PlanError(f"network '{name}' is not known: {hint}known are {', '.join(NETWORKS)}")
+    needs_of(name)
 
 
 def _unet(spec: UNetSpec) -> nn.Module:
@@ -125,39 +120,20 @@ def _mednext(spec: UNetSpec) -> nn.Module:
     )
 
 
-@dataclass(frozen=True)
-class Network:
-    """How to build a network, and what it asks for.
-
-    `divisor`: what each side of a patch must be divisible by, where the spec's strides do not say it.
-    `least_stages`: of the spec, where the network is built from its stages.
-    """
-
-    build: Callable[[UNetSpec], nn.Module]
-    ours: bool = False
-    divisor: int | None = None
-    least_stages: int = 1
-    needs_package: str | None = None
-
-    def check(self, name: str, spec: UNetSpec, patch_shape: Shape) -> None:
-        """Raise PlanError if the network cannot be built for `spec` or run on `patch_shape`."""
-        if self.needs_package and importlib.util.find_spec(self.needs_package) is None:
-            raise PlanError(
-                f"network '{name}' needs the package {self.needs_package}: pip install {self.needs_package}"
-            )
-        if self.ours:
-            _check_unet(patch_shape, spec)
-            return
-        if spec.deep_supervision or spec.padding == "valid":
-            raise PlanError(
-                f"network '{name}' has same padding and no deep supervision: change the plan, or use 'unet'"
-            )
-        if spec.stages < self.least_stages:
-            raise PlanError(f"network '{name}': found {spec.stages} stages, expected at least {self.least_stages}")
-        _check_divisible(name, patch_shape, self._divisors(spec))
-
-    def _divisors(self, spec: UNetSpec) -> Shape:
-        return spec.downsampling_factor if self.divisor is None else (self.divisor,) * spec.dimensions
+def _check(name: str, spec: UNetSpec, patch_shape: Shape) -> None:
+    """Raise PlanError if the network cannot be built for `spec` or run on `patch_shape`."""
+    needs = needs_of(name)
+    if needs.needs_package and importlib.util.find_spec(needs.needs_package) is None:
+        raise PlanError(f"network '{name}' needs the package {needs.needs_package}: pip install {needs.needs_package}")
+    if needs.ours:
+        _check_unet(patch_shape, spec)
+        return
+    if spec.deep_supervision or spec.padding == "valid":
+        raise PlanError(f"network '{name}' has same padding and no deep supervision: change the plan, or use 'unet'")
+    if spec.stages < needs.least_stages:
+        raise PlanError(f"network '{name}': found {spec.stages} stages, expected at least {needs.least_stages}")
+    divisors = spec.downsampling_factor if needs.divisor is None else (needs.divisor,) * spec.dimensions
+    _check_divisible(name, patch_shape, divisors)
 
 
 def _check_unet(patch_shape: Shape, spec: UNetSpec) -> None:
@@ -179,11 +155,12 @@ def _check_divisible(name: str, patch_shape: Shape, divisors: Shape) -> None:
         raise PlanError(f"network '{name}': patch {patch_shape} leaves one voxel at the bottleneck; use a larger one")
 
 
-NETWORKS: dict[str, Network] = {
-    "unet": Network(_unet, ours=True),
-    "segresnet": Network(_segresnet, divisor=8),
-    "swin_unetr": Network(_swin_unetr, divisor=32, needs_package="einops"),
-    "dynunet": Network(_dynunet, least_stages=3),
-    "attention_unet": Network(_attention_unet, least_stages=2),
-    "mednext": Network(_mednext, divisor=16),
+NETWORKS: dict[str, Callable[[UNetSpec], nn.Module]] = {
+    "unet": _unet,
+    "segresnet": _segresnet,
+    "swin_unetr": _swin_unetr,
+    "dynunet": _dynunet,
+    "attention_unet": _attention_unet,
+    "mednext": _mednext,
 }
+"""Builders by name; what each asks of a plan is in `pipeline.models.needs`."""

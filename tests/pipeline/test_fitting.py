@@ -53,7 +53,7 @@ def test_the_plan_that_is_named_can_be_made_and_fits(memory_gb: float | None, di
     plan = plan_for(shape, dimensions=dimensions)
     one_gb = plan_for(shape, dimensions=dimensions, batch_size=1, checkpointing="off").memory_gb
     keys = told(advice_when_too_large(plan, memory_gb))
-    assert keys["plan.memory_gb"] <= min(0.75 * one_gb, memory_gb or math.inf)
+    assert keys["plan.memory_gb"] <= min(0.75 * one_gb, memory_gb or math.inf) + 0.001  # plans round theirs
     smaller = plan_for(
         shape,
         dimensions=dimensions,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 from pipeline.config import NetworkConfig, PlanConfig
 from pipeline.errors import ManifestError, PlanError
 from pipeline.manifest import parse_manifest
+from pipeline.models.needs import NEEDS
 from pipeline.models.shape import output_shape
 from pipeline.plan import Budget, CaseFingerprint, ChannelFingerprint, Fingerprint, Plan, read_plan
-from pipeline.planner import MIRRORED_ROUNDS, make_plan, percentile
+from pipeline.planner import make_plan, percentile
+from pipeline.sizing import MIRRORED_ROUNDS
 
 AMPLE = Budget("cpu", memory_gb=64.0, minutes=None, gflops=60.0)
 Triple = tuple[int, int, int]
@@ -59,7 +63,7 @@ def fingerprint(
 
 
 def plan_for(facts: Fingerprint, budget: Budget = AMPLE, *, dimensions: int = 3, **values: Any) -> Plan:
-    network = {k: values.pop(k) for k in ("checkpointing", "normalisation") if k in values}
+    network = {k: values.pop(k) for k in list(values) if k in NetworkConfig.model_fields}
     return make_plan(
         facts,
         budget,
@@ -263,8 +267,137 @@ class TestBudget:
         assert plan_for(facts, Budget("cpu", 1000.0, None, 60.0), **patch).batch_size == 2
 
     def test_no_room_at_all_is_an_error(self) -> None:
-        with pytest.raises(PlanError, match=r"no network fits 1e-06 GB and 1 minutes; allow more"):
-            plan_for(fingerprint(), Budget("cpu", 1e-6, 1.0, 60.0))
+        with pytest.raises(PlanError, match=r"no network fits 1e-06 GB and 0.01 minutes; the nearest plan") as caught:
+            plan_for(self.BIG, Budget("cpu", 1e-6, 0.01, 60.0))
+        keys = dict(re.findall(r"--set (\S+)=([\d.]+)", str(caught.value)))
+        enough = Budget("cpu", float(keys["plan.memory_gb"]), float(keys["train.budget_minutes"]), 60.0)
+        plan = plan_for(self.BIG, enough)
+        assert (plan.patch_shape, plan.batch_size, plan.unet.features[0]) == ((16, 16, 16), 1, 8)
+        assert f"patches of 16x16x16 and {plan.unet.features[0]} channels" in str(caught.value)
+        assert enough.minutes is not None
+        for less in (
+            replace(enough, memory_gb=0.98 * enough.memory_gb),
+            replace(enough, minutes=0.98 * enough.minutes),
+        ):
+            with pytest.raises(PlanError, match="the nearest plan that does"):
+                plan_for(self.BIG, less)
+
+    def test_a_patch_does_not_shrink_to_nothing(self) -> None:
+        """Sixteen voxels, or what an axis has."""
+        flat = fingerprint([(200, 200, 9)])
+        with pytest.raises(PlanError, match="has patches of 16x16x10 and 8 channels"):
+            plan_for(flat, Budget("cpu", 1e-6, None, 60.0))
+
+    def test_one_patch_in_a_step_where_two_do_not_fit(self) -> None:
+        values = {"patch_shape": (64, 64, 64), "features": (16, 32, 64)}
+        one = least_gb(self.BIG, checkpointing="on", batch_size=1, **values)
+        plan = plan_for(self.BIG, Budget("cuda", 1.1 * one, None, 60.0), **values)
+        assert plan.batch_size == 1
+        assert "two patches do not fit" in plan.reasons["batch_size"]
+
+
+class TestNetworks:
+    BIG = fingerprint([(256, 256, 256)])
+
+    @pytest.mark.parametrize("dimensions", [2, 3])
+    @pytest.mark.parametrize("shape", [(35, 50, 36), (300, 280, 20), (5, 5, 5), (90, 90, 90)])
+    @pytest.mark.parametrize("name", ["segresnet", "swin_unetr", "mednext"])
+    def test_a_patch_is_one_that_the_network_accepts(self, name: str, shape: Triple, dimensions: int) -> None:
+        for budget in (AMPLE, Budget("cpu", 8.0, 3.0, 60.0)):
+            plan = plan_for(fingerprint([shape]), budget, dimensions=dimensions, name=name)
+            inside = [n for axis, n in enumerate(plan.patch_shape) if axis != plan.slice_axis]
+            divisor = NEEDS[name].divisor
+            assert divisor is not None
+            assert all(n % divisor == 0 for n in inside)
+            assert math.prod(inside) > divisor**dimensions  # more than one voxel at the bottleneck
+            assert plan.memory_gb <= budget.memory_gb
+            assert f"those of network '{name}'" in plan.reasons["features"]
+
+    @pytest.mark.parametrize("name", ["dynunet", "attention_unet"])
+    def test_networks_of_the_plans_stages_get_them(self, name: str) -> None:
+        plan = plan_for(fingerprint([(64, 64, 32)], [(1, 1, 2)]), name=name)
+        assert plan.unet.strides == plan_for(fingerprint([(64, 64, 32)], [(1, 1, 2)])).unet.strides
+        assert plan.unet.decoder_blocks[0] == 2  # theirs cannot be one
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"name": "segresnet", "block": "residual"}, "network.block: says nothing to network 'segresnet', which"),
+            ({"name": "dynunet", "skip": "attention"}, "network.skip: .* which follows network.block: leave it out"),
+            ({"name": "swin_unetr", "preset": "resenc_m"}, "network.preset: says nothing"),
+            ({"name": "mednext", "checkpointing": "on"}, "network.checkpointing: .* follows none of them"),
+            ({"name": "mednext", "bottleneck": "transformer"}, "network.bottleneck: says nothing"),
+            ({"name": "swin_unetr", "features": (8, 16)}, "plan.features: network 'swin_unetr' has widths of its own"),
+            ({"name": "uunet"}, "did you mean 'unet'"),
+        ],
+    )
+    def test_keys_that_say_nothing_to_a_network_are_refused_by_name(self, values: Any, message: str) -> None:
+        with pytest.raises(PlanError, match=message):
+            plan_for(self.BIG, **values)
+
+    def test_too_few_voxels_for_a_networks_stages(self) -> None:
+        with pytest.raises(PlanError, match="'dynunet' needs 3 resolutions, but patches of 8x8x8"):
+            plan_for(fingerprint([(8, 8, 8)]), name="dynunet")
+
+    def test_checkpointing_where_the_network_has_it(self) -> None:
+        swin = plan_for(self.BIG, Budget("cpu", 4.0, None, 60.0), name="swin_unetr")
+        assert swin.unet.checkpointing
+        mednext = plan_for(self.BIG, Budget("cpu", 4.0, None, 60.0), name="mednext")
+        assert not mednext.unet.checkpointing
+        assert mednext.reasons["checkpointing"] == "off: network 'mednext' has none"
+
+    @pytest.mark.parametrize(("preset", "gb"), [("resenc_m", 8.0), ("resenc_l", 24.0), ("resenc_xl", 40.0)])
+    def test_a_preset_has_its_blocks_and_fills_its_memory(self, preset: str, gb: float) -> None:
+        plan = plan_for(self.BIG, Budget("cuda", 70.0, None, 20_000.0), preset=preset)
+        assert plan.unet.encoder_blocks == (1, 3, 4, 6, 6, 6)
+        assert plan.unet.decoder_blocks == (1,) * 5
+        assert plan.unet.features == (32, 64, 128, 256, 320, 320)
+        assert (plan.unet.block, plan.unet.block_of_decoder) == ("residual", "plain")
+        assert 0.7 * gb < plan.memory_gb <= gb
+        assert f"meant for {gb:g} GB; which is there" in plan.reasons["preset"]
+
+    def test_the_smaller_memory_wins_over_a_preset_and_a_key_over_both(self) -> None:
+        less = plan_for(self.BIG, Budget("cuda", 6.0, None, 20_000.0), preset="resenc_l")
+        assert less.memory_gb <= 6.0
+        assert "meant for 24 GB; 6 GB is what the device has, and wins" in less.reasons["preset"]
+        more = plan_for(self.BIG, Budget("cuda", 50.0, None, 20_000.0), preset="resenc_m", memory_gb=50.0)
+        assert more.memory_gb > 8.0
+        assert "plan.memory_gb says 50" in more.reasons["preset"]
+
+    def test_time_narrows_a_preset(self) -> None:
+        plan = plan_for(self.BIG, Budget("cpu", 6.0, 30.0, 100.0), preset="resenc_m")
+        assert plan.unet.features[0] < 32
+        assert f"{plan.unet.features[0]} channels at full resolution: 30 minutes" in plan.reasons["features"]
+
+    def test_a_transformer_sees_the_patch_and_has_a_head_for_32_channels(self) -> None:
+        plan = plan_for(fingerprint([(64, 64, 48)], extent_mm=(60.0, 60.0, 45.0)), bottleneck="transformer")
+        assert plan.unet.transformer_heads == plan.unet.features[-1] // 32
+        assert all(mm >= n for mm, n in zip(plan.receptive_field_mm, plan.patch_shape, strict=True))
+        assert plan.warnings == ()
+
+    @pytest.mark.parametrize("dimensions", [2, 3])
+    def test_learned_positions_are_as_many_as_the_bottleneck_has_voxels(self, dimensions: int) -> None:
+        choices = {"bottleneck": "transformer", "positions": "learned", "dimensions": dimensions}
+        plan = plan_for(fingerprint([(70, 50, 41)]), Budget("cpu", 2.0, None, 60.0), **choices)
+        inside = [n for axis, n in enumerate(plan.patch_shape) if axis != plan.slice_axis]
+        grid = tuple(n // f for n, f in zip(inside, plan.unet.downsampling_factor, strict=True))
+        assert plan.unet.position_grid == grid
+
+    def test_heads_that_do_not_divide_are_refused_by_their_key(self) -> None:
+        with pytest.raises(PlanError, match=r"network.transformer_heads: found 7, which does not divide"):
+            plan_for(self.BIG, bottleneck="transformer", transformer_heads=7)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"drop_path": 0.1}, "drop_path needs block residual"),
+            ({"transformer_heads": 4}, "transformer_heads needs bottleneck transformer"),
+            ({"positions": "learned"}, "positions needs bottleneck transformer"),
+        ],
+    )
+    def test_choices_that_would_do_nothing_are_no_config(self, values: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            NetworkConfig.model_validate(values)
 
 
 class TestView:
