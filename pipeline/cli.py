@@ -36,6 +36,10 @@ app.add_typer(pacs_app, name="pacs")
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a config value.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file as in configs/.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: RUNS/NAME of the config.")]
+CheckpointEvery = Annotated[
+    float | None,
+    typer.Option("--checkpoint-every", metavar="MINUTES", help="Time between checkpoints; train.checkpoint_minutes."),
+]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")]
 FORMAT_HELP = "DICOM: seg, labelmap, rtstruct, sr, capture; nifti, nrrd (3D Slicer), stl, gltf, overlay (PNG)."
 Formats = Annotated[str, typer.Option("--as", metavar="FORMAT,...", help=FORMAT_HELP)]
@@ -127,19 +131,21 @@ def train(
     config: ConfigFile,
     fold: Annotated[int, typer.Option("--fold", min=0, help="The fold to hold out.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
+    checkpoint_every: CheckpointEvery = None,
     out: RunFolder = None,
     sets: Sets = None,
 ) -> None:
     """Train on all folds but one, then predict and score the one held out."""
     from pipeline.cli_stages import train_one_fold
 
-    train_one_fold(_load(config, sets), out, fold=fold, resume=resume, console=_console())
+    train_one_fold(_load(config, _with(sets, checkpoint_every)), out, fold=fold, resume=resume, console=_console())
 
 
 @app.command()
 def crossval(
     config: ConfigFile,
     folds: Annotated[str | None, typer.Option("--folds", metavar="0,1,...", help="Which folds; default: all.")] = None,
+    checkpoint_every: CheckpointEvery = None,
     out: RunFolder = None,
     sets: Sets = None,
 ) -> None:
@@ -147,7 +153,7 @@ def crossval(
     from pipeline.cli_stages import run_folds
 
     wanted = _numbers(folds)
-    run_folds(_load(config, sets), out, folds=wanted, console=_console())
+    run_folds(_load(config, _with(sets, checkpoint_every)), out, folds=wanted, console=_console())
 
 
 @app.command()
@@ -333,6 +339,11 @@ def _load(config: Path, sets: Sequence[str] | None) -> Config:
     from pipeline.config import load_config
 
     return load_config(config, sets or ())
+
+
+def _with(sets: Sequence[str] | None, checkpoint_every: float | None) -> list[str]:
+    """The option is a config value under a name of its own."""
+    return [*(sets or ()), *([] if checkpoint_every is None else [f"train.checkpoint_minutes={checkpoint_every}"])]
 
 
 def _names(text: str) -> list[str]:

@@ -112,15 +112,19 @@ def show_plan(config: Config, out: Path | None, console: TerminalConsole) -> Non
 
 def train_one_fold(config: Config, out: Path | None, *, fold: int, resume: bool, console: TerminalConsole) -> None:
     """`volseg train`."""
+    from pipeline.checkpoint import discard_checkpoints, has_checkpoint
     from pipeline.crossval import train_fold
     from pipeline.runs import open_run, open_run_tracker, read_done, send_leftovers
 
     run = open_run(config, out or config.runs / config.name, console, wanted=[fold])
     folder = run.fold_folder(fold)
     if run.is_done(fold):
+        discard_checkpoints(folder)  # where a kill was faster
         send_leftovers(run, console)
         console.note(f"fold {fold} is finished already ({read_done(folder)['steps']} steps); choose another --out")
     else:
+        if resume and not has_checkpoint(folder):
+            console.note(f"{folder}: there is no checkpoint to go on from; the training begins")
         with open_run_tracker(run, console, fold=None):
             report = train_fold(run, fold, console, resume=resume)
         console.close()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
-from pipeline.checkpoint import CHECKPOINT
+from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console
 from pipeline.dataset import Failure
 from pipeline.errors import RunError, VolsegError
@@ -83,7 +83,7 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
         KeyboardInterrupt: after a checkpoint was written.
     """
     folder = run.fold_folder(fold)
-    if not resume and (folder / CHECKPOINT).exists():
+    if not resume and has_checkpoint(folder):
         raise RunError(f"{folder}: an unfinished training is here; give --resume, or another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with open_run_tracker(run, console, fold=fold) as tracker:
@@ -241,8 +241,7 @@ def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker
         class_count=run.plan.class_count,
     )
     write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
-    # A finished fold is never resumed, and its optimiser's state is twice the size of its weights.
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    discard_checkpoints(folder)
 
 
 def _headline(report: Report) -> dict[str, float]:

@@ -255,7 +255,7 @@ def _require_same_config(config: Config, folder: Path) -> None:
     except ConfigError as error:
         raise RunError(f"{folder}: holds a run that this version cannot read; choose another --out") from error
     now = flatten(config)
-    places = ("runs", "data.", "tracking.", "train.device")
+    places = ("runs", "data.", "tracking.", "train.device", "train.checkpoint_minutes")
     changed = [k for k in now if before.get(k) != now[k] and not k.startswith(places)]
     if changed:
         key = changed[0]

@@ -18,6 +18,7 @@ from pipeline.checkpoint import Checkpoints, has_checkpoint
 from pipeline.dataset import Patches
 from pipeline.device import Hardware, peak_memory_gb
 from pipeline.errors import RunError
+from pipeline.files import remove_leftovers
 from pipeline.history import HISTORY, History
 from pipeline.loader import prefetch
 from pipeline.losses import Targets, build_loss
@@ -39,6 +40,8 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     patches = _patches(task)
     loss = build_loss(task.loss, _targets(task))
     state = start_training(task, fabric)
+    if fabric.is_global_zero:
+        remove_leftovers(task.folder)
     checkpoints = Checkpoints(task, observer)
     if has_checkpoint(task.folder):
         if not resume:
@@ -104,19 +107,21 @@ def _patches(task: TrainingTask) -> Patches:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that the loop asks for between updates; a second one ends at once."""
+    """Turn the first Ctrl-C or SIGTERM into a flag that the loop asks for between updates; a second ends at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(_signal: int, _frame: object) -> None:
+    def ask(number: int, _frame: object) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[signal.Signals(number)])
 
-    signal.signal(signal.SIGINT, ask)
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
