@@ -62,6 +62,24 @@ def batches(
         team.close()
 
 
+def load(
+    source: Source,
+    start: int,
+    stop: int,
+    *,
+    wanted: Literal["auto"] | int,
+    device: torch.device,
+    processes_here: int = 1,
+    note: Callable[[str], None] = lambda _: None,
+) -> Timed[Batch]:
+    """`batches` as a training on `device` has them: `wanted` is `train.workers`, memory is pinned for a GPU.
+
+    Use it as `for batch in (loading := load(patches, ...))`, with `loading.wait_share()` in each row of the history.
+    """
+    workers = count_workers(wanted, device.type, processes_here=processes_here)
+    return Timed(batches(source, start, stop, workers=workers, pin=device.type == "cuda", note=note))
+
+
 def count_workers(wanted: Literal["auto"] | int, device: str, *, processes_here: int = 1) -> int:
     """Who makes the batches of one training process: 0 a thread, more that many processes.
 
@@ -78,15 +96,12 @@ def count_workers(wanted: Literal["auto"] | int, device: str, *, processes_here:
 
 
 class Timed(Generic[Made]):
-    """An iterator that sums up how long its user waited for the next one, in `waited_s`.
-
-    For `wait_share` in the history: keep `waited_s` and the clock of the last row, and divide what has been added to
-    the one by what has been added to the other.
-    """
+    """An iterator that knows how long its user waited for it: `waited_s` in all, `wait_share` since it was asked."""
 
     def __init__(self, items: Iterable[Made]) -> None:
         self._items = iter(items)
         self.waited_s = 0.0
+        self._asked_s, self._asked_at = 0.0, time.monotonic()
 
     def __iter__(self) -> Timed[Made]:
         return self
@@ -97,6 +112,13 @@ class Timed(Generic[Made]):
             return next(self._items)
         finally:
             self.waited_s += time.monotonic() - begun
+
+    def wait_share(self) -> float:
+        """Part of the wall time since the last call, or the beginning, that was spent waiting: for the history."""
+        now = time.monotonic()
+        share = (self.waited_s - self._asked_s) / max(1e-9, now - self._asked_at)
+        self._asked_s, self._asked_at = self.waited_s, now
+        return share
 
     def close(self) -> None:
         """End what makes them."""

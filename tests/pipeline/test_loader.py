@@ -21,7 +21,7 @@ from pipeline.cache_entry import PreparedCase
 from pipeline.config import AugmentConfig
 from pipeline.dataset import Patches
 from pipeline.errors import RunError, VolumeError
-from pipeline.loader import PREFETCHED_BATCHES, Timed, batches, count_workers, prefetch
+from pipeline.loader import PREFETCHED_BATCHES, Timed, batches, count_workers, load, prefetch
 from pipeline.loader_memory import Slot, new_memory
 from pipeline.plan import Plan
 from tests.pipeline.numbered_batches import Numbers, Unloadable, numbered, same
@@ -233,7 +233,22 @@ def test_waiting_is_timed() -> None:
     timed = Timed(slowly())
     for _ in timed:
         time.sleep(0.02)
-    assert 0.14 < timed.waited_s < 0.2
+    assert 0.14 < timed.waited_s < 0.25
+    assert 0.5 < timed.wait_share() < 0.8  # 150 of 210 ms
+    time.sleep(0.01)
+    assert timed.wait_share() == 0
+
+
+def test_a_training_loads_by_its_config(tmp_path: Path) -> None:
+    before = children()
+    device = torch.device("cpu")
+    with closing(load(Numbers(tmp_path), 0, 9, wanted="auto", device=device)) as loading:
+        assert same(next(loading), numbered(0))
+        assert children() == before
+    with closing(load(Numbers(tmp_path), 0, 9, wanted=2, device=device)) as loading:
+        assert same(next(loading), numbered(0))
+        assert len(children() - before) == 2
+    assert children() == before
 
 
 def number(n: int) -> Tensor:
