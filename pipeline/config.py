@@ -133,6 +133,9 @@ class TrainConfig(Section):
     validations: int = Field(4, ge=1, description="whole-volume validations, evenly spaced, the last at the end")
     validation_cases: int = Field(8, ge=1, description="cases in those before the last, which takes all")
     checkpoint_minutes: float = Field(2.0, gt=0, description="a resumable checkpoint at least this often")
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="processes that load batches; 0, 1: a thread; auto: a thread on a CPU, processes for a GPU"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="auto: by what the device can do; tf32: float32 whose products a GPU may round to 10 bits"
