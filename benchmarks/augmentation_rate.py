@@ -352,13 +352,15 @@ def main() -> None:
 
 
 def report(title: str, shape: tuple[int, ...], rates: dict[str, list[float]]) -> None:
-    """Medians, ranges and how many times each peer volseg is."""
+    """Medians, ranges and how many times each peer volseg is, round by round, since a busy machine slows all down."""
     print(f"patch {'x'.join(map(str, shape))}, {title} probabilities: patches a CPU second, median (range)")
-    ours = statistics.median(rates["volseg"])
     for contestant, values in rates.items():
-        middle = statistics.median(values)
-        spread = f"({min(values):.1f} to {max(values):.1f})"
-        print(f"  {contestant:20} {middle:8.1f} {spread:20} volseg makes {ours / middle:.2f} times as many", flush=True)
+        times = [ours / theirs for ours, theirs in zip(rates["volseg"], values, strict=True)]
+        print(
+            f"  {contestant:20} {statistics.median(values):8.1f} ({min(values):.1f} to {max(values):.1f})"
+            f"   volseg makes {statistics.median(times):.2f} times as many ({min(times):.2f} to {max(times):.2f})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
