@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
@@ -212,7 +213,9 @@ def _draw_case(run: Run, folder: Path, case_id: str, target: Path) -> None:
     prediction = read_label(folder / VALIDATION / f"{case_id}.nii.gz")
     bundle = load_bundle(folder / BUNDLE)
     algorithm = Model((bundle,)).algorithm
-    found, expected = (_segmentation(v, run, algorithm=algorithm) for v in (prediction, read_label(label_path)))
+    drawn = read_label(label_path)
+    reference = replace(drawn, voxels=run.dataset.annotation(case).ids(drawn.voxels))
+    found, expected = (_segmentation(v, run, algorithm=algorithm) for v in (prediction, reference))
     write_overlay(target, found, image, reference=expected)
 
 
@@ -221,7 +224,7 @@ def _segmentation(volume: Volume, run: Run, *, algorithm: object) -> Segmentatio
 
 
 def _case_mean(case: CaseScores) -> float:
-    scored = [score.dice for score in case.labels if score.dice is not None]
+    scored = [score.dice for score in case.regions or case.labels if score.dice is not None]
     return sum(scored) / len(scored) if scored else 0.0
 
 
@@ -245,7 +248,7 @@ def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker
 
 
 def _headline(report: Report) -> dict[str, float]:
-    rows = {f"out_of_fold_dice/{x.label}": x.mean for x in report.labels} | {
+    rows = {f"out_of_fold_dice/{x.label}": x.mean for x in report.summaries} | {
         "out_of_fold_dice/mean": report.overall.mean
     }
     return {k: v for k, v in rows.items() if v is not None}

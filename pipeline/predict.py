@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.bundle import ModelBundle
 from pipeline.dataset import apply_chain
 from pipeline.errors import BundleError, GeometryMismatch, VolumeError
+from pipeline.outputs import classes_of_probabilities
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.windows import WindowSettings, predict_windows
@@ -21,7 +22,6 @@ from transforms.chains import placing_steps, plain
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.load import as_metatensor, geometry_of
-from transforms.resample import move_argmax, move_regions
 from transforms.volume import Volume
 
 AIR_HU = -500.0
@@ -95,13 +95,6 @@ def predict(model: Model, channels: Sequence[Volume | None], *, mirror: bool, de
         classes = classes_of_probabilities(total.div_(len(model.bundles)), model.schema, grid, source)
     label_map = model.schema.ids_from_classes(classes[0].cpu().numpy())
     return Segmentation(label_map, source, model.schema, model.algorithm)
-
-
-def classes_of_probabilities(probabilities: Tensor, schema: LabelSchema, source: Geometry, target: Geometry) -> Tensor:
-    """The class map (1, I', J', K') int32 on `target` that the outputs (O, I, J, K) on `source` of a network say."""
-    if schema.regions:
-        return move_regions(probabilities, schema.painted_classes, source, target, dtype=torch.int32)
-    return move_argmax(probabilities, source, target, dtype=torch.int32)
 
 
 def check_input(plan: Plan, channels: Sequence[Volume | None]) -> None:

@@ -21,7 +21,8 @@ from pipeline.errors import RunError
 from pipeline.files import remove_leftovers
 from pipeline.history import HISTORY, History
 from pipeline.loader import prefetch
-from pipeline.losses import Targets, build_loss
+from pipeline.losses import build_loss
+from pipeline.outputs import targets_of
 from pipeline.pace import Pace, first_schedule, resumed_schedule
 from pipeline.step import learning_rate, start_training, update
 from pipeline.task import Observer, TrainingResult, TrainingState, TrainingTask
@@ -38,7 +39,7 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     started = time.monotonic()
     fabric = Fabric(accelerator=hardware.device, devices=1, precision=hardware.precision)
     patches = _patches(task)
-    loss = build_loss(task.loss, _targets(task))
+    loss = build_loss(task.loss, targets_of(task.schema))
     state = start_training(task, fabric)
     if fabric.is_global_zero:
         remove_leftovers(task.folder)
@@ -88,10 +89,6 @@ def _validate(task: TrainingTask, state: TrainingState, history: History, pace: 
         state.best = {"step": state.step, "dice": mean}
     rows = {f"dice/{k}": v for k, v in state.dice.items()} | {f"best/{k}": v for k, v in state.best.items()}
     history.add(state.step, rows)
-
-
-def _targets(task: TrainingTask) -> Targets:
-    return Targets(task.schema.class_count, task.schema.region_classes, task.schema.ignored_class)
 
 
 def _patches(task: TrainingTask) -> Patches:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pipeline.predict import classes_of_probabilities
+from pipeline.outputs import classes_of_probabilities
 from pipeline.scores import dice_of_classes
 from pipeline.task import TrainingTask
 from pipeline.windows import WindowSettings, predict_windows
