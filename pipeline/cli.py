@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -60,6 +61,13 @@ DeidentifySource = Annotated[
 KeyFile = Annotated[
     Path | None, typer.Option("--key", help="File of the key for pseudonyms, made if missing; default: a new key.")
 ]
+
+
+class Runner(Enum):
+    """Where folds run."""
+
+    local = "local"
+    ray = "ray"
 
 
 @app.callback(invoke_without_command=True)
@@ -148,12 +156,27 @@ def crossval(
     checkpoint_every: CheckpointEvery = None,
     out: RunFolder = None,
     sets: Sets = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option("--parallel", metavar="K", min=1, help="Folds at a time, each with its share of GPUs or threads."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads of each fold; default: its share.")
+    ] = None,
+    runner: Annotated[
+        Runner, typer.Option("--runner", help="Where folds run: this machine, or a Ray cluster that shares --out.")
+    ] = Runner.local,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of the Ray cluster: HOST:PORT, or auto; default: start one here.")
+    ] = None,
 ) -> None:
     """Run the folds that aren't finished yet and score all out-of-fold predictions together."""
-    from pipeline.cli_stages import run_folds
+    from pipeline.cli_stages import Where, run_folds
 
-    wanted = _numbers(folds)
-    run_folds(_load(config, _with(sets, checkpoint_every)), out, folds=wanted, console=_console())
+    if address and runner is not Runner.ray:
+        raise typer.BadParameter("only with --runner ray", param_hint="--address")
+    where = Where(runner.value, parallel, threads, address)
+    run_folds(_load(config, _with(sets, checkpoint_every)), out, folds=_numbers(folds), where=where, console=_console())
 
 
 @app.command()

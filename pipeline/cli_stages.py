@@ -13,6 +13,7 @@ from pipeline.files import write_json, write_text
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.crossval import FoldRunner
     from pipeline.export import ExportedFile
     from pipeline.export.confidentiality import Confidentiality
     from pipeline.plan import Plan
@@ -133,14 +134,50 @@ def train_one_fold(config: Config, out: Path | None, *, fold: int, resume: bool,
     _show_tracking(config)
 
 
-def run_folds(config: Config, out: Path | None, *, folds: list[int] | None, console: TerminalConsole) -> None:
+@dataclass(frozen=True)
+class Where:
+    """The options of `volseg crossval` that say where folds run, and with how much of it."""
+
+    runner: str = "local"
+    parallel: int | None = None
+    threads: int | None = None
+    address: str | None = None
+
+    def fold_runner(self) -> FoldRunner:
+        """What `cross_validate` is given."""
+        if self.runner == "ray":
+            from pipeline.runners.ray import on_ray
+
+            return on_ray(self.address, parallel=self.parallel, threads=self.threads)
+        if self.parallel is None or self.parallel == 1:
+            from pipeline.crossval import one_after_another
+
+            return one_after_another
+        import torch
+
+        from pipeline.runners.local import side_by_side
+
+        return side_by_side(self.parallel, threads=torch.get_num_threads())
+
+    def set_threads(self, fold_count: int) -> None:
+        """What a fold will have, from now on: it is planned for, and trained with where folds run in this process."""
+        import torch
+
+        at_a_time = min(self.parallel or 1, fold_count) if self.runner == "local" else 1
+        torch.set_num_threads(self.threads or max(1, torch.get_num_threads() // at_a_time))
+
+
+def run_folds(
+    config: Config, out: Path | None, *, folds: list[int] | None, where: Where, console: TerminalConsole
+) -> None:
     """`volseg crossval`."""
     from pipeline.crossval import cross_validate
     from pipeline.runs import open_run
 
+    where.set_threads(len(folds or ()) or config.folds.count)
     run = open_run(config, out or config.runs / config.name, console, wanted=folds or ())
     wanted = list(range(run.folds.count)) if folds is None else folds
-    report = cross_validate(run, wanted, console)
+    report = cross_validate(run, wanted, console, runner=where.fold_runner())
     console.close()
     _show_report("out of fold", report)
     print(f"model: {run.folder} (its folds are averaged by `volseg predict`)\nreport: {run.folder / 'report.json'}")

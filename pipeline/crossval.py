@@ -1,10 +1,13 @@
-"""Folds -> runs -> out-of-fold report. A finished fold isn't run again; one that fails doesn't stop the others."""
+"""Folds -> runs -> out-of-fold report. A finished fold isn't run again; one that fails doesn't stop the others.
+
+Where folds run is a `FoldRunner`'s matter: here, one after another, or elsewhere (`pipeline.runners`).
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from pipeline.bundle import BundleFacts, load_bundle, save_bundle
 from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console
 from pipeline.dataset import Failure
-from pipeline.errors import RunError, VolsegError
+from pipeline.errors import RunError, VolsegError, describe_fault
 from pipeline.evaluate import SCHEMA_FILE, evaluate_files, summarise
 from pipeline.export import Source, export
 from pipeline.files import write_json, write_text
@@ -41,24 +44,21 @@ from transforms.volume import Volume, read_label, read_volume
 BUNDLE, VALIDATION, REPORT_JSON, REPORT_CSV = "bundle", "validation", "report.json", "report.csv"
 
 
-def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
+FoldRunner = Callable[[Run, Sequence[int], Console], Mapping[int, Exception]]
+"""Does `train_fold` for each of some folds, somewhere; gives what stopped those that could not be finished."""
+
+
+def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: FoldRunner | None = None) -> Report:
     """Train the folds that aren't finished, then score the out-of-fold predictions of all finished ones together.
 
     Raises:
         RunError: at least one fold failed; the others were done first.
     """
-    failed: dict[str, Exception] = {}
     with open_run_tracker(run, console, fold=None) as tracker:
-        for fold in folds:
-            if run.is_done(fold):
-                console.note(f"fold {fold} is finished already, kept")
-                continue
-            try:
-                train_fold(run, fold, console, resume=True)
-            except Exception as error:  # whatever stopped this fold, the others are worth having
-                what = str(error) if isinstance(error, VolsegError) else f"{type(error).__name__}: {error}"
-                failed[f"fold {fold}: {what}"] = error
-                console.note(f"fold {fold} failed: {what}")
+        for fold in filter(run.is_done, folds):
+            console.note(f"fold {fold} is finished already, kept")
+        faults = (runner or one_after_another)(run, [fold for fold in folds if not run.is_done(fold)], console)
+        failed = {f"fold {fold}: {describe_fault(error)}": error for fold, error in faults.items()}
         first = next(iter(failed), "none was asked for")
         finished = [fold for fold in range(run.folds.count) if run.is_done(fold)]
         if not finished:
@@ -74,6 +74,18 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console) -> Report:
             count = f"{len(failed)} of {len(folds)} folds"
             raise RunError(f"{count} failed, the others are done; {first}") from failed[first]
     return report
+
+
+def one_after_another(run: Run, folds: Sequence[int], console: Console) -> dict[int, Exception]:
+    """The runner that needs nothing: this process, fold after fold."""
+    faults: dict[int, Exception] = {}
+    for fold in folds:
+        try:
+            train_fold(run, fold, console, resume=True)
+        except Exception as error:  # whatever stopped this fold, the others are worth having
+            faults[fold] = error
+            console.note(f"fold {fold} failed: {describe_fault(error)}")
+    return faults
 
 
 def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report:

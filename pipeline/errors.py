@@ -47,6 +47,12 @@ class PacsError(VolsegError):
     """An archive cannot be reached, refuses, or did not take or give everything."""
 
 
+def describe_fault(error: Exception) -> str:
+    """One line of any exception: what volseg says of its own errors, and of others their type too."""
+    text = str(error) if isinstance(error, VolsegError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
 __all__ = [
     "BundleError",
     "ConfigError",
@@ -60,4 +66,5 @@ __all__ = [
     "SeveralSeries",
     "VolsegError",
     "VolumeError",
+    "describe_fault",
 ]

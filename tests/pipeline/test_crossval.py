@@ -164,7 +164,6 @@ class TestOpening:
         ("section", "values", "says"),
         [
             ("train", {"precision": "fp16", "device": "cpu"}, "train.precision: fp16 is for GPUs"),
-            ("train", {"loss": "dice_cs"}, "loss 'dice_cs' is not known: did you mean 'dice_ce'"),
             ("network", {"name": "u-net"}, "network 'u-net' is not known: did you mean 'unet'"),
         ],
     )
