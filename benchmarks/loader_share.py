@@ -16,6 +16,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +52,9 @@ class Clocked:
 
     def case_ids(self, number: int) -> tuple[str, ...]:
         return self.source.case_ids(number)
+
+    def recipe(self) -> tuple[str, dict[str, Any]]:
+        return self.source.recipe()
 
 
 def world(cache: Path, shape: tuple[int, int, int], device: str) -> tuple[Plan, Patches]:

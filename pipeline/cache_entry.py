@@ -50,13 +50,26 @@ class PreparedCase:
     entry: Path | None = None
     present: tuple[bool, ...] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if self.entry is None or k not in ARRAYS}
+    def values(self) -> dict[str, Any]:
+        """What `from_values` makes the case from in another process: where its voxels lie, or these if they lie
+        nowhere."""
+        arrays = {"image": self.image, "classes": self.classes, "positions": torch.from_numpy(self.positions)}
+        return {
+            "case_id": self.case_id,
+            "geometry": self.geometry.to_json(),
+            "annotated": self.annotated,
+            "present": self.present,
+            **(arrays if self.entry is None else {"entry": str(self.entry)}),
+        }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.entry is not None:
-            self.__dict__.update(_arrays(self.entry))
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> PreparedCase:
+        """The inverse of `values`, with the same files mapped."""
+        geometry = Geometry.from_json(values["geometry"])
+        if "entry" not in values:
+            return cls(**{**values, "geometry": geometry, "positions": values["positions"].numpy()})
+        entry = Path(values["entry"])
+        return cls(**{**values, "geometry": geometry, "entry": entry, **_arrays(entry)})
 
 
 def publish(entry: Path, arrays: dict[str, npt.NDArray[Any]], geometry: Geometry) -> None:

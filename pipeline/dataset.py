@@ -151,6 +151,13 @@ class Patches:
         self.rows = range(plan.batch_size)
         """Those of each batch that are made here; other processes may make the others."""
         self.seed = seed
+        self._made_of = {
+            "plan": plan.model_dump(mode="json"),
+            "augment": augment.model_dump(mode="json"),
+            "twin_classes": list(twin_classes),
+            "foreground_share": foreground_share,
+            "seed": seed,
+        }
         self._fill = [channel_minima(case.image) for case in self.cases]
         every = torch.ones(plan.class_count, dtype=torch.bool)
         self._annotated = [every if case.annotated is None else case.annotated for case in self.cases]
@@ -173,6 +180,12 @@ class Patches:
         numbers = [step * self.batch_size + row for row in self.rows]
         return tuple(self.cases[self._case_of(number)].case_id for number in numbers)
 
+    def recipe(self) -> tuple[str, dict[str, Any]]:
+        """What another process makes the same patches from: a function's name, and plain values and tensors for it."""
+        rows = [self.rows.start, self.rows.stop, self.rows.step]
+        cases = [case.values() for case in self.cases]
+        return "pipeline.dataset:patches_from_recipe", {"cases": cases, "rows": rows, **self._made_of}
+
     def _case_of(self, number: int) -> int:
         epoch, place = divmod(number, len(self.cases))
         return int(_order(self.seed, epoch, len(self.cases))[place])
@@ -194,6 +207,16 @@ class Patches:
         except VolsegError as error:
             raise VolumeError(f"case {case.case_id}: {error}") from error
         return {**patch, "case_id": case.case_id}
+
+
+def patches_from_recipe(
+    *, cases: Sequence[dict[str, Any]], rows: Sequence[int], plan: Any, augment: Any, **rest: Any
+) -> Patches:
+    """The inverse of `Patches.recipe`."""
+    prepared = [PreparedCase.from_values(values) for values in cases]
+    patches = Patches(prepared, Plan.model_validate(plan), augment=AugmentConfig.model_validate(augment), **rest)
+    patches.rows = range(*rows)
+    return patches
 
 
 def spatial_settings(augment: AugmentConfig, plan: Plan) -> SpatialSettings:

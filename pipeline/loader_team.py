@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
+
+import torch
 
 from pipeline import errors
 from pipeline.batch import Batch
@@ -35,13 +37,19 @@ LISTENING_S = 0.1
 
 
 class Source(Protocol):
-    """What batches come from; one that is made in other processes can be pickled."""
+    """What batches come from."""
 
     def batch(self, number: int, /) -> Batch:
         """Batch `number`: a function of the number alone."""
 
     def case_ids(self, number: int, /) -> tuple[str, ...]:
         """Whose patches are in it, without making it."""
+
+    def recipe(self) -> tuple[str, dict[str, Any]]:
+        """What another process makes the same source from: `module:function`, and its keywords.
+
+        Their values are what `torch.load(weights_only=True)` takes: plain ones and tensors.
+        """
 
 
 @dataclass(eq=False)
@@ -67,8 +75,10 @@ class Team:
         self._stopped = threading.Event()
         self._died: Counter[int | None] = Counter()
         self._source_memory = new_memory()
+        recipe = io.BytesIO()
+        torch.save(source.recipe(), recipe)
         with os.fdopen(os.dup(self._source_memory), "wb") as stream:
-            pickle.dump(source, stream)
+            stream.write(recipe.getbuffer())
         self._members: list[_Member] = []
         try:
             for _ in range(count):

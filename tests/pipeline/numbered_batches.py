@@ -42,12 +42,20 @@ class Numbers:
     def case_ids(self, number: int) -> tuple[str, ...]:
         return (f"of_{number}", f"of_{number}")
 
+    def recipe(self) -> tuple[str, dict[str, Any]]:
+        deeds = [list(deed) for deed in self.deeds]
+        return f"{__name__}:numbers", {"folder": str(self.folder), "deeds": deeds, "lives": self.lives}
+
+
+def numbers(folder: str, deeds: list[list[Any]], lives: int) -> Numbers:
+    return Numbers(Path(folder), tuple((at, deed) for at, deed in deeds), lives)
+
 
 class Unloadable:
     """Cannot be received by another process."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os._exit, (3,)
+    def recipe(self) -> tuple[str, dict[str, Any]]:
+        return "os:_exit", {"status": 3}
 
     def batch(self, number: int) -> Batch:
         return numbered(number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import io
 import re
 import resource
 import shutil
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipeline import cache_entry
+from pipeline.cache_entry import PreparedCase
 from pipeline.console import Silence
 from pipeline.dataset import prepare_case, prepare_cases
 from pipeline.errors import RunError
@@ -126,9 +127,11 @@ def test_another_process_is_sent_where_a_case_lies_not_its_voxels(
     world: Dataset, small_plan: Plan, tmp_path: Path
 ) -> None:
     case = replace(prepare_case(world, world.manifest.cases[0], small_plan, tmp_path), annotated=torch.ones(3))
-    sent = pickle.dumps(case)
-    assert len(sent) < 5_000
-    received = pickle.loads(sent)
+    sent = io.BytesIO()
+    torch.save(case.values(), sent)
+    assert len(sent.getbuffer()) < 5_000
+    sent.seek(0)
+    received = PreparedCase.from_values(torch.load(sent, weights_only=True))
     for key in ("image", "classes", "annotated"):
         assert torch.equal(getattr(received, key), getattr(case, key))
     assert np.array_equal(received.positions, case.positions)
