@@ -19,7 +19,7 @@ from pipeline.config import Config, config_to_yaml, flatten, load_config
 from pipeline.console import Console
 from pipeline.dataset import Failure, PreparedCase, dataset_digest, describe_failures, prepare_cases
 from pipeline.device import Hardware, budget_of, choose_hardware
-from pipeline.errors import ConfigError, ManifestError, RunError
+from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
 from pipeline.files import sha256_of_json, write_json, write_text
 from pipeline.fingerprint import Measuring
 from pipeline.folds import Folds, assign_folds, read_folds, write_folds
@@ -29,6 +29,7 @@ from pipeline.plan import Fingerprint, Plan, read_plan
 from pipeline.planner import make_plan
 from pipeline.provenance import provenance_tags
 from pipeline.tracking import Busy, Tracker, deliver, embedded_store, null_tracker, open_tracker, without_password
+from transforms.labels import LabelSchema
 
 CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
     "config.yaml",
@@ -124,7 +125,18 @@ def run_fold_cases(run: Run, fold: int, console: Console) -> tuple[list[Prepared
     for what, cases in zip(("training", "validation"), kept, strict=True):
         if not cases:
             raise RunError(f"fold {fold}: no {what} case is left, the first fault: {failures[0].reason}")
+    _require_every_label(kept[0], run.dataset.manifest.labels, fold)
     return kept
+
+
+def _require_every_label(training: Sequence[PreparedCase], schema: LabelSchema, fold: int) -> None:
+    masks = [schema.are_annotated(None) if c.annotated is None else c.annotated.tolist() for c in training]
+    unknown = [name for c, name in enumerate(schema.names, start=1) if not any(mask[c] for mask in masks)]
+    if unknown:
+        raise PlanError(
+            f"fold {fold}: none of its {len(training)} training cases has {', '.join(unknown)} annotated, so it cannot "
+            "be learnt; fewer folds or another folds.seed may help, or a manifest without the label"
+        )
 
 
 def tell_set_aside(target: Path, failures: Sequence[Failure], console: Console) -> None:

@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from pipeline.checks import Fault, check_dataset
+from pipeline.config import Config
 from pipeline.console import Silence
 from pipeline.dataset import prepare_case, prepare_cases
+from pipeline.device import Hardware
 from pipeline.errors import ManifestError, PlanError
 from pipeline.fingerprint import Measuring
+from pipeline.folds import assign_folds
 from pipeline.manifest import Dataset, load_dataset, parse_manifest, save_manifest
 from pipeline.plan import Plan
+from pipeline.runs import Run, run_fold_cases
 
 SHAPE = (8, 9, 10)
 AFFINE = np.diag([2.0, 1.0, 1.0, 1.0])
@@ -197,3 +201,21 @@ class TestCache:
         narrower = case.model_copy(update={"annotated": ("stem", "jaw")})
         _, failures = prepare_cases(dataset, [narrower], plan, tmp_path / "cache", workers=1, console=Silence())
         assert [f.reason for f in failures] == ["gullet occurs, which the manifest says was not annotated in this case"]
+
+
+class TestFold:
+    @pytest.fixture
+    def run(self, world: World, small_plan: Plan, tmp_path: Path) -> Run:
+        """Fold 0 is trained on the whole case, fold 1 on the one without the gullet."""
+        world.cases[0]["fold"], world.cases[1]["fold"] = 1, 0
+        dataset = world.dataset()
+        config = Config.model_validate({"name": "w", "data": {"manifest": "m.json", "cache": tmp_path / "cache"}})
+        plan = small_plan.model_copy(update={"spacing_mm": (2.0, 1.0, 1.0), "class_count": 4})
+        folds = assign_folds(check_dataset(dataset).facts, count=2, seed=0)
+        return Run(tmp_path / "run", config, dataset, folds, plan, Hardware("cpu", "32-true"))
+
+    def test_every_label_is_annotated_somewhere_in_its_training_cases(self, run: Run) -> None:
+        training, validation = run_fold_cases(run, 0, Silence())
+        assert [case.case_id for case in (*training, *validation)] == ["c0", "c1"]
+        with pytest.raises(PlanError, match="fold 1: none of its 1 training cases has gullet annotated"):
+            run_fold_cases(run, 1, Silence())
