@@ -20,7 +20,7 @@ from pipeline.console import Console
 from pipeline.dataset import Failure, PreparedCase, dataset_digest, describe_failures, prepare_cases
 from pipeline.device import Hardware, budget_of, choose_hardware
 from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
-from pipeline.files import sha256_of_json, write_json, write_text
+from pipeline.files import remove_leftovers, sha256_of_json, write_json, write_text
 from pipeline.fingerprint import Measuring
 from pipeline.folds import Folds, assign_folds, read_folds, write_folds
 from pipeline.manifest import Dataset, load_dataset, manifest_hash
@@ -229,6 +229,7 @@ def _set_up(config: Config, folder: Path, console: Console, *, wanted: Sequence[
     if set_aside:
         rows = [Failure(str(f.case_id), f"{f.file}: {f.message}") for f in set_aside]
         tell_set_aside(folder / "set_aside.json", rows, console)
+    remove_leftovers(folder)
     write_text(folder / CONFIG, public_yaml(config, folder))
     write_text(folder / FINGERPRINT, fingerprint.model_dump_json(indent=2) + "\n")
     write_text(folder / PLAN, plan.model_dump_json(indent=2) + "\n")
