@@ -149,6 +149,7 @@ def _document(state: TrainingState, task: TrainingTask) -> dict[str, Any]:
         "network": bare(state.network).state_dict(),
         "averaged": state.averaged.state_dict(),
         "optimiser": state.optimiser.state_dict(),
+        "loop": state.loop_state(),
         "torch_random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state_all() if on_gpu else [],
     }
@@ -163,6 +164,7 @@ def _restore(document: dict[str, Any], path: Path, state: TrainingState, task: T
     bare(state.network).load_state_dict(document["network"])
     state.averaged.load_state_dict(document["averaged"])
     state.optimiser.load_state_dict(document["optimiser"])
+    state.load_loop_state(document["loop"])
     state.step, state.elapsed_s = document["step"], document["elapsed_s"]
     state.schedule = Schedule.of(document["schedule"])
     state.dice, state.best = document["dice"], document["best"]

@@ -5,6 +5,7 @@ Every loss is a mean over patches, so the parts of a batch, each weighted by its
 
 from __future__ import annotations
 
+import gc
 import math
 
 import numpy as np
@@ -63,6 +64,8 @@ def _attempt(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+    # The error's traceback may have been part of a cycle, and held what was computed so far.
+    gc.collect()
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
     return None

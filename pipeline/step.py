@@ -11,14 +11,23 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.config import TrainConfig
-from pipeline.losses import Loss, deep_supervision_loss
+from pipeline.errors import RunError
+from pipeline.gradients import gradients_that_fit
+from pipeline.losses import Loss
 from pipeline.models.registry import build_network
 from pipeline.models.slices import as_volume_network
+from pipeline.processes import gradient_scaler, mean_of, names_of_all
 from pipeline.schedule import Schedule
 from pipeline.task import TrainingState, TrainingTask, bare
 
 SGD_MOMENTUM = 0.99
 ADAMW_BETAS = (0.9, 0.99)
+
+MOST_SKIPPED = 10
+"""Updates in a row without a finite loss or gradient after which a training stops."""
+
+LEAST_SCALE = 1.0
+"""A float16 gradient that overflows when it is scaled no more than this is not too large for float16, but at fault."""
 
 UNKNOWN = Schedule(((0, 1),))
 """Of a training whose number of updates is still to be found."""
@@ -33,7 +42,7 @@ def start_training(task: TrainingTask, fabric: Fabric) -> TrainingState:
     optimiser = _optimiser(network, task.settings)
     network, optimiser = fabric.setup(network, optimiser)
     torch.manual_seed(task.settings.seed)
-    return TrainingState(network, averaged, optimiser, UNKNOWN)
+    return TrainingState(network, averaged, optimiser, UNKNOWN, scaler=gradient_scaler(fabric))
 
 
 def _optimiser(network: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
@@ -49,22 +58,57 @@ def _optimiser(network: nn.Module, settings: TrainConfig) -> torch.optim.Optimiz
 def update(
     task: TrainingTask, fabric: Fabric, state: TrainingState, loss: Loss, batch: Batch, rate: float
 ) -> dict[str, Tensor]:
+    """One update with this process's share of a batch; figures (scalars) for the log.
+
+    Where the loss or the gradient is not finite, all stays as it was, `state.skipped` grows and no figure is a number.
+    To know it the host waits for a GPU once an update, where little is left to be told to it.
+
+    Raises:
+        RunError: memory does not suffice for one patch, or ten updates in a row could not be made.
+    """
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.network.train()
-    state.optimiser.zero_grad(set_to_none=True)
-    total, terms = deep_supervision_loss(loss, state.network(batch.images), batch.classes, batch.annotated)
-    fabric.backward(total)
-    norm = fabric.clip_gradients(
-        state.network, state.optimiser, max_norm=task.settings.gradient_norm, error_if_nonfinite=False
+    # Running statistics, if there are any: the forward pass changes them.
+    buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()]
+    figures = mean_of(fabric, gradients_that_fit(task, fabric, state, loss, batch))
+    norm = torch.as_tensor(
+        fabric.clip_gradients(
+            state.network, state.optimiser, max_norm=task.settings.gradient_norm, error_if_nonfinite=False
+        )
     )
-    state.optimiser.step()
-    _average(state, average_decay(task.settings, state.step))
-    return {
-        "loss": total.detach(),
-        **{f"loss/{k}": v for k, v in terms.items()},
-        "gradient_norm": torch.as_tensor(norm),
-    }
+    # Averaged over the processes, both are the same on all of them, and so is what follows.
+    loss_is_finite, norm_is_finite = torch.stack([figures["loss"], norm]).isfinite().tolist()
+    if loss_is_finite and norm_is_finite:
+        state.optimiser.step()
+        _average(state, average_decay(task.settings, state.step))
+        state.suspects = []
+        return {**figures, "gradient_norm": norm}
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    if not _is_overflow(state, loss_is_finite=loss_is_finite):
+        _leave_out(fabric, state, batch)
+    return dict.fromkeys((*figures, "gradient_norm"), norm.new_tensor(math.nan))
+
+
+def _is_overflow(state: TrainingState, *, loss_is_finite: bool) -> bool:
+    """Whether float16 alone is to blame; the gradients are scaled less from now on."""
+    if state.scaler is None:
+        return False
+    scale = state.scaler.get_scale()
+    state.scaler.update()
+    return loss_is_finite and scale > LEAST_SCALE
+
+
+def _leave_out(fabric: Fabric, state: TrainingState, batch: Batch) -> None:
+    state.skipped += 1
+    state.suspects.append(names_of_all(fabric, batch.case_ids))
+    if len(state.suspects) >= MOST_SKIPPED:
+        names = ", ".join(sorted({name for names in state.suspects for name in names}))
+        raise RunError(
+            f"{MOST_SKIPPED} updates in a row had no finite loss or gradient; their cases: {names}; look for voxels "
+            "that are not finite in them, or lower train.learning_rate and choose another --out"
+        )
 
 
 @torch.no_grad()

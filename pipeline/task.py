@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class TrainingTask:
                         "validations",
                         "validation_cases",
                         "device",
+                        "workers",
                     },
                 ),
                 "loss": self.loss.model_dump(mode="json"),
@@ -85,10 +86,32 @@ class TrainingState:
     best: dict[str, float] = field(default_factory=dict)
     """Step and mean Dice of the best of those validations that looked at the same cases."""
 
+    scaler: torch.amp.GradScaler | None = None
+    """With float16: how much gradients are scaled up."""
+    parts: int = 1
+    """In how many parts a batch is computed, since memory ran out with fewer."""
+    skipped: int = 0
+    """Updates left out for want of a finite loss or gradient."""
+    suspects: list[list[str]] = field(default_factory=list)
+    """The cases of the updates that were left out in a row, up to this one."""
+    rehearsals: int = 2
+    """Updates that several processes compute once on their own before they exchange gradients."""
+
     @property
     def steps(self) -> int:
         """Updates in all, as far as is known by now."""
         return self.schedule.steps
+
+    def loop_state(self) -> dict[str, Any]:
+        """What the loop has found out so far, as plain values for a checkpoint."""
+        scaler = self.scaler.state_dict() if self.scaler is not None else {}
+        return {"parts": self.parts, "skipped": self.skipped, "suspects": self.suspects, "scaler": scaler}
+
+    def load_loop_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `loop_state` gave."""
+        self.parts, self.skipped, self.suspects = state["parts"], state["skipped"], state["suspects"]
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 @dataclass(frozen=True)
