@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,27 @@ class History:
         if kind is None:
             self._write()
 
-    def update(self, state: TrainingState, values: dict[str, Tensor], rate: float, patches: int) -> None:
-        """After each update; figures are averaged over some of them and the device is asked only then."""
+    def update(
+        self,
+        state: TrainingState,
+        values: dict[str, Tensor],
+        rate: float,
+        patches: int,
+        waited: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """After each update; figures are averaged over some of them and the device is asked only then.
+
+        `waited` says which part of the time since it was last asked went into waiting for batches.
+        """
         self._pending.append(values)
         self._patches += patches
         if state.step % LOGGED_EVERY and state.step != state.steps:
             return
         means = _means(self._pending)
         now = time.monotonic()
-        means |= {"learning_rate": rate, "patches_per_s": self._patches / max(1e-9, now - self._stamp)}
+        seconds = max(1e-9, now - self._stamp)
+        means |= {"learning_rate": rate, "patches_per_s": self._patches / seconds}
+        means |= {"seconds_per_update": seconds / len(self._pending), "wait_share": waited()}
         self._pending, self._patches, self._stamp = [], 0, now
         self._observer.progress(state.step, state.steps, means.get("loss", math.nan))
         self.add(state.step, means)
@@ -83,6 +95,22 @@ class History:
         except OSError as error:
             raise explain_os_error(error, self._path) from error
         self._size_bytes, self._waiting = self._size_bytes + len(self._waiting), b""
+
+
+class NoHistory:
+    """Of a process that does not write one."""
+
+    def __enter__(self) -> NoHistory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, *_: object) -> None:
+        """Nothing."""
+
+    def add(self, *_: object) -> None:
+        """Nothing."""
 
 
 def _means(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

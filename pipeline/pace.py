@@ -189,7 +189,8 @@ def _time(task: TrainingTask, fabric: Fabric, patches: Patches, loss: Loss) -> T
     trial = start_training(task, fabric)
     update_s = _time_updates(task, fabric, trial, patches, loss)
     stamp = time.monotonic()
-    validate(replace(task, validation=task.validation[:1]), trial.averaged, last=True)
+    with fabric.autocast():
+        validate(replace(task, validation=task.validation[:1]), trial.averaged, last=True)
     now = time.monotonic()
     # The run itself starts from the seed, as if nothing had been timed.
     torch.manual_seed(task.settings.seed)
@@ -201,7 +202,7 @@ def _time_updates(task: TrainingTask, fabric: Fabric, trial: TrainingState, patc
     seconds = []
     stamp = time.monotonic()
     for batch in prefetch(patches.batch, 0, WARM_STEPS + TIMED_STEPS):
-        update(task, fabric, trial, loss, batch.to(fabric.device), 1e-6)
+        update(task, fabric, trial, loss, batch, 1e-6)
         if fabric.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - stamp)
