@@ -1,22 +1,20 @@
-"""What gradient checkpointing saves and costs in a training step: one U-Net, one patch, with and without.
+"""What gradient checkpointing saves and costs in a training step, against the patch: a Markdown table.
 
-kept       bytes that autograd holds for backward when the forward pass ends: counted with saved-tensor hooks, each
-           storage once, weights and buffers left out; exact on any machine
-estimate   what `pipeline.models.shape.activation_bytes` tells the planner: kept at most, recomputation included
-alive      the largest sum of all tensors alive at once in the step, gradients and intermediate results included
-resident   the peak of the resident memory of a process that does nothing else, PyTorch itself included
-time       forward and backward, in runs that take turns
+kept      bytes that autograd holds for backward when the forward pass ends: counted with saved-tensor hooks, each
+          storage once, weights and buffers left out; exact on any machine
+peak      the largest sum of all tensors alive at once in the step, gradients and intermediate results included (every
+          storage that an operation makes, counted on tensors without contents; where there is a GPU
+          torch.cuda.max_memory_allocated), with three copies of the weights for optimiser and averaging added
+planner   what `pipeline.models.cost.step_gb` tells the planner of that peak
+work      operations of forward and backward, on over off (torch's FlopCounterMode): what time would be, were all
+          operations as fast; the same on any machine
+time      forward and backward, the fastest of some runs that take turns (--repeats 0: not measured)
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import resource
-import statistics
-import subprocess
-import sys
 import time
 import weakref
 from typing import Any
@@ -25,70 +23,76 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models.counts import activation_bytes
-from pipeline.models.spec import UNetSpec
+from pipeline.config import NetworkConfig
+from pipeline.models.cost import step_gb
 from pipeline.models.unet import UNet
+from pipeline.topology import Topology
 
 MIB = 2**20
-MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+FURTHER_COPIES = 3  # the optimiser's two moments and the averaged weights, which a step here does not make
 
 
 def main() -> None:
-    """Measure both settings and print them side by side."""
+    """Measure every patch with and without checkpointing, and print a row for each."""
     args = parsed()
-    if args.only:
-        print(resident_bytes(args, checkpointing=args.only == "on"))
-        return
-    # A process inherits the peak of the one that starts it, so these come before anything is computed here.
-    resident = {name: resident_bytes_elsewhere(name) for name in ("off", "on")}
-    found = {name: measured(args, checkpointing=name == "on") for name in ("off", "on")}
-    for name, size in resident.items():
-        found[name] |= {"resident_bytes": size}
-    for name, times_s in timed(args).items():
-        found[name] |= {"times_s": times_s}
-    if args.json:
-        print(json.dumps({"patch": args.patch, "features": args.features, "batch": args.batch, **found}))
-    else:
-        print_table(args, found)
+    print(f"{args.preset or 'default network'}, {args.width} channels at full resolution, batch {args.batch}, float32,")
+    print(f"{'one GPU' if args.device == 'cuda' else f'{args.threads} CPU thread(s)'}; MiB, and seconds\n")
+    columns = ["patch", *(f"{what} {on}" for what in ("kept", "peak", "planner") for on in ("off", "on")), "work"]
+    columns += ["s off", "s on", "time"] if args.repeats else []
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for side in args.patches:
+        print(row(args, side), flush=True)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patch", type=int, nargs=3, default=[64, 64, 64], metavar=("I", "J", "K"))
-    parser.add_argument("--features", type=int, nargs="+", default=[32, 64, 128, 256], help="of each stage")
+    parser.add_argument("--patches", type=int, nargs="+", default=[32, 48, 64, 96, 128], help="sides of cubic patches")
+    parser.add_argument("--width", type=int, default=32, help="channels at full resolution")
+    parser.add_argument("--preset", choices=["resenc_m"], help="the residual encoder (all sizes have one network)")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each setting")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each setting; 0: none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    parser.add_argument("--only", choices=["off", "on"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
     return args
 
 
-def measured(args: argparse.Namespace, *, checkpointing: bool) -> dict[str, Any]:
-    """What can be counted in this process, in bytes."""
-    network, image = network_and_image(args, checkpointing=checkpointing)
-    return {
-        "kept_bytes": kept_bytes(network, image),
-        "estimate_bytes": activation_bytes(network.spec, tuple(args.patch), args.batch),
-        "alive_bytes": alive_bytes(network, image),
-    }
+def row(args: argparse.Namespace, side: int) -> str:
+    """One line of the table."""
+    empty = [network_and_image(args, side, checkpointing=on, device="meta") for on in (False, True)]
+    there = empty if args.device == "cpu" else pairs_on(args, side)
+    kept = [kept_bytes(*pair) for pair in empty]
+    peak = [peak_bytes(*pair) for pair in there]
+    planner = [1e9 * step_gb("unet", network.spec, (side,) * 3, args.batch) for network, _ in empty]
+    off, on = (operations(*pair) for pair in empty)
+    cells = [f"{side}³", *(f"{size / MIB:.0f}" for size in (*kept, *peak, *planner)), f"{on / off:.2f}"]
+    if args.repeats:
+        off, on = timed(pairs_on(args, side), args.repeats)
+        cells += [f"{off:.2f}", f"{on:.2f}", f"{on / off:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
-def network_and_image(args: argparse.Namespace, *, checkpointing: bool) -> tuple[UNet, Tensor]:
-    stages = len(args.features)
-    spec = UNetSpec(
-        features=tuple(args.features),
-        strides=((1, 1, 1), *((2, 2, 2),) * (stages - 1)),
-        kernel_shapes=((3, 3, 3),) * stages,
-        encoder_blocks=(2,) * stages,
-        decoder_blocks=(2,) * (stages - 1),
-        checkpointing=checkpointing,
-    )
-    generator = torch.Generator().manual_seed(0)
-    return UNet(spec, generator), torch.randn(args.batch, 1, *args.patch, generator=generator)
+def pairs_on(args: argparse.Namespace, side: int) -> list[tuple[UNet, Tensor]]:
+    """Without and with checkpointing, on the device that is measured."""
+    return [network_and_image(args, side, checkpointing=on, device=args.device) for on in (False, True)]
+
+
+def network_and_image(args: argparse.Namespace, side: int, *, checkpointing: bool, device: str) -> tuple[UNet, Tensor]:
+    """The planner's network for that patch, and a patch."""
+    config = NetworkConfig(preset=args.preset, checkpointing="on" if checkpointing else "off")
+    topology = Topology(config, 1, 3, (1.0, 1.0, 1.0), None)
+    with torch.device(device):
+        return UNet(topology.spec((side,) * 3, args.width)), torch.ones(args.batch, 1, *(side,) * 3)
+
+
+def operations(network: UNet, image: Tensor) -> float:
+    """Of forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step(network, image)
+    return counter.get_total_flops()
 
 
 def step(network: UNet, image: Tensor) -> None:
@@ -97,13 +101,13 @@ def step(network: UNet, image: Tensor) -> None:
 
 
 def kept_bytes(network: UNet, image: Tensor) -> int:
-    own = {t.untyped_storage().data_ptr() for t in itertools.chain(network.parameters(), network.buffers())}
+    own = {t.untyped_storage()._cdata for t in itertools.chain(network.parameters(), network.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -141,52 +145,38 @@ class AliveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def alive_bytes(network: UNet, image: Tensor) -> int:
+def peak_bytes(network: UNet, image: Tensor) -> int:
+    """Of a step, with the image, the weights and what an optimiser keeps of them."""
+    weights = sum(p.nbytes for p in network.parameters())
+    if image.is_cuda:
+        step(network, image)  # the first looks for the fastest kernels
+        network.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - weights - image.nbytes
+        step(network, image)
+        return torch.cuda.max_memory_allocated() - others + FURTHER_COPIES * weights
     with AliveBytes() as alive:
         step(network, image)
     network.zero_grad()
-    return alive.peak
+    return alive.peak + image.nbytes + (1 + FURTHER_COPIES) * weights
 
 
-def resident_bytes_elsewhere(name: str) -> int:
-    command = [sys.executable, *sys.argv, "--only", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def resident_bytes(args: argparse.Namespace, *, checkpointing: bool) -> int:
-    # A tiny step first: what PyTorch imports for checkpointing (about 80 MiB) is not what is asked here.
-    tiny = argparse.Namespace(patch=[16, 16, 16], features=[2, 2], batch=1)
-    step(*network_and_image(tiny, checkpointing=True))
-    network, image = network_and_image(args, checkpointing=checkpointing)
-    step(network, image)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
-
-
-def timed(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each run; the settings take turns, so that a busy moment hits both."""
-    both = {name: network_and_image(args, checkpointing=name == "on") for name in ("off", "on")}
-    for network, image in both.values():
-        step(network, image)
-    times_s: dict[str, list[float]] = {name: [] for name in both}
-    for _ in range(args.repeats):
-        for name, (network, image) in both.items():
+def timed(both: list[tuple[UNet, Tensor]], repeats: int) -> list[float]:
+    """Seconds of the fastest run of each; they take turns, so that a busy moment hits both."""
+    times_s: list[list[float]] = [[] for _ in both]
+    for _ in range(repeats):
+        for found, (network, image) in zip(times_s, both, strict=True):
+            synchronise(image)
             start_s = time.perf_counter()
             step(network, image)
-            times_s[name].append(time.perf_counter() - start_s)
-    return times_s
+            synchronise(image)
+            found.append(time.perf_counter() - start_s)
+    return [min(found) for found in times_s]
 
 
-def print_table(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
-    patch, features = ("x".join(map(str, numbers)) for numbers in (args.patch, args.features))
-    print(f"patch {patch}, features {features}, batch {args.batch}, float32, {args.threads} threads")
-    print(f"{'checkpointing':14}{'off':>12}{'on':>12}{'on/off':>9}")
-    for name in ("kept", "estimate", "alive", "resident"):
-        off, on = (found[setting][f"{name}_bytes"] / MIB for setting in ("off", "on"))
-        print(f"{name:14}{off:8.1f} MiB{on:8.1f} MiB{on / off:9.3f}")
-    for name, pick in (("time, median", statistics.median), ("time, fastest", min)):
-        off, on = (pick(found[setting]["times_s"]) for setting in ("off", "on"))
-        print(f"{name:14}{off:10.3f} s{on:10.3f} s{on / off:9.3f}")
-    print(f"{args.repeats} timed runs of each")
+def synchronise(image: Tensor) -> None:
+    if image.is_cuda:
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
