@@ -6,10 +6,12 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+from pipeline.errors import RunError
 from pipeline.files import sha256_of_file, sha256_of_json
 from pipeline.tracking.delivery import Deliverer
 from pipeline.tracking.journal import Fact, Journal, Kind
@@ -57,7 +59,10 @@ def null_tracker() -> Tracker:
 
 
 class JournalTracker:
-    """Writes a journal, whose facts are delivered in the background."""
+    """Writes a journal, whose facts are delivered in the background.
+
+    Metrics that a full disk refuses are kept and come before the next fact: they stop no training. All else insists.
+    """
 
     def __init__(self, journal: Journal, deliverer: Deliverer) -> None:
         self._journal = journal
@@ -66,6 +71,7 @@ class JournalTracker:
         self._params: dict[str, str] = {}
         self._points: dict[tuple[str, int], float | str] = {}
         self._bodies: list[dict[str, Any]] = []
+        self._owed: list[dict[str, Any]] = []
         for fact in journal.facts:
             self._remember(fact)
 
@@ -82,7 +88,11 @@ class JournalTracker:
         told = {key: _as_json(value) for key, value in values.items()}
         new = {key: value for key, value in told.items() if self._points.get((key, step)) != value}
         if new:
-            self._tell("metrics", {"step": step, "values": new})
+            self._require_running("metrics")
+            self._owed.append({"step": step, "values": new})
+            # The run itself tells of a full disk; it writes its history beside the journal.
+            with suppress(RunError):
+                self._pay()
 
     def dataset(self, name: str, digest: str, context: Context, *, source: str, case_count: int) -> None:
         texts = discreet({"name": name, "digest": digest, "context": context, "source": source})
@@ -115,18 +125,32 @@ class JournalTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
-            broken: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            self.finish("FINISHED" if error is None else broken)
+        if self._finished:
+            return
+        if error is None:
+            self.finish("FINISHED")
+            return
+        # What stopped the run is worth more than that its end could not be written.
+        with suppress(RunError):
+            self.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     def _tell_once(self, kind: Kind, body: dict[str, Any]) -> None:
         if body not in self._bodies:
             self._tell(kind, body)
 
     def _tell(self, kind: Kind, body: dict[str, Any]) -> None:
+        self._require_running(kind)
+        self._pay()
+        self._remember(self._journal.append(kind, body))
+
+    def _require_running(self, kind: Kind) -> None:
         if self._finished:
             raise ValueError(f"this run is finished; its {kind} come too late")
-        self._remember(self._journal.append(kind, body))
+
+    def _pay(self) -> None:
+        while self._owed:
+            self._remember(self._journal.append("metrics", self._owed[0]))
+            del self._owed[0]
 
     def _remember(self, fact: Fact) -> None:
         if fact.kind == "params":

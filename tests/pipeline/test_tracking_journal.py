@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import embedded_store, null_tracker, open_tracker, page_address, page_command
+from pipeline.tracking.delivery import Deliverer
 from pipeline.tracking.journal import JOURNAL_NAME, Journal, read_facts
+from pipeline.tracking.tracker import JournalTracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +49,45 @@ def test_a_disk_that_was_full_leaves_no_half_line(tmp_path: Path) -> None:
     journal.append("end", {"status": "FINISHED"})
     journal.release()
     assert [(fact.number, fact.kind) for fact in read_facts(tmp_path)] == [(1, "start"), (2, "end")]
+
+
+class Nowhere:
+    """A destination that is never asked."""
+
+    def close(self, patience_s: float) -> None: ...
+
+
+def test_metrics_wait_for_a_disk_that_is_full(tmp_path: Path) -> None:
+    journal, deliverer = Journal(tmp_path), cast(Deliverer, Nowhere())
+    journal.append("start", {"key": "k"})
+    with JournalTracker(journal, deliverer) as tracker:
+        with _longest_file(journal.path.stat().st_size + 20):
+            tracker.metrics({"loss": 2.0}, step=10)
+            tracker.metrics({"loss": 1.0}, step=20)
+            with pytest.raises(RunError, match="cannot write"):
+                tracker.params({"train.seed": "0"})
+        tracker.metrics({"loss": 0.5}, step=30)
+    journal.release()
+    told = [(fact.number, fact.kind, fact.body.get("step")) for fact in read_facts(tmp_path)]
+    assert told == [
+        (1, "start", None),
+        (2, "metrics", 10),
+        (3, "metrics", 20),
+        (4, "metrics", 30),
+        (5, "end", None),
+    ]
+
+
+def test_what_stopped_a_run_is_told_and_not_that_its_end_could_not_be(tmp_path: Path) -> None:
+    journal, deliverer = Journal(tmp_path), cast(Deliverer, Nowhere())
+    journal.append("start", {"key": "k"})
+    with (
+        _longest_file(journal.path.stat().st_size),
+        pytest.raises(RunError, match=r"^no checkpoint$"),
+        JournalTracker(journal, deliverer),
+    ):
+        raise RunError("no checkpoint")
+    journal.release()
 
 
 def test_the_null_tracker_is_silent(tmp_path: Path) -> None:
