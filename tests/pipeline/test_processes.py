@@ -1,0 +1,79 @@
+"""Two gloo processes on the CPU learn what one learns with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.device import Hardware
+from pipeline.history import HISTORY
+from pipeline.plan import Plan
+from pipeline.processes import open_fabric
+from pipeline.train import train
+
+from .tiny_training import Listener, same
+from .two_processes import gradients, task_of_four
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+ONE = Hardware("cpu", "32-true")
+
+
+@pytest.fixture(scope="module")
+def folder(small_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have left what they found."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("straight", "resumed", "alone"):
+        (folder / name).mkdir()
+    (folder / "plan.json").write_text(small_plan.model_dump_json())
+    command = [sys.executable, "-m", "tests.pipeline.two_processes", str(folder)]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    return folder
+
+
+@pytest.fixture
+def found(folder: Path) -> list[dict[str, Any]]:
+    """By each of the two."""
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("which", ["gradients", "short of memory"])
+def test_the_gradients_are_those_of_one_with_the_whole_batch(
+    folder: Path, found: list[dict[str, Any]], which: str
+) -> None:
+    expected = gradients(task_of_four(folder), open_fabric(ONE), range(4))
+    for rank in (0, 1):
+        # One process that is short of memory makes both take their patches one by one.
+        assert found[rank][which].pop("parts") == (1 if which == "gradients" else 2)
+        assert found[rank][which].keys() == expected.keys() - {"parts"}
+        for name, gradient in found[rank][which].items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_all_leave_out_what_is_not_finite_in_one(found: list[dict[str, Any]]) -> None:
+    assert [list(rank["skipped"]) for rank in found] == [[1, [["a", "b", "c", "d"]]]] * 2
+
+
+def test_both_end_with_the_same_weights_as_one_alone(folder: Path, found: list[dict[str, Any]]) -> None:
+    assert same(found[0]["straight"], found[1]["straight"])
+    alone = train(task_of_four(folder, "alone"), ONE, Listener(), resume=False).weights
+    for name, weights in found[0]["straight"].items():
+        torch.testing.assert_close(weights, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupt_of_one_stops_both_and_they_go_on_to_the_same_bits(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert same(rank["resumed"], rank["straight"])
+
+
+def test_one_history_is_written(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "straight" / HISTORY).read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [10, 20]
