@@ -117,8 +117,8 @@ class Comparison:
     def per_voxel(self, values: Tensor) -> Tensor:
         """The mean of `values`, shaped as `log_truth`, over the channels that count: (B,V)."""
         values = values.flatten(2)
-        if values.shape[1] == 1 or self.annotated is None:
-            return values.mean(1) if values.shape[1] > 1 else values[:, 0]
+        if self.exclusive or self.annotated is None:
+            return values.mean(1)
         counting = self.annotated[:, :, None]
         return torch.where(counting, values, 0.0).sum(1) / counting.sum(1).clamp(min=1)
 

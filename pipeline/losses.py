@@ -37,7 +37,7 @@ class Loss:
         """The scalar total, and each term for the log, detached and without its weight.
 
         `annotated` (B,class_count) is False where a class was not annotated in a patch's case; None: all were, which
-        spares asking a GPU. All arithmetic is in float32 or better.
+        spares asking a GPU. All arithmetic is in float32 or better: nothing here is what autocast makes smaller.
 
         Raises:
             ValueError: the channels are not those of the targets, or the class map lies on another grid.
@@ -46,16 +46,15 @@ class Loss:
             raise ValueError(f"found logits of {logits.shape[1]} channels, expected {self.targets.channel_count}")
         classes = _with_channel(logits, classes)
         _require_same_shape(logits, classes)
-        with torch.autocast(logits.device.type, enabled=False):
-            compared = compare(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)),
-                classes,
-                self.targets,
-                annotated=_unless_complete(annotated, self.targets),
-                include_background=self.settings.include_background,
-            )
-            values = {name: TERMS[name](compared, self.settings) for name in self.weights}
-            total = torch.stack([weight * values[name] for name, weight in self.weights.items()]).sum()
+        compared = compare(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            classes,
+            self.targets,
+            annotated=_unless_complete(annotated, self.targets),
+            include_background=self.settings.include_background,
+        )
+        values = {name: TERMS[name](compared, self.settings) for name in self.weights}
+        total = torch.stack([weight * values[name] for name, weight in self.weights.items()]).sum()
         return total, {name: value.detach() for name, value in values.items()}
 
 

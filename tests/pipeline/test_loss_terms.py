@@ -445,3 +445,19 @@ def test_missing_the_only_voxel_of_a_structure_costs_boundary() -> None:
     classes[0, 0, 2, 2, 2] = 1
     nothing = torch.stack([torch.full((5, 5, 5), 50.0), torch.zeros(5, 5, 5)])[None]
     assert loss_of("boundary", Targets(2))(nothing, classes)[0].item() == pytest.approx(0.5 / 125)
+
+
+def test_hausdorff_is_a_mean_over_the_voxels_that_count() -> None:
+    """Distances 1, 1 and 2 to the border, squared, of the structure's only voxel and the two beside it."""
+    p = torch.full((1, 1, 1, 4), 0.25, dtype=torch.float64)
+    logits, classes = torch.stack([1 - p, p], dim=1).log(), torch.tensor([1, 0, 0, 2]).view(1, 1, 1, 4)
+    found, _ = loss_of("hausdorff", Targets(2, ignored_class=2))(logits, classes)
+    assert found.item() == pytest.approx(np.log1p((0.75**2 * 1 + 0.25**2 * 1 + 0.25**2 * 4) / 3))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_of_a_sure_prediction_has_a_slope(gamma: float) -> None:
+    """The power below one has none at zero."""
+    given = scene("plain")
+    loss = given.loss("focal", focal_gamma=gamma)
+    assert gradient(lambda x: loss(x, given.classes)[0], given.perfect(1e4).float()).isfinite().all()
