@@ -142,11 +142,16 @@ def train(
     checkpoint_every: CheckpointEvery = None,
     out: RunFolder = None,
     sets: Sets = None,
+    devices: Annotated[
+        int, typer.Option("--devices", metavar="N", min=1, help="Devices of each machine that share every batch.")
+    ] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="M", min=1, help="Machines, under torchrun or SLURM.")] = 1,
 ) -> None:
     """Train on all folds but one, then predict and score the one held out."""
     from pipeline.cli_stages import train_one_fold
 
-    train_one_fold(_load(config, _with(sets, checkpoint_every)), out, fold=fold, resume=resume, console=_console())
+    train_one_fold(_load(config, _with(sets, checkpoint_every)), out, fold=fold, resume=resume,
+                   devices=(devices, nodes), console=_console())  # fmt: skip
 
 
 @app.command()

@@ -13,11 +13,13 @@ from pipeline.files import write_json, write_text
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.console import Console
     from pipeline.crossval import FoldRunner
     from pipeline.export import ExportedFile
     from pipeline.export.confidentiality import Confidentiality
     from pipeline.plan import Plan
     from pipeline.report import Report
+    from pipeline.runs import Run
 
 
 def build(
@@ -111,27 +113,51 @@ def show_plan(config: Config, out: Path | None, console: TerminalConsole) -> Non
         print(f"written to {out}")
 
 
-def train_one_fold(config: Config, out: Path | None, *, fold: int, resume: bool, console: TerminalConsole) -> None:
-    """`volseg train`."""
-    from pipeline.checkpoint import discard_checkpoints, has_checkpoint
-    from pipeline.crossval import train_fold
-    from pipeline.runs import open_run, open_run_tracker, read_done, send_leftovers
+def train_one_fold(
+    config: Config,
+    out: Path | None,
+    *,
+    fold: int,
+    resume: bool,
+    devices: tuple[int, int],
+    console: TerminalConsole,
+) -> None:
+    """`volseg train`; `devices` are those of each machine, and the number of machines."""
+    from pipeline.runs import open_run, read_done, send_leftovers
 
-    run = open_run(config, out or config.runs / config.name, console, wanted=[fold])
+    def opened(teller: Console) -> Run:
+        return open_run(config, out or config.runs / config.name, teller, wanted=[fold])
+
+    if devices == (1, 1):
+        run, report = _train_alone(opened(console), fold, console, resume=resume)
+    else:
+        from pipeline.device import choose_hardware
+        from pipeline.runners.joined import train_together, with_devices
+
+        hardware = with_devices(choose_hardware(config.train), *devices)
+        together = train_together(opened, fold, console, hardware=hardware, resume=resume)
+        if together is None:
+            return
+        run, report = together
     folder = run.fold_folder(fold)
-    if run.is_done(fold):
-        discard_checkpoints(folder)  # where a kill was faster
+    if report is None:
         send_leftovers(run, console)
         console.note(f"fold {fold} is finished already ({read_done(folder)['steps']} steps); choose another --out")
     else:
-        if resume and not has_checkpoint(folder):
-            console.note(f"{folder}: there is no checkpoint to go on from; the training begins")
-        with open_run_tracker(run, console, fold=None):
-            report = train_fold(run, fold, console, resume=resume)
         console.close()
         _show_report(f"fold {fold}, held-out cases", report)
     print(f"model: {folder / 'bundle'}\nreport: {folder / 'report.json'}")
     _show_tracking(config)
+
+
+def _train_alone(run: Run, fold: int, console: TerminalConsole, *, resume: bool) -> tuple[Run, Report | None]:
+    from pipeline.crossval import train_fold
+    from pipeline.runs import open_run_tracker
+
+    if run.is_done(fold):
+        return run, None
+    with open_run_tracker(run, console, fold=None):
+        return run, train_fold(run, fold, console, resume=resume)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
 from pipeline.checkpoint import discard_checkpoints, has_checkpoint
-from pipeline.console import Console
-from pipeline.dataset import Failure
+from pipeline.console import Console, Silence
+from pipeline.dataset import Failure, PreparedCase
+from pipeline.device import describe
 from pipeline.errors import RunError, VolsegError, describe_fault
 from pipeline.evaluate import SCHEMA_FILE, evaluate_files, summarise
 from pipeline.export import Source, export
@@ -37,7 +38,7 @@ from pipeline.runs import (
 )
 from pipeline.segmentation import Segmentation
 from pipeline.task import TrainingResult, TrainingTask
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, null_tracker
 from pipeline.train import train
 from transforms.volume import Volume, read_label, read_volume
 
@@ -102,23 +103,21 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
     with open_run_tracker(run, console, fold=fold) as tracker:
         training, validation = run_fold_cases(run, fold, console)
         track_data(tracker, run, training, validation)
-        task = TrainingTask(
-            plan=run.plan,
-            schema=run.dataset.manifest.labels,
-            training=training,
-            validation=validation,
-            settings=run.config.train,
-            augment=run.config.augment,
-            loss=run.config.loss,
-            tile_step=run.config.predict.tile_step,
-            folder=folder,
-        )
-        console.note(f"fold {fold}: {len(training)} cases to train on, {len(validation)} held out")
+        task = _task(run, fold, training, validation)
+        counts = f"{len(training)} cases to train on, {len(validation)} held out"
+        console.note(f"fold {fold}: {counts}; {describe(run.hardware)}")
         result = train(task, run.hardware, _Observer(console, tracker, fold), resume=resume)
         _save(run, fold, result)
         report = score_fold(run, fold, [case.case_id for case in validation], console)
         _finish(run, fold, result, report, tracker)
     return report
+
+
+def help_train(run: Run, fold: int) -> None:
+    """Take a share of every update of a fold that another process trains; nothing is written or told here."""
+    training, validation = run_fold_cases(run, fold, None)
+    observer = _Observer(Silence(), null_tracker(), fold)
+    train(_task(run, fold, training, validation), run.hardware, observer, resume=True)
 
 
 def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
@@ -176,6 +175,20 @@ class _Observer:
         self._console.note(message)
 
 
+def _task(run: Run, fold: int, training: Sequence[PreparedCase], validation: Sequence[PreparedCase]) -> TrainingTask:
+    return TrainingTask(
+        plan=run.plan,
+        schema=run.dataset.manifest.labels,
+        training=training,
+        validation=validation,
+        settings=run.config.train,
+        augment=run.config.augment,
+        loss=run.config.loss,
+        tile_step=run.config.predict.tile_step,
+        folder=run.fold_folder(fold),
+    )
+
+
 def _save(run: Run, fold: int, result: TrainingResult) -> None:
     facts = BundleFacts(
         name=run.config.name,
@@ -185,7 +198,12 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
         plan=run.plan,
         schema=run.dataset.manifest.labels,
         config_yaml=public_yaml(run.config, run.fold_folder(fold) / BUNDLE),
-        provenance={**provenance_tags(), "steps": result.steps, "seconds": round(result.elapsed_s, 1)},
+        provenance={
+            **provenance_tags(),
+            "device": describe(run.hardware),
+            "steps": result.steps,
+            "seconds": round(result.elapsed_s, 1),
+        },
     )
     save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.checks import CheckReport, check_dataset
 from pipeline.config import Config, config_to_yaml, flatten, load_config
-from pipeline.console import Console
+from pipeline.console import Console, Silence
 from pipeline.dataset import Failure, PreparedCase, dataset_digest, describe_failures, prepare_cases
 from pipeline.device import Hardware, budget_of, choose_hardware
 from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
@@ -105,8 +105,11 @@ def open_run(config: Config, folder: Path, console: Console, *, wanted: Sequence
     return _set_up(config, folder, console, wanted=wanted)
 
 
-def run_fold_cases(run: Run, fold: int, console: Console) -> tuple[list[PreparedCase], list[PreparedCase]]:
-    """Training and validation cases of a fold, preprocessed; those that fail are set aside and named."""
+def run_fold_cases(run: Run, fold: int, console: Console | None) -> tuple[list[PreparedCase], list[PreparedCase]]:
+    """Training and validation cases of a fold, preprocessed; those that fail are set aside and named.
+
+    With None for the console it is another process that names them.
+    """
     by_id = {case.case_id: case for case in run.dataset.manifest.cases}
     training = [by_id[i] for i in run.folds.training_cases(fold)]
     validation = [by_id[i] for i in run.folds.validation_cases(fold)]
@@ -116,9 +119,9 @@ def run_fold_cases(run: Run, fold: int, console: Console) -> tuple[list[Prepared
         run.plan,
         run.config.cache_folder,
         workers=CHECK_WORKERS,
-        console=console,
+        console=console or Silence(),
     )
-    if failures:
+    if failures and console is not None:
         tell_set_aside(run.fold_folder(fold) / "set_aside.json", failures, console)
     ids = {case.case_id for case in training}
     kept = [case for case in prepared if case.case_id in ids], [c for c in prepared if c.case_id not in ids]

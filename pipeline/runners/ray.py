@@ -7,6 +7,7 @@ address a cluster is started on this machine for the time of the run, and nothin
 from __future__ import annotations
 
 import logging
+import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 OBJECT_STORE_BYTES = 100 * 1024**2
 """For a cluster that is started here: tasks are handed settings and give back a line, never arrays."""
 
+CONNECT_S = 10.0
 POLL_S = 0.25
 
 
@@ -219,12 +221,21 @@ def _connected(address: str | None) -> Iterator[None]:
             own = {"_temp_dir": stack.enter_context(folder), "object_store_memory": OBJECT_STORE_BYTES}
             quietly |= {"include_dashboard": False, **own}
         try:
+            _require_listener(address or "")
             ray.init(address or "local", **quietly)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = f"at {address}" if address else "on this machine"
             raise RunError(f"no Ray cluster {where} could be reached: {' '.join(str(error).split())[:200]}") from error
         stack.callback(ray.shutdown)
         yield
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        with socket.create_connection((host, int(port)), timeout=CONNECT_S):
+            pass
 
 
 def _nodes() -> list[dict[str, float]]:
