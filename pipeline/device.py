@@ -13,11 +13,11 @@ from pipeline.config import PlanConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.plan import Budget
 
-CPU_GFLOPS_PER_THREAD = 50.0
-"""Sustained float32 convolution rate of a training step, per thread (measured on two EPYC cores)."""
+CPU_GFLOPS_PER_THREAD = 60.0
+"""Sustained float32 rate of a training step, per thread: 52 to 83 with 16 to 32 channels (two shared EPYC cores)."""
 
-CPU_BF16_FACTOR = 1.8
-"""How much faster a processor with bfloat16 instructions trains in bfloat16 (measured 1.9, benchmarks/LOG.md)."""
+CPU_BF16_FACTOR = 2.0
+"""How much faster a processor with bfloat16 instructions trains in bfloat16 (measured 1.9 to 2.4)."""
 
 CPU_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 """Without these bfloat16 is emulated, two hundred times slower than float32 (benchmarks/LOG.md)."""

@@ -13,8 +13,10 @@ from pipeline.device import (
     CPU_GFLOPS_PER_THREAD,
     CPU_MEMORY_GB,
     Hardware,
+    arithmetic,
     budget_of,
     choose_hardware,
+    describe,
     peak_memory_gb,
 )
 from pipeline.errors import ConfigError
@@ -51,10 +53,6 @@ class TestWithoutGpu:
     def test_asking_for_a_gpu_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"^train.device: cuda is asked for but PyTorch sees no GPU"):
             choose_hardware(settings(device="cuda"))
-
-    def test_fp16_is_for_gpus(self) -> None:
-        with pytest.raises(ConfigError, match=r"^train.precision: fp16 is for GPUs"):
-            choose_hardware(settings(precision="fp16"))
 
 
 @pytest.mark.parametrize(
@@ -99,3 +97,39 @@ class TestBudget:
 
     def test_peak_memory_is_this_process(self) -> None:
         assert 0.05 < peak_memory_gb(self.CPU) < 64
+
+
+class TestArithmetic:
+    def test_a_gpu_is_set_up_as_the_config_says_and_set_back(self) -> None:
+        def now() -> tuple[bool, ...]:
+            cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            return cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, deterministic
+
+        before = now()
+        with arithmetic(Hardware("cuda", "32-true", tf32=True), deterministic=False):
+            assert now() == (True, True, True, False)
+        with arithmetic(Hardware("cuda", "bf16-mixed"), deterministic=True):
+            assert now() == (False, False, False, True)
+        with arithmetic(Hardware("cpu", "32-true"), deterministic=True):
+            assert now() == (False, False, False, False)
+        assert now() == before
+
+    @pytest.mark.usefixtures("no_gpu")
+    @pytest.mark.parametrize("precision", ["tf32", "fp16"])
+    def test_what_a_cpu_has_not_is_refused(self, precision: str) -> None:
+        with pytest.raises(ConfigError, match=f"^train.precision: {precision} is for GPUs"):
+            choose_hardware(settings(precision=precision))
+
+    def test_tf32_is_float32_that_may_be_rounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        assert choose_hardware(settings(precision="tf32")) == Hardware("cuda", "32-true", tf32=True)
+
+    @pytest.mark.usefixtures("one_thread")
+    def test_it_is_told_in_one_line(self) -> None:
+        assert describe(Hardware("cpu", "bf16-mixed")) == "CPU with 1 thread, bfloat16 and float32"
+        assert describe(Hardware("cpu", "32-true", devices=2, nodes=2)) == "4 x CPU with 1 thread, float32"
+
+    def test_processes_are_counted(self) -> None:
+        assert Hardware("cuda", "32-true", devices=3, nodes=2).processes == 6
