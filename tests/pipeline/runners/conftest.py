@@ -15,7 +15,7 @@ from pipeline.crossval import cross_validate
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.runs import Run, open_run
 
-STEPS = 24
+STEPS = 60
 
 
 class Listener(Silence):
