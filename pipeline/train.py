@@ -54,7 +54,7 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
         with first_process_first(fabric):
             if has_checkpoint(task.folder):
                 _go_on(task, state, checkpoints, teller, resume=resume)
-            elif fabric.is_global_zero:
+            if fabric.is_global_zero:
                 remove_leftovers(task.folder)
         if state.step == 0:
             state.schedule = first_schedule(task, fabric, patches, loss, teller)

@@ -13,6 +13,8 @@ import pytest
 
 from .conftest import Outcome, environment, make_world
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("disks.py")
 
 
@@ -40,7 +42,8 @@ def test_a_training_goes_on_and_is_told_once(told: dict[str, Any]) -> None:
     assert told["for a while"] == told["weights"]
     *refused, again = told["notes for a while"]
     # The history may still fit into the last block that it has.
-    assert [note.split(":")[0] for note in refused] in (["no checkpoint"], ["no checkpoint", "the history waits"])
+    kinds = [note.split(":")[0] for note in refused]
+    assert sorted(kinds) in (["no checkpoint"], ["no checkpoint", "the history waits"])
     assert all(reason(told) in note and "\n" not in note for note in refused)
     assert again.startswith("checkpoints are written again, at update ")
 
