@@ -123,6 +123,7 @@ def train_one_fold(
     console: TerminalConsole,
 ) -> None:
     """`volseg train`; `devices` are those of each machine, and the number of machines."""
+    from pipeline.checkpoint import discard_checkpoints
     from pipeline.runs import open_run, read_done, send_leftovers
 
     def opened(teller: Console) -> Run:
@@ -141,6 +142,7 @@ def train_one_fold(
         run, report = together
     folder = run.fold_folder(fold)
     if report is None:
+        discard_checkpoints(folder)  # where a kill came between the fold's end and this
         send_leftovers(run, console)
         console.note(f"fold {fold} is finished already ({read_done(folder)['steps']} steps); choose another --out")
     else:
@@ -151,11 +153,14 @@ def train_one_fold(
 
 
 def _train_alone(run: Run, fold: int, console: TerminalConsole, *, resume: bool) -> tuple[Run, Report | None]:
+    from pipeline.checkpoint import has_checkpoint
     from pipeline.crossval import train_fold
     from pipeline.runs import open_run_tracker
 
     if run.is_done(fold):
         return run, None
+    if resume and not has_checkpoint(run.fold_folder(fold)):
+        console.note(f"{run.fold_folder(fold)}: there is no checkpoint to go on from; the training begins")
     with open_run_tracker(run, console, fold=None):
         return run, train_fold(run, fold, console, resume=resume)
 
