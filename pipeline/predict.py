@@ -17,7 +17,7 @@ from pipeline.errors import BundleError, GeometryMismatch, VolumeError
 from pipeline.outputs import classes_of_probabilities
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.segmentation import Algorithm, Segmentation
-from pipeline.windows import WindowSettings, predict_windows
+from pipeline.windows import Progress, WindowSettings, predict_windows
 from transforms.chains import placing_steps, plain
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
@@ -71,10 +71,17 @@ class Model:
         return self.bundles[0].index.tile_step
 
 
-def predict(model: Model, channels: Sequence[Volume | None], *, mirror: bool, device: torch.device) -> Segmentation:
+def predict(
+    model: Model,
+    channels: Sequence[Volume | None],
+    *,
+    mirror: bool,
+    device: torch.device,
+    on_window: Progress | None = None,
+) -> Segmentation:
     """Segment one study. `channels` are in the order of the model's and share a grid; so does the result.
 
-    None stands for an optional channel that the study lacks.
+    None stands for an optional channel that the study lacks. `on_window(done, total)` is called after each window.
 
     Raises:
         VolumeError: another number of channels, another modality, intensities that cannot be that modality's, a
@@ -87,8 +94,10 @@ def predict(model: Model, channels: Sequence[Volume | None], *, mirror: bool, de
     image = image.to(device)
     total: Tensor | None = None
     with torch.inference_mode():
-        for bundle in model.bundles:
-            scores = predict_windows(bundle.network, image, _window(bundle, mirror=mirror, step=model.tile_step))
+        for number, bundle in enumerate(model.bundles):
+            window = _window(bundle, mirror=mirror, step=model.tile_step)
+            tell = None if on_window is None else _after(on_window, number, len(model.bundles))
+            scores = predict_windows(bundle.network, image, window, on_tile=tell)
             total = scores if total is None else total.add_(scores)
         if total is None:
             raise BundleError("a model is at least one bundle")
@@ -167,6 +176,15 @@ def _prepare(plan: Plan, channels: Sequence[Volume | None]) -> tuple[Tensor, Geo
     data: dict[str, Any] = {"image": as_metatensor(stacked, there[0].geometry)}
     data = apply_chain(Compose(steps), data)
     return plain(data["image"]), geometry_of(data["image"])
+
+
+def _after(on_window: Progress, number: int, count: int) -> Progress:
+    """The windows of bundle `number` of `count`, counted after those of the bundles before it."""
+
+    def tell(done: int, total: int) -> None:
+        on_window(number * total + done, count * total)
+
+    return tell
 
 
 def _window(bundle: ModelBundle, *, mirror: bool, step: float) -> WindowSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from pipeline.manifest import load_dataset
 from pipeline.predict import Model, predict, refuse_missing, refuse_modality
 from pipeline.results import RECORD, record_sources
 from pipeline.studies import EVERY_SERIES, Study
+from pipeline.windows import Progress
 from transforms.dicom import DicomSeries, read_series, read_voxels
 from transforms.dicom_header import is_dicom
 from transforms.labels import LabelSchema
@@ -57,6 +58,7 @@ def segment_studies(
     """
     check_formats(settings.formats)
     mirror = model.mirror if settings.mirror is None else settings.mirror
+    chosen = replace(settings, mirror=mirror)
     made = {"mirror": mirror, "deidentified": settings.confidentiality is not None, "smoothing": settings.smoothing}
     record = _open_record(out, model, made, force=settings.force)
     write_text(out / SCHEMA_FILE, model.schema.model_dump_json(indent=2) + "\n")
@@ -74,7 +76,8 @@ def segment_studies(
                 refuse_missing(study.missing, model.plan)
                 sources = _sources(model, study, settings)
                 _tell_findings(study, sources, console)
-                files = _segment(model, study, sources, out, mirror=mirror, settings=settings)
+                tell = _windows_of(study, done - 1, len(studies), console)
+                files = _segment(model, study, sources, out, settings=chosen, on_window=tell)
                 written += files
                 record["studies"][study.name] = sorted(f.format for f in files)
                 record["origins"][study.name] = origin
@@ -112,12 +115,22 @@ def _tell_findings(study: Study, sources: Sequence[Source], console: Console) ->
 
 
 def _segment(
-    model: Model, study: Study, sources: Sequence[Source], out: Path, *, mirror: bool, settings: SegmentSettings
+    model: Model, study: Study, sources: Sequence[Source], out: Path, *, settings: SegmentSettings, on_window: Progress
 ) -> list[ExportedFile]:
     device = next(model.bundles[0].network.parameters()).device
-    segmentation = predict(model, _in_their_places(model, study, sources), mirror=mirror, device=device)
+    volumes = _in_their_places(model, study, sources)
+    segmentation = predict(model, volumes, mirror=bool(settings.mirror), device=device, on_window=on_window)
     options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
     return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
+
+
+def _windows_of(study: Study, done: int, total: int, console: Console) -> Progress:
+    """Tells of the windows of a study within the line or bar of all studies, which a long one would keep silent."""
+
+    def tell(window: int, windows: int) -> None:
+        console.progress("segmenting", done, total, f"{study.name}, window {window} of {windows}")
+
+    return tell
 
 
 def _in_their_places(model: Model, study: Study, sources: Sequence[Source]) -> list[Volume | None]:

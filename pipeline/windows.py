@@ -17,6 +17,7 @@ LONGEST_WINDOW = 1.5
 """A tile may be longer than the patch by this factor when that spares tiles."""
 
 Network = Callable[[Tensor], Tensor]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,25 @@ class WindowSettings:
     overlap: bool = False
 
 
-def predict_windows(network: Network, image: Tensor, settings: WindowSettings) -> Tensor:
+def predict_windows(
+    network: Network, image: Tensor, settings: WindowSettings, *, on_tile: Progress | None = None
+) -> Tensor:
     """Probabilities (outputs, I, J, K) float32 for an image (C, I, J, K), on the image's device.
 
     `network` maps (1, C, *patch) to logits (1, outputs, *patch). Volumes smaller than the patch are padded with
-    each channel's own minimum, as in training, and the padding is cut off again.
+    each channel's own minimum, as in training, and the padding is cut off again. `on_tile(done, total)` is called
+    after each tile.
     """
     window = window_shape(image.shape[1:], settings)
     before_after = padding_to(image.shape[1:], window)
     padded = pad_channels(image, before_after)
     tiles = tile_starts(padded.shape[1:], window, step=settings.step)
-    alone = len(tiles) == 1
-    total = _probabilities(network, padded, settings) if alone else _blended(network, padded, tiles, window, settings)
+    tell = on_tile or _silence
+    if len(tiles) == 1:
+        total = _probabilities(network, padded, settings)
+        tell(1, 1)
+    else:
+        total = _blended(network, padded, tiles, window, settings, tell)
     inside = [slice(low, low + n) for (low, _), n in zip(before_after, image.shape[1:], strict=True)]
     return total[:, inside[0], inside[1], inside[2]]
 
@@ -73,20 +81,26 @@ def _blended(
     tiles: Sequence[tuple[int, int, int]],
     window: tuple[int, int, int],
     settings: WindowSettings,
+    tell: Progress,
 ) -> Tensor:
     weights = blending_weights(window).to(image.device)
     total: Tensor | None = None
     coverage = torch.zeros(image.shape[1:], device=image.device)
-    for start in tiles:
+    for done, start in enumerate(tiles, start=1):
         box = tuple(slice(a, a + n) for a, n in zip(start, window, strict=True))
         scores = _probabilities(network, image[(slice(None), *box)], settings)
         if total is None:
             total = torch.zeros((scores.shape[0], *image.shape[1:]), device=image.device)
         total[(slice(None), *box)] += scores * weights
         coverage[box] += weights
+        tell(done, len(tiles))
     if total is None:
         raise ValueError("a volume has at least one tile")
     return total.div_(coverage)
+
+
+def _silence(done: int, total: int) -> None:
+    """Nothing is told."""
 
 
 def _probabilities(network: Network, tile: Tensor, settings: WindowSettings) -> Tensor:

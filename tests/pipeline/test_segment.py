@@ -16,6 +16,7 @@ import pytest
 from pydicom.uid import CTImageStorage, RTStructureSetStorage
 
 from pipeline.bundle import load_bundle
+from pipeline.cli_console import TerminalConsole
 from pipeline.console import Silence
 from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
 from pipeline.manifest import Dataset, save_manifest
@@ -172,6 +173,23 @@ class TestSegmenting:
         ]
         assert canonical[0].any()
         assert all(np.array_equal(other, canonical[0]) for other in canonical[1:])
+
+    def test_a_long_study_is_told_of_window_by_window(
+        self, model: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        """In a pipe, with every line due at once; two bundles are two rounds of windows."""
+        monkeypatch.setattr("pipeline.cli_console.QUIET_S", -1.0)
+        monkeypatch.setattr("pipeline.cli_console.LINE_EVERY_S", -1.0)
+        twice = Model(model.bundles * 2)
+        studies = find_studies([images / "hippocampus_001.nii.gz"], Wanted(model.plan.channels), console=Silence())
+        segment_studies(twice, studies, tmp_path / "out", settings=SETTINGS, console=TerminalConsole())
+        lines = capsys.readouterr().err.splitlines()
+        count = len(lines) - 1
+        name = "hippocampus_001"
+        assert lines[:-1] == [f"segmenting: 0 of 1, {name}, window {n + 1} of {count}" for n in range(count)]
+        assert lines[-1] == f"segmenting: 1 of 1, {name}"
+        assert count % 2 == 0
+        assert count > 0
 
     def test_one_bad_file_is_set_aside_and_named(self, model: Model, images: Path, tmp_path: Path) -> None:
         content = (images / "hippocampus_001.nii.gz").read_bytes()

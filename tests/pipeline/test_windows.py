@@ -202,3 +202,23 @@ def test_a_deeply_supervised_network_answers_at_full_resolution() -> None:
     with torch.inference_mode():
         found = predict_windows(network, volume((8, 8, 8)), settings(factor=(2, 2, 2)))
     assert found.shape == (3, 8, 8, 8)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((8, 8, 8), 1), ((20, 8, 8), 4)])
+def test_every_tile_is_told(shape: Triple, count: int) -> None:
+    told: list[tuple[int, int]] = []
+    predict_windows(constant, volume(shape), settings(), on_tile=lambda done, total: told.append((done, total)))
+    assert told == [(n + 1, count) for n in range(count)]
+
+
+def test_every_channel_is_padded_with_its_own_minimum() -> None:
+    """A case without its second channel, in a window that is larger than the volume."""
+    image = volume((5, 8, 8), channels=3) + torch.tensor([10.0, 0, -10]).reshape(3, 1, 1, 1)
+    image[1] = 0
+    recorder = Recorder()
+    predict_windows(recorder, image, settings())
+    (tile,) = recorder.tiles
+    assert torch.equal(tile[0, :, 1:6], image)
+    for plane in (0, 6, 7):
+        expected = image.flatten(1).amin(dim=1).reshape(3, 1, 1).expand(3, 8, 8)
+        assert torch.equal(tile[0, :, plane], expected)
