@@ -180,8 +180,8 @@ def crossval(
 
     if address and runner is not Runner.ray:
         raise typer.BadParameter("only with --runner ray", param_hint="--address")
-    where = Where(runner.value, parallel, threads, address)
-    run_folds(_load(config, _with(sets, checkpoint_every)), out, folds=_numbers(folds), where=where, console=_console())
+    where, wanted = Where(runner.value, parallel, threads, address), _numbers(folds)
+    run_folds(_load(config, _with(sets, checkpoint_every)), out, folds=wanted, where=where, console=_console())
 
 
 @app.command()
