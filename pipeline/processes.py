@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.config import LossConfig
 from pipeline.device import Hardware
 from pipeline.errors import PlanError
+from pipeline.models.needs import needs_of
 from pipeline.plan import Plan
 
 LONGEST_WAIT = timedelta(hours=2)
@@ -81,6 +82,8 @@ def whole_batch_only(plan: Plan, loss: LossConfig) -> str | None:
     """The key of what looks at a batch as a whole, so that it cannot be computed in parts; None if nothing does."""
     if plan.unet.normalisation == "batch":
         return "network.normalisation=batch"
+    if needs_of(plan.network).batch_normalised:
+        return f"network.name={plan.network}"
     return "loss.batch_dice" if loss.batch_dice else None
 
 

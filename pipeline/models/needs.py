@@ -46,6 +46,7 @@ class Needs:
     `features`: its own widths, finest first, where the plan cannot choose them; every stride is 2 then.
     `costs`: by the number of dimensions, for a network with its own widths.
     `sees_patch`: every voxel of the bottleneck sees the whole of an ordinary patch.
+    `batch_normalised`: it has batch normalisation of its own, whatever the plan says.
     """
 
     keys: frozenset[str] | None = frozenset()
@@ -55,6 +56,7 @@ class Needs:
     least_stages: int = 1
     needs_package: str | None = None
     sees_patch: bool = False
+    batch_normalised: bool = False
     costs: dict[int, OwnCost] = field(default_factory=dict)
     shares: Shares = Shares()
 
@@ -95,7 +97,9 @@ NEEDS: dict[str, Needs] = {
         },
     ),
     "dynunet": Needs(keys=frozenset({"block"}), least_stages=3),
-    "attention_unet": Needs(least_stages=2, shares=Shares(parameters=1.05, kept=1.26, flops=0.88)),
+    "attention_unet": Needs(
+        least_stages=2, batch_normalised=True, shares=Shares(parameters=1.05, kept=1.26, flops=0.88)
+    ),
     "mednext": Needs(
         features=(32, 64, 128, 256, 512),
         costs={

@@ -253,4 +253,6 @@ class TestSharing:
         monkeypatch.setattr(Fabric, "world_size", 2)
         with pytest.raises(PlanError, match=r"network.normalisation=batch .* 2 devices"):
             require_sharable(fabric, plan, task.loss)
+        with pytest.raises(PlanError, match=r"network.name=attention_unet .* 2 devices"):
+            require_sharable(fabric, task.plan.model_copy(update={"network": "attention_unet"}), task.loss)
         require_sharable(fabric, task.plan, task.loss)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.errors import PlanError
 from pipeline.models.needs import NEEDS
@@ -58,6 +59,7 @@ def test_every_network_learns_from_a_patch_of_its_own(name: str, dimensions: int
         gradients = [p.grad for p in network.parameters()]
         unused = [n for n, p in network.named_parameters() if p.grad is None]
         assert unused == UNUSED.get(name, [])
+        assert any(isinstance(m, _BatchNorm) for m in network.modules()) == NEEDS[name].batch_normalised
         results.append([logits, *(g for g in gradients if g is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
