@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,6 @@ class Patches:
             "foreground_share": foreground_share,
             "seed": seed,
         }
-        self._fill = [channel_minima(case.image) for case in self.cases]
         every = torch.ones(plan.class_count, dtype=torch.bool)
         self._annotated = [every if case.annotated is None else case.annotated for case in self.cases]
         self._chain = training_chain(
@@ -170,6 +169,11 @@ class Patches:
             foreground_share=foreground_share,
             dropout=channel_dropout(augment, plan),
         )
+
+    @cached_property
+    def minima(self) -> list[torch.Tensor]:
+        """What each case's channels (C,) end in beyond their border: every voxel is read for it, once a training."""
+        return [channel_minima(case.image) for case in self.cases]
 
     def batch(self, step: int) -> Batch:
         """The patches of update number `step` that are made here."""
@@ -184,7 +188,12 @@ class Patches:
         """What another process makes the same patches from: a function's name, and plain values and tensors for it."""
         rows = [self.rows.start, self.rows.stop, self.rows.step]
         cases = [case.values() for case in self.cases]
-        return "pipeline.dataset:patches_from_recipe", {"cases": cases, "rows": rows, **self._made_of}
+        return "pipeline.dataset:patches_from_recipe", {
+            "cases": cases,
+            "rows": rows,
+            "minima": self.minima,
+            **self._made_of,
+        }
 
     def _case_of(self, number: int) -> int:
         epoch, place = divmod(number, len(self.cases))
@@ -198,7 +207,7 @@ class Patches:
             "image": case.image,
             "label": case.classes,
             "positions": case.positions,
-            "fill": self._fill[index],
+            "fill": self.minima[index],
             "present": case.present,
             "annotated": self._annotated[index],
         }
@@ -210,12 +219,19 @@ class Patches:
 
 
 def patches_from_recipe(
-    *, cases: Sequence[dict[str, Any]], rows: Sequence[int], plan: Any, augment: Any, **rest: Any
+    *,
+    cases: Sequence[dict[str, Any]],
+    rows: Sequence[int],
+    minima: list[torch.Tensor],
+    plan: Any,
+    augment: Any,
+    **rest: Any,
 ) -> Patches:
     """The inverse of `Patches.recipe`."""
     prepared = [PreparedCase.from_values(values) for values in cases]
     patches = Patches(prepared, Plan.model_validate(plan), augment=AugmentConfig.model_validate(augment), **rest)
     patches.rows = range(*rows)
+    patches.minima = minima
     return patches
 
 

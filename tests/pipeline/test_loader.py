@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.cache_entry import PreparedCase
 from pipeline.config import AugmentConfig
-from pipeline.dataset import Patches
+from pipeline.dataset import Patches, patches_from_recipe
 from pipeline.errors import RunError, VolumeError
 from pipeline.loader import PREFETCHED_BATCHES, Timed, batches, count_workers, load, prefetch
 from pipeline.loader_memory import Slot, new_memory
@@ -66,6 +66,14 @@ def patches(small_plan: Plan) -> Patches:
         image = torch.randn(1, 14, 12, 10, generator=generator)
         cases.append(PreparedCase(name, Geometry((14, 12, 10), np.eye(4)), image, classes, positions))
     return Patches(cases, plan, augment=AugmentConfig(), twin_classes=(0, 1, 2), foreground_share=0.5, seed=3)
+
+
+def test_a_process_that_makes_them_reads_no_whole_volume_first(
+    patches: Patches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, (_, recipe) = patches.batch(5), patches.recipe()
+    monkeypatch.delattr("pipeline.dataset.channel_minima")
+    assert same(patches_from_recipe(**recipe).batch(5), expected)
 
 
 def test_whoever_makes_them_and_whoever_is_killed_batches_are_the_same(patches: Patches) -> None:
