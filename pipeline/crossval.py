@@ -20,6 +20,7 @@ from pipeline.errors import RunError, VolsegError, describe_fault
 from pipeline.evaluate import SCHEMA_FILE, evaluate_files, summarise
 from pipeline.export import Source, export
 from pipeline.files import write_json, write_text
+from pipeline.folder_lock import held
 from pipeline.history import HISTORY, read_history
 from pipeline.manifest import Case, Dataset
 from pipeline.predict import Model, predict
@@ -93,14 +94,13 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
     """One fold: preprocess, train, save the bundle, predict the held-out cases on their own grids, score them.
 
     Raises:
-        RunError: an unfinished training is here and `resume` is off; see also `train`.
+        RunError: an unfinished training is here and `resume` is off, or another process trains here; see also `train`.
         KeyboardInterrupt: after a checkpoint was written.
     """
     folder = run.fold_folder(fold)
     if not resume and has_checkpoint(folder):
         raise RunError(f"{folder}: an unfinished training is here; give --resume, or another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open_run_tracker(run, console, fold=fold) as tracker:
+    with held(folder), open_run_tracker(run, console, fold=fold) as tracker:
         training, validation = run_fold_cases(run, fold, console)
         track_data(tracker, run, training, validation)
         task = _task(run, fold, training, validation)

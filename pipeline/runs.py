@@ -22,6 +22,7 @@ from pipeline.device import Hardware, budget_of, choose_hardware
 from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
 from pipeline.files import remove_leftovers, sha256_of_json, write_json, write_text
 from pipeline.fingerprint import Measuring
+from pipeline.folder_lock import held
 from pipeline.folds import Folds, assign_folds, read_folds, write_folds
 from pipeline.manifest import Dataset, load_dataset, manifest_hash
 from pipeline.models.registry import require_network
@@ -41,6 +42,9 @@ CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
 )
 
 CHECK_WORKERS = 2
+
+SET_UP_S = 60.0
+"""The longest that another process may take to write what a run is set up with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,17 +233,21 @@ def _set_up(config: Config, folder: Path, console: Console, *, wanted: Sequence[
             f"patients on two sides: {certificate['patients_on_two_sides'] or 'none'}, identical volumes on two "
             f"sides: {certificate['identical_volumes_on_two_sides'] or 'none'}"
         )
-    if set_aside:
-        rows = [Failure(str(f.case_id), f"{f.file}: {f.message}") for f in set_aside]
-        tell_set_aside(folder / "set_aside.json", rows, console)
-    remove_leftovers(folder)
-    write_text(folder / CONFIG, public_yaml(config, folder))
-    write_text(folder / FINGERPRINT, fingerprint.model_dump_json(indent=2) + "\n")
-    write_text(folder / PLAN, plan.model_dump_json(indent=2) + "\n")
-    write_folds(folds, folder / FOLDS)
-    write_json(folder / "provenance.json", provenance_tags())
-    # Last, because it says that the set-up is complete.
-    write_json(folder / DATASET, _dataset_facts(dataset))
+    with held(folder, wait_s=SET_UP_S):
+        if (folder / DATASET).exists():
+            # Another process, for another fold, was first.
+            return open_run(config, folder, console, wanted=wanted)
+        if set_aside:
+            rows = [Failure(str(f.case_id), f"{f.file}: {f.message}") for f in set_aside]
+            tell_set_aside(folder / "set_aside.json", rows, console)
+        remove_leftovers(folder)
+        write_text(folder / CONFIG, public_yaml(config, folder))
+        write_text(folder / FINGERPRINT, fingerprint.model_dump_json(indent=2) + "\n")
+        write_text(folder / PLAN, plan.model_dump_json(indent=2) + "\n")
+        write_folds(folds, folder / FOLDS)
+        write_json(folder / "provenance.json", provenance_tags())
+        # Last, because it says that the set-up is complete.
+        write_json(folder / DATASET, _dataset_facts(dataset))
     for warning in plan.warnings:
         console.note(f"plan: {warning}")
     return Run(folder, config, dataset, folds, plan, choose_hardware(config.train))

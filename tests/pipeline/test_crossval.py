@@ -14,6 +14,7 @@ from pipeline.config import Config, parse_config
 from pipeline.console import Silence
 from pipeline.crossval import cross_validate, out_of_fold_report, train_fold
 from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
+from pipeline.folder_lock import LOCK_NAME, held
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.metrics import confusion_counts, dice_from_counts
 from pipeline.runs import Run, open_run, read_done
@@ -123,7 +124,7 @@ def test_a_run_folder_holds_what_it_is_made_of(finished: tuple[Run, list[str], l
     fold = {p.name for p in run.fold_folder(0).iterdir()}
     assert {"bundle", "validation", "history.jsonl", "report.json", "report.csv", "curves.png", "done.json"} <= fold
     assert CHECKPOINT not in fold
-    assert not list(run.folder.rglob(".*"))
+    assert {p.name for p in run.folder.rglob(".*")} == {LOCK_NAME}
 
 
 class TestOpening:
@@ -198,3 +199,23 @@ def test_an_unfinished_fold_asks_to_be_resumed(home: Path) -> None:
     (run.fold_folder(0) / CHECKPOINT).write_text("anything")
     with pytest.raises(RunError, match="an unfinished training is here; give --resume, or another --out"):
         train_fold(run, 0, Silence(), resume=False)
+
+
+def test_two_that_begin_at_once_set_up_one_run_and_share_no_fold(home: Path) -> None:
+    folder, seen = home / "runs" / "at_once", []
+
+    class Rival(Silence):
+        """Another process sets the run up while this one still reads the cases."""
+
+        def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+            if what == "reading cases" and done == total:
+                open_run(config_at(home), folder, Silence())
+                (folder / ".writing-by-the-rival").touch()
+                seen.append(what)
+
+    run = open_run(config_at(home), folder, Rival())
+    assert seen
+    assert (folder / ".writing-by-the-rival").exists()
+    with held(run.fold_folder(0)), pytest.raises(RunError, match="fold_0: another process is at work here"):
+        train_fold(run, 0, Silence(), resume=True)
+    assert not (run.fold_folder(0) / CHECKPOINT).exists()
