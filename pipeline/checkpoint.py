@@ -21,7 +21,8 @@ from pipeline.schedule import Schedule
 from pipeline.task import Observer, TrainingState, TrainingTask, bare
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-CHECKPOINT_FORMAT = "volseg-checkpoint-2"
+CHECKPOINT_FAMILY = "volseg-checkpoint-"
+CHECKPOINT_FORMAT = CHECKPOINT_FAMILY + "2"
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -187,6 +188,8 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from error
     form, _, sha256 = header.decode("ascii", "replace").rstrip("\n").partition(" ")
+    if form != CHECKPOINT_FORMAT and form.startswith(CHECKPOINT_FAMILY):
+        raise RunError(f"{path}: made by another version of volseg; resume with that one, or choose another --out")
     if form != CHECKPOINT_FORMAT:
         raise _Damaged("not a readable checkpoint of this version of volseg")
     if hashlib.sha256(content).hexdigest() != sha256:

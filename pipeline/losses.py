@@ -87,11 +87,15 @@ def deep_supervision_loss(
     _require_same_shape(outputs[0], classes)
     annotated = _unless_complete(annotated, loss.targets)
     levels = [loss(logits, _nearest(classes, logits.shape[2:]), annotated) for logits in outputs]
-    totals = torch.stack([total for total, _ in levels])
-    weights = totals.new_tensor([0.5**level for level in range(len(levels))])
-    shares = weights / weights.sum()
-    terms = {name: torch.stack([values[name] for _, values in levels]) for name in loss.terms}
-    return (shares * totals).sum(), {name: (shares * values).sum() for name, values in terms.items()}
+    # Numbers of the host: a tensor of them would have a GPU wait for its copy at every update.
+    weights = [0.5**level for level in range(len(levels))]
+    shares = [weight / sum(weights) for weight in weights]
+
+    def weighted(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
+
+    terms = {name: weighted([values[name] for _, values in levels]) for name in loss.terms}
+    return weighted([total for total, _ in levels]), terms
 
 
 def _unless_complete(annotated: Tensor | None, targets: Targets) -> Tensor | None:

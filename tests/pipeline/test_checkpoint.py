@@ -107,6 +107,14 @@ class TestReading:
             run(broken, resume=True)
         assert "\n" not in str(caught.value)
 
+    def test_one_of_another_version_is_left_for_that_version(self, broken: TrainingTask) -> None:
+        path = broken.folder / CHECKPOINT
+        later = path.read_bytes().replace(CHECKPOINT_FORMAT.encode(), b"volseg-checkpoint-99", 1)
+        path.write_bytes(later)
+        with pytest.raises(RunError, match=r"made by another version of volseg; resume with that one"):
+            run(broken, resume=True)
+        assert path.read_bytes() == later
+
     def test_a_damaged_one_does_not_become_the_one_before(self, broken: TrainingTask) -> None:
         """Killed after the next write's first rename, there would be no good one."""
         spoil(broken.folder / CHECKPOINT, "one bit")
