@@ -266,6 +266,8 @@ def _explain(error: ValidationError) -> str:
 def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
     key = ".".join(str(part) for part in location)
     last = str(location[-1]) if location else ""
+    if location[:2] == ("labels", "regions") and kind not in ("missing", "value_error"):
+        return f"{key}: {_REGIONS}, found {found!r}"
     if kind == "extra_forbidden":
         return f"unknown key '{key}'; {_nearest(last, _KEYS)}"
     if kind == "missing":
@@ -284,6 +286,8 @@ def _nearest(word: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.5)
     return f"did you mean '{by_folded[near[0]]}'?" if near else f"known: {', '.join(known)}"
 
+
+_REGIONS = 'expected a list of {"name": ..., "labels": [names of labels], "paints": one of these names}'
 
 _KEYS = tuple(
     dict.fromkeys(
