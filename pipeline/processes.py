@@ -38,7 +38,7 @@ def open_fabric(hardware: Hardware) -> Fabric:
     if hardware.precision != "32-true":
         # Given as a plugin rather than by its name, which Fabric would announce.
         plugin = MixedPrecision(hardware.precision, hardware.device)
-    strategy = DDPStrategy(timeout=LONGEST_WAIT, broadcast_buffers=False) if hardware.processes > 1 else "auto"
+    strategy = DDPStrategy(timeout=LONGEST_WAIT) if hardware.processes > 1 else "auto"
     devices: int | list[int] = hardware.devices
     if hardware.device == "cuda" and hardware.processes == 1:
         # The one that this process has been given, where folds run side by side on several.
