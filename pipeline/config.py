@@ -5,6 +5,7 @@ A config says what the plan cannot derive. Sections are handed to the stages one
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import types
@@ -299,10 +300,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         found = "nothing" if document is None else type(document).__name__
         raise ConfigError(f"{path}: a config is a mapping of sections, found {found}")
     _anchor_paths(document, path.parent)
+    alone = copy.deepcopy(document)
     for override in overrides:
         _apply(document, override)
     _anchor_paths(document, Path())
-    return parse_config(document, source=str(path))
+    return parse_config(document, source="--set" if overrides and _is_config(alone) else str(path))
+
+
+def _is_config(document: dict[str, Any]) -> bool:
+    """True when nothing is wrong with it, so that what is wrong with the whole came from the command line."""
+    try:
+        Config.model_validate(document)
+    except ValidationError:
+        return False
+    return True
 
 
 def parse_config(document: dict[str, Any], *, source: str) -> Config:
@@ -391,11 +402,7 @@ def _type_name(annotation: Any) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, tuple):
         return str(list(value))
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else str(value)
-    )
+    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
 
 
 def _anchor_paths(document: dict[str, Any], folder: Path) -> None:

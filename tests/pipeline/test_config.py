@@ -239,3 +239,13 @@ class TestRefusals:
     def test_sections_are_values(self, path: Path) -> None:
         assert isinstance(hash(load_config(path)), int)
         assert load_config(path) == Config.model_validate(load_config(path).model_dump())
+
+
+def test_what_the_command_line_spoilt_is_told_of_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: x\ndata: {manifest: m.json}\n")
+    with pytest.raises(ConfigError, match=r"^--set: train\.seed: "):
+        load_config(file, ["train.seed=-1"])
+    file.write_text("name: x\ndata: {manifest: m.json}\ntrain: {seed: -1}\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: train\.seed: "):
+        load_config(file, ["train.steps=5"])
