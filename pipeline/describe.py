@@ -9,8 +9,16 @@ from pipeline.errors import VolumeError
 
 if TYPE_CHECKING:
     from pipeline.manifest import Channel, Manifest
+    from pipeline.plan import Plan
 
 Facts = tuple[str, list[dict[str, Any]]]
+
+
+SHOWN_CHOICES = (
+    "dimensions", "block", "normalisation", "skip", "upsampling", "bottleneck", "deep_supervision", "drop_path",
+    "weight_standardisation",
+)  # fmt: skip
+"""Of a network's choices, those that are told where they are not the usual ones."""
 
 
 def facts_of(path: Path, *, resample_uneven: bool = False) -> Facts:
@@ -29,6 +37,8 @@ def facts_of(path: Path, *, resample_uneven: bool = False) -> Facts:
 
     if is_bundle(path):
         return _bundle(path)
+    if is_bundle(path / "bundle"):
+        return _bundle(path / "bundle")
     return _run(path) if (path / DATASET).is_file() else _dicom(path, resample_uneven)
 
 
@@ -41,7 +51,8 @@ def _bundle(path: Path) -> Facts:
         "channels": ", ".join(channel.described for channel in plan.channels),
         "labels": ", ".join(f"{x.id} {x.name}" for x in bundle.schema.labels),
         "fold": "-" if index.fold is None else str(index.fold),
-        "network": f"{plan.network}, features {', '.join(map(str, plan.unet.features))}",
+        **({"regions": ", ".join(region.name for region in bundle.schema.regions)} if bundle.schema.regions else {}),
+        "network": _network(plan),
         "parameters": f"{sum(p.numel() for p in bundle.network.parameters()):,}",
         "spacing (mm, RAS axes)": " x ".join(f"{s:g}" for s in plan.spacing_mm),
         "patch": " x ".join(map(str, plan.patch_shape)),
@@ -49,6 +60,14 @@ def _bundle(path: Path) -> Facts:
         "weights sha256": bundle.digest,
     }
     return f"model bundle '{index.name}'", _rows(rows)
+
+
+def _network(plan: Plan) -> str:
+    """Its name, its width, and what is not as usual."""
+    usual = type(plan.unet).model_fields
+    said = {name: getattr(plan.unet, name) for name in SHOWN_CHOICES}
+    unusual = [f"{n.replace('_', ' ')} {v}" for n, v in said.items() if v != usual[n].default]
+    return ", ".join([plan.network, "features " + " ".join(map(str, plan.unet.features)), *unusual])
 
 
 def _run(path: Path) -> Facts:

@@ -121,7 +121,7 @@ class TestInfo:
         done = in_process("info", trained.run / "fold_0" / "bundle")
         assert done.code == 0
         assert "model bundle 'tiny'" in done.out
-        assert "unet, features 4, 8" in done.out
+        assert "unet, features 4 8" in done.out
         assert version("torch") in done.out
 
 
