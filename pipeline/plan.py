@@ -87,6 +87,19 @@ class ChannelPlan(Frozen):
         return f"{self.name} ({self.modality}{', optional' if self.optional else ''})"
 
 
+class InferenceConventions(Frozen):
+    """How tiles become a result; a model from elsewhere keeps its maker's ways.
+
+    Overlapping tiles, mirrored passes and folds are averaged as `blend` says. Volumes smaller than a tile are padded
+    with each channel's own minimum or with zeros. A tile may be longer than the patch by `longest_window` where that
+    spares tiles.
+    """
+
+    blend: Literal["probabilities", "logits"] = "probabilities"
+    padding: Literal["minimum", "zero"] = "minimum"
+    longest_window: float = 1.5
+
+
 class Plan(Frozen):
     """Everything that training and prediction need to agree on. Axes are RAS."""
 
@@ -105,6 +118,7 @@ class Plan(Frozen):
     largest_label_extent_mm: Spacing
     memory_gb: float
     patch_gflop: float
+    inference: InferenceConventions = InferenceConventions()
     reasons: dict[str, str]
     warnings: tuple[str, ...]
 
