@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from monai.transforms import Compose
 from torch import Tensor
 
 from pipeline.bundle import ModelBundle
-from pipeline.dataset import apply_chain
 from pipeline.errors import BundleError, GeometryMismatch, VolumeError
 from pipeline.outputs import classes_of_probabilities
 from pipeline.plan import ChannelPlan, Plan
+from pipeline.preparing import prepare
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.windows import Progress, WindowSettings, predict_windows
-from transforms.chains import placing_steps, plain
-from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
-from transforms.load import as_metatensor, geometry_of
 from transforms.volume import Volume
 
 AIR_HU = -500.0
@@ -90,8 +84,8 @@ def predict(
     """
     check_input(model.plan, channels)
     source = next(volume.geometry for volume in channels if volume is not None)
-    image, grid = _prepare(model.plan, channels)
-    image = image.to(device)
+    prepared = prepare(model.plan, channels)
+    image, grid = prepared.image.to(device), prepared.grid
     total: Tensor | None = None
     with torch.inference_mode():
         for number, bundle in enumerate(model.bundles):
@@ -165,17 +159,6 @@ def _check_intensities(volume: Volume, channel: ChannelPlan) -> None:
             f"{found} look like a CT in HU, the model's channel {channel.name} is {channel.modality} "
             f"(from {channel.lowest:g} in training); choose a model that was trained on CT"
         )
-
-
-def _prepare(plan: Plan, channels: Sequence[Volume | None]) -> tuple[Tensor, Geometry]:
-    """(C, I, J, K) on the plan's grid, by the same steps as in training, and that grid."""
-    there = [volume for volume in channels if volume is not None]
-    stacked = torch.from_numpy(np.stack([v.voxels for v in there]).astype(np.float32, copy=False))
-    present = [volume is not None for volume in channels]
-    steps = placing_steps(["image"], [], plan.axis_codes, plan.spacing_mm, plan.normalisations, present)
-    data: dict[str, Any] = {"image": as_metatensor(stacked, there[0].geometry)}
-    data = apply_chain(Compose(steps), data)
-    return plain(data["image"]), geometry_of(data["image"])
 
 
 def _after(on_window: Progress, number: int, count: int) -> Progress:
