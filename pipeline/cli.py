@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from pipeline.cli_dicom import dicom_app
+from pipeline.cli_manifest import manifest_app
+from pipeline.cli_interop import bundle_app, import_app
 from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
 
 if TYPE_CHECKING:
@@ -29,10 +31,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-manifest_app = typer.Typer(help="Datasets described as JSON.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(manifest_app, name="manifest")
 app.add_typer(dicom_app, name="dicom")
 app.add_typer(pacs_app, name="pacs")
+app.add_typer(import_app, name="import")
+app.add_typer(bundle_app, name="bundle")
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a config value.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file as in configs/.")]
@@ -80,32 +83,6 @@ def _volseg(
 
         print(f"volseg {installed('volseg')}")
         raise typer.Exit
-
-
-@manifest_app.command("build")
-def manifest_build(
-    images: Annotated[Path, typer.Argument(help="Folder of images (or of one DICOM folder a case).")],
-    name: Annotated[str, typer.Option("--name", help="Name of the dataset.")],
-    out: Annotated[Path, typer.Option("--out", help="The manifest to write.")],
-    channel: Annotated[
-        list[str], typer.Option("--channel", metavar="NAME:MODALITY", help="A channel and its modality, as T1:MR.")
-    ],
-    optional: Annotated[
-        list[str] | None, typer.Option("--optional", metavar="NAME", help="A channel that cases may lack.")
-    ] = None,
-    labels: Annotated[Path | None, typer.Option("--labels", help="Folder of label maps.")] = None,
-    label: Annotated[list[str] | None, typer.Option("--label", metavar="ID:NAME", help="A label's name.")] = None,
-    patient_pattern: Annotated[
-        str | None, typer.Option("--patient-pattern", help="Regular expression; its group 1 is the patient id.")
-    ] = None,
-    patient_table: Annotated[Path | None, typer.Option("--patient-table", help="CSV: case_id,patient_id.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,
-) -> None:
-    """Make a manifest from folders of images and labels."""
-    from pipeline.cli_stages import build
-
-    build(images, labels, name=name, channels=channel, optional=optional or [], names=label or [], target=out,
-          force=force, patients=(patient_pattern, patient_table))  # fmt: skip
 
 
 @app.command()

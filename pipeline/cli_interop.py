@@ -1,0 +1,64 @@
+"""`volseg import` and `volseg bundle`: models from elsewhere, and models for elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.interop.exporting import EXPORTERS, export_model
+
+import_app = typer.Typer(help="Models that others trained.", no_args_is_help=True, rich_markup_mode=None)
+bundle_app = typer.Typer(help="Trained models as bundles.", no_args_is_help=True, rich_markup_mode=None)
+
+Out = Annotated[Path, typer.Option("--out", help="What to write; with several folds a run folder, else a bundle.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+@import_app.callback()
+def _import() -> None:
+    """Models that others trained."""
+
+
+@bundle_app.callback()
+def _bundle() -> None:
+    """Trained models as bundles."""
+
+
+@import_app.command("nnunet")
+def import_nnunet_model(
+    folder: Annotated[Path, typer.Argument(help="A trained model: plans.json, dataset.json and fold_* in it.")],
+    out: Out,
+    folds: Annotated[
+        str | None, typer.Option("--folds", metavar="0,1,...", help="Which folds, or all; default: those there are.")
+    ] = None,
+    configuration: Annotated[
+        str | None, typer.Option("--configuration", help="As 3d_fullres, where several were trained.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Turn a trained nnU-Net v2 model into a bundle, or into one a fold."""
+    from pipeline.describe import facts_of
+    from pipeline.interop.nnunet_import import import_nnunet
+
+    chosen = None if folds is None else tuple(folds.split(","))
+    bundles = import_nnunet(folder, out, folds=chosen, configuration=configuration, force=force)
+    title, rows = facts_of(bundles[0])
+    print(title)
+    for row in rows:
+        print(f"  {row['what']}: {row['value']}")
+    for bundle in bundles:
+        print(bundle)
+
+
+@bundle_app.command("export")
+def export_bundle(
+    model: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a run folder.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=", ".join(EXPORTERS) + ".")],
+    out: Annotated[Path, typer.Option("--out", help="The file or folder to write.")],
+    force: Force = False,
+) -> None:
+    """Write a model in another format, and compare it with the bundle's own output."""
+    for line in export_model(model, out, to=to, force=force):
+        print(line)
