@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from pipeline.config import PlanConfig
@@ -18,9 +19,12 @@ from pipeline.topology import SMALLEST_PATCH_SIDE, SMALLEST_SIDE, Topology
 WIDTHS = (32, 24, 16, 12, 8)
 """Channels at full resolution that the planner chooses among, widest first."""
 
-WANTED_PATCHES, WANTED_ROUNDS = 1000, 15
+WANTED_PATCHES, WANTED_ROUNDS = 3000, 30
 """Patches in all, and patches of each case, that a training wants to see before a wider network pays
 (measured on hippocampus, benchmarks/LOG.md)."""
+
+LEAST_PATCHES, LEAST_ROUNDS = 1000, 15
+"""What the narrowest network on the smallest patch must see for a training to be worth its time."""
 
 MIRRORED_ROUNDS = 100
 """Patches of each case from which on training on mirrored ones is expected to pay; below, it cost 0.02 Dice
@@ -36,7 +40,10 @@ CPU_BATCH, CUDA_MOST_BATCH = 2, 16
 """A CPU gains nothing from larger batches; small ones take more steps."""
 
 PATCH_KEPT = 0.75
-"""Width gives way before a patch loses more than a quarter of what it could see."""
+"""Width gives way before a patch loses more than a quarter of what it needs to see."""
+
+ROOM_AROUND_LABEL, LEAST_VIEW = 1.5, 64
+"""What a patch needs to see of each axis: the largest label this many times over, and at least so many voxels."""
 
 Sized = tuple[UNetSpec, Triple]
 
@@ -136,11 +143,14 @@ class Sizer:
     def _sized(self) -> Sized:
         """With two patches in a step if they fit, else with one."""
         batches = (CPU_BATCH, 1) if self.settings.batch_size is None else (self.settings.batch_size,)
-        for batch in batches:
+        wanted, least = self._wanted(), self._least()
+        for enough, batch in product((wanted, least), batches):
             for width in self._widths():
                 fitting = (sized for sized in self._candidates(width) if self._fits_memory(*sized, batch))
-                for unet, patch in self._worth_their_width(fitting, width):
-                    if self._fits_time(unet, patch):
+                # Only what would otherwise not be worth its time makes do with patches that see too little.
+                narrowest = width == self._widths()[-1] and enough == least
+                for unet, patch in fitting if narrowest else self._worth_their_width(fitting):
+                    if self._patches(unet, patch) >= enough:
                         return unet, patch
         smallest = list(self._candidates(self._widths()[-1]))[-1]
         # A network with widths of its own cannot give way to time; it sees fewer patches than it wants.
@@ -159,16 +169,15 @@ class Sizer:
             patch = self._cut(smaller, unet)
             yield unet, patch
 
-    def _worth_their_width(self, sizes: Iterator[Sized], width: int) -> Iterator[Sized]:
-        """Those of `sizes` whose patches keep most of the median case; all of them at the narrowest width.
+    def _worth_their_width(self, sizes: Iterator[Sized]) -> Iterator[Sized]:
+        """Those of `sizes` whose patches keep most of what they need to see.
 
         A preset stands by its width as long as time allows: most of the first patch that memory admits will do.
         """
-        narrowest = width == self._widths()[-1]
-        whole = None if self.topology.network.preset else math.prod(self._grown(self.median_shape))
+        whole = None if self.topology.network.preset else math.prod(self._needed())
         for unet, patch in sizes:
             whole = whole or math.prod(patch)
-            if not narrowest and math.prod(patch) < PATCH_KEPT * whole:
+            if math.prod(patch) < PATCH_KEPT * whole:
                 return
             yield unet, patch
 
@@ -180,7 +189,7 @@ class Sizer:
             sets.append(f"--set plan.memory_gb={needed_gb:g}")
         if self.budget.minutes is not None:
             allowed.append(f"{self.budget.minutes:g} minutes")
-            minutes = _ceil(self.budget.minutes * self._wanted() / self._patches(unet, patch))
+            minutes = _ceil(self.budget.minutes * self._least() / self._patches(unet, patch))
             sets += [f"--set train.budget_minutes={minutes:g}"] if minutes > self.budget.minutes else []
         return (
             f"no network fits {' and '.join(allowed)}; the nearest plan that does has patches of {_times(patch)} and "
@@ -200,7 +209,7 @@ class Sizer:
             unet = self.topology.spec(self._grown(self.median_shape), width)
             self._check_divisible(unet, patch)
             batch = self.settings.batch_size or CPU_BATCH
-            if self._fits_memory(unet, patch, batch) and self._fits_time(unet, patch):
+            if self._fits_memory(unet, patch, batch) and self._patches(unet, patch) >= self._wanted():
                 break
         return unet, patch
 
@@ -229,6 +238,18 @@ class Sizer:
         if self.topology.slice_axis is not None:
             sides[self.topology.slice_axis] = 1
         return sides[0], sides[1], sides[2]
+
+    def _needed(self) -> Triple:
+        """Sides of a patch that holds the largest label with room around it, at most those of the median case."""
+        extents = [sides for case in self.fingerprint.cases for sides in case.label_extents_mm.values()]
+        largest_mm = [max(sides) for sides in zip(*extents, strict=True)] or [0.0] * 3
+        i, j, k = (
+            min(most, max(LEAST_VIEW, math.ceil(ROOM_AROUND_LABEL * mm / spacing)))
+            for most, mm, spacing in zip(
+                self._grown(self.median_shape), largest_mm, self.topology.spacing_mm, strict=True
+            )
+        )
+        return i, j, k
 
     def _rounded(self, patch: Triple, unet: UNetSpec) -> Triple:
         """Each side to the nearest multiple of what the strides need, at least one; more than a voxel is left."""
@@ -265,11 +286,11 @@ class Sizer:
         saving = unet.model_copy(update={"checkpointing": self._may_checkpoint()})
         return self.memory_gb(saving, patch, batch) <= self.budget.memory_gb
 
-    def _fits_time(self, unet: UNetSpec, patch: Triple) -> bool:
-        return self._patches(unet, patch) >= self._wanted()
-
     def _wanted(self) -> int:
         return max(WANTED_PATCHES, WANTED_ROUNDS * len(self.fingerprint.cases))
+
+    def _least(self) -> int:
+        return max(LEAST_PATCHES, LEAST_ROUNDS * len(self.fingerprint.cases))
 
     def _patches(self, unet: UNetSpec, patch: Triple) -> float:
         """Patches that the time budget admits."""
@@ -302,10 +323,11 @@ class Sizer:
             left = f"; the last {spare} are left out, since no axis is long enough to halve again" if spare else ""
             return f"set by hand{left}"
         budget = "no time limit" if self.budget.minutes is None else f"{self.budget.minutes:g} minutes"
+        wanted = self._wanted() if self._patches(unet, patch) >= self._wanted() else self._least()
         seen = "" if self.budget.minutes is None else f" give about {self._patches(unet, patch):.0f} patches; "
         return (
             f"{unet.features[0]} channels at full resolution: {budget} at {self.budget.gflops:g} GFLOP/s{seen or ': '}"
-            f"the widest of {', '.join(map(str, WIDTHS))} with which {self._wanted()} patches can be seen "
+            f"the widest of {', '.join(map(str, WIDTHS))} with which {wanted} patches can be seen "
             f"and {self.budget.memory_gb:g} GB suffice"
         )
 
