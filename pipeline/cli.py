@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from pipeline.cli_dicom import dicom_app
-from pipeline.cli_manifest import manifest_app
 from pipeline.cli_interop import bundle_app, import_app
+from pipeline.cli_manifest import manifest_app
 from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli_console import TerminalConsole, show_table
-from pipeline.errors import ConfigError, ManifestError, VolumeError
+from pipeline.errors import ConfigError, VolumeError
 from pipeline.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -20,48 +20,6 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
     from pipeline.report import Report
     from pipeline.runs import Run
-
-
-def build(
-    images: Path,
-    labels: Path | None,
-    *,
-    name: str,
-    channels: Sequence[str],
-    optional: Sequence[str] = (),
-    names: Sequence[str],
-    target: Path,
-    patients: tuple[str | None, Path | None],
-    force: bool,
-) -> None:
-    """`volseg manifest build`."""
-    from pipeline.manifest import Channel, Modality, save_manifest
-    from pipeline.manifest_build import PatientRule, build_manifest, read_patient_table
-
-    if target.exists() and not force:
-        raise ManifestError(f"{target} exists already; give --force to replace it, or another --out")
-    pairs = [_pair(text, "--channel", "NAME:MODALITY") for text in channels]
-    for channel, modality in pairs:
-        if modality not in get_args(Modality):
-            known = ", ".join(get_args(Modality))
-            raise ManifestError(f"--channel {channel}:{modality}: the modality is one of {known}")
-    if unknown := sorted(set(optional) - {channel for channel, _ in pairs}):
-        raise ManifestError(f"--optional {unknown[0]}: no --channel has this name")
-    labelled = {_whole(i): n for i, n in (_pair(text, "--label", "ID:NAME") for text in names)} or None
-    pattern, table = patients
-    rule = PatientRule(pattern=pattern, table=read_patient_table(table) if table else None)
-    dataset = build_manifest(
-        images,
-        labels,
-        name=name,
-        channels=[Channel.model_validate({"name": n, "modality": m, "optional": n in optional}) for n, m in pairs],
-        label_names=labelled,
-        patients=rule if pattern or table else None,
-    )
-    save_manifest(dataset, target)
-    cases = dataset.manifest.cases
-    _tell_channels({n: sum(n in case.images for case in cases) for n, _ in pairs}, len(cases))
-    print(f"{len(cases)} cases written to {target}; run `volseg check {target}` next")
 
 
 def check_manifest(
@@ -84,13 +42,13 @@ def check_manifest(
     if json_file:
         write_json(json_file, report.to_json())
     errors = sum(f.severity == "error" for f in report.faults)
-    _tell_channels(report.channel_counts, report.case_count)
+    tell_channels(report.channel_counts, report.case_count)
     print(f"{report.dataset}: {report.case_count} cases, {_count(errors, 'error')}, "
           f"{_count(len(report.faults) - errors, 'note')}")  # fmt: skip
     return report.ok
 
 
-def _tell_channels(counts: Mapping[str, int], case_count: int) -> None:
+def tell_channels(counts: Mapping[str, int], case_count: int) -> None:
     """How many cases have each channel, where some lack one."""
     if any(count < case_count for count in counts.values()):
         print(f"channels: {', '.join(f'{name} in {count} of {case_count} cases' for name, count in counts.items())}")
@@ -397,19 +355,6 @@ def _show_tracking(config: Config) -> None:
     if config.tracking.enabled:
         uri = tracking_uri(config)
         print(f"runs in MLflow: {page_command(uri)}\nand then open: {page_address(uri)}")
-
-
-def _pair(text: str, option: str, form: str) -> tuple[str, str]:
-    first, separator, second = text.partition(":")
-    if not (first and separator and second):
-        raise ManifestError(f"{option} {text}: expected {form}")
-    return first, second
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit():
-        raise ManifestError(f"--label {text}: a label's id is a whole number")
-    return int(text)
 
 
 def _times(values: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pipeline.errors import ManifestError
 from pipeline.files import sha256_of_json, write_json
-from pipeline.manifest_formats import FOREIGN_FORMATS, foreign_format
+from pipeline.manifest_formats import AS_DECLARED, FOREIGN_FORMATS, Stated, foreign_format
 from transforms.annotation import Annotation
 from transforms.labels import MAX_LABEL_ID, CodedConcept, Label, LabelSchema, Region
 
@@ -124,11 +124,12 @@ class Dataset(Frozen):
         return Annotation(self.manifest.labels, case.annotated, case.label_values or {})
 
 
-def load_dataset(path: Path, root: Path | None = None) -> Dataset:
+def load_dataset(path: Path, root: Path | None = None, *, stated: Stated = AS_DECLARED) -> Dataset:
     """Read a volseg manifest, an MSD or nnU-Net `dataset.json`, or the folder that holds the latter.
 
     The paths of the cases start from `root` if it is given; otherwise from the manifest's own `root`, which
-    is relative to the manifest's folder, or from the folder of `dataset.json`. Only the JSON is opened.
+    is relative to the manifest's folder, or from the folder of `dataset.json`. Only the JSON is opened. `stated` adds
+    to the channels of a `dataset.json`.
 
     Raises:
         ManifestError: no such file, not one of the formats, a key or value that does not fit, a path that
@@ -142,7 +143,7 @@ def load_dataset(path: Path, root: Path | None = None) -> Dataset:
         folder = file.parent / manifest.root if root is None else root
     else:
         folder = file.parent if root is None else root
-        manifest = parse_manifest(FOREIGN_FORMATS[kind](document, folder, str(file)), source=str(file))
+        manifest = parse_manifest(FOREIGN_FORMATS[kind](document, folder, str(file), stated), source=str(file))
     dataset = Dataset(manifest=manifest, root=folder.resolve())
     _require_some_image(dataset, file)
     return dataset

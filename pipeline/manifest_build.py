@@ -70,17 +70,17 @@ def build_manifest(
     files = _image_files(images, channels)
     label_of = _label_files(labels, set(files), source) if labels is not None else {}
     root = Path(os.path.commonpath([p.resolve() for p in (images, labels) if p is not None]))
-    patient_of = _patients(files, images, patients or PatientRule())
+    patient_of = patients_of(files, images, patients or PatientRule())
     document = {
         "name": name,
         "channels": [channel.model_dump() for channel in channels],
-        "labels": _schema(label_names or _numbered_names(labels), source).model_dump(),
+        "labels": schema_of(label_names or _numbered_names(labels), source).model_dump(),
         "cases": [
             {
                 "case_id": safe_name(case),
                 "patient_id": patient_of[case],
-                "images": {name: _below(root, path) for name, path in files[case].items()},
-                "label": _below(root, label_of[case]) if case in label_of else None,
+                "images": {name: below(root, path) for name, path in files[case].items()},
+                "label": below(root, label_of[case]) if case in label_of else None,
             }
             for case in sorted(files)
         ],
@@ -94,11 +94,15 @@ def find_label_ids(labels: Path, on_progress: Progress | None = None) -> list[in
     Raises:
         VolumeError: a label that cannot be read, or is no label.
     """
+    return label_ids_in([path for _, path in _entries(labels)], on_progress)
+
+
+def label_ids_in(paths: Sequence[Path], on_progress: Progress | None = None) -> list[int]:
+    """The same of these files."""
     import numpy as np
 
     from transforms.volume import read_label
 
-    paths = [path for _, path in _entries(labels)]
     found: set[int] = set()
     for done, path in enumerate(paths, start=1):
         found.update(int(i) for i in np.unique(read_label(path).voxels))
@@ -229,7 +233,8 @@ def _numbered_names(labels: Path | None) -> dict[int, str]:
     return {} if labels is None else {i: f"label_{i}" for i in find_label_ids(labels)}
 
 
-def _schema(names: Mapping[int, str], source: str) -> LabelSchema:
+def schema_of(names: Mapping[int, str], source: str) -> LabelSchema:
+    """Labels by their values; raises ManifestError if there are none or they contradict each other."""
     if not names:
         raise ManifestError(f"{source}: no label is known; name them, such as 1=liver")
     try:
@@ -239,11 +244,17 @@ def _schema(names: Mapping[int, str], source: str) -> LabelSchema:
         raise ManifestError(f"{source}: labels: {reason}") from error
 
 
-def _below(root: Path, path: Path) -> str:
+def below(root: Path, path: Path) -> str:
+    """A path as a manifest has it: relative to a resolved `root`; the file itself may be a link."""
     return (path.parent.resolve() / path.name).relative_to(root).as_posix()
 
 
-def _patients(files: dict[str, dict[str, Path]], images: Path, rule: PatientRule) -> dict[str, str]:
+def patients_of(files: Mapping[str, Mapping[str, Path]], images: Path, rule: PatientRule) -> dict[str, str]:
+    """Case to patient, for cases with their files below `images` by channel.
+
+    Raises:
+        ManifestError: the rule does not cover every case, or a DICOM folder carries its patient's name.
+    """
     if rule.pattern is not None:
         first = {case: next(iter(paths.values())).relative_to(images).as_posix() for case, paths in files.items()}
         found = {case: _first_group(rule.pattern, path) for case, path in first.items()}
@@ -267,7 +278,7 @@ def _first_group(pattern: str, text: str) -> str | None:
     return match[1] if match else None
 
 
-def _own_patients(files: dict[str, dict[str, Path]], salt: str) -> dict[str, str | None]:
+def _own_patients(files: Mapping[str, Mapping[str, Path]], salt: str) -> dict[str, str | None]:
     """Each case its own patient, unless its DICOM files name one: a keyed hash of that name stands for it."""
     found: dict[str, str | None] = {}
     problems: dict[str, list[str]] = {"cases with channels of different patients": []}

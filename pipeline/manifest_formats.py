@@ -13,7 +13,8 @@ import difflib
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -22,7 +23,20 @@ from pipeline.files import safe_name
 from pipeline.label_tables import read_labels
 
 Document = dict[str, Any]
-Reader = Callable[[Document, Path, str], Document]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a user says of channels, by their names, where a format cannot: the modality, and which cases may lack."""
+
+    modalities: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+
+
+AS_DECLARED = Stated()
+"""Nothing beyond what the file says."""
+
+Reader = Callable[[Document, Path, str, Stated], Document]
 
 MODALITY_OF_CHANNEL: dict[str, str] = {
     "ct": "CT",
@@ -106,8 +120,8 @@ def split_channel_files(names: list[str], channel_count: int) -> tuple[dict[str,
     return dict(cases), strangers
 
 
-def _read_msd(document: Document, root: Path, source: str) -> Document:
-    channels = _channels(document, "modality", source)
+def _read_msd(document: Document, root: Path, source: str, stated: Stated) -> Document:
+    channels = _channels(document, "modality", source, stated)
     listed = document.get("training")
     if not isinstance(listed, list) or not all(isinstance(e, dict) and "image" in e for e in listed):
         raise ManifestError(f"{source}: training is not a list of objects with image and label")
@@ -144,18 +158,17 @@ def _msd_images(image: str, channels: list[Document], root: Path, source: str) -
     return {names[0]: image}
 
 
-def _read_nnunet(document: Document, root: Path, source: str) -> Document:
-    channels = _channels(document, "channel_names", source)
+def _read_nnunet(document: Document, root: Path, source: str, stated: Stated) -> Document:
+    channels = _channels(document, "channel_names", source, stated)
     if "dataset" in document:
         files = _nnunet_listed(document["dataset"], len(channels), root, source)
     else:
-        files = _nnunet_found(document, len(channels), root, source)
-    names = [channel["name"] for channel in channels]
+        files = _nnunet_found(document, channels, root, source)
     cases = [
         {
             "case_id": safe_name(case),
             "patient_id": safe_name(case),
-            "images": dict(zip(names, images, strict=True)),
+            "images": {channels[i]["name"]: image for i, image in sorted(images.items())},
             "label": label,
         }
         for case, (images, label) in sorted(files.items())
@@ -163,7 +176,7 @@ def _read_nnunet(document: Document, root: Path, source: str) -> Document:
     return _manifest_document(document, channels, cases, source)
 
 
-def _nnunet_listed(listed: Any, channel_count: int, root: Path, source: str) -> dict[str, tuple[list[str], str]]:
+def _nnunet_listed(listed: Any, channel_count: int, root: Path, source: str) -> dict[str, tuple[dict[int, str], str]]:
     if not isinstance(listed, dict):
         raise ManifestError(f"{source}: dataset is not an object of cases with images and label")
     files = {}
@@ -171,21 +184,29 @@ def _nnunet_listed(listed: Any, channel_count: int, root: Path, source: str) -> 
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or len(images) != channel_count or "label" not in entry:
             raise ManifestError(f"{source}: dataset.{case} needs a label and {channel_count} images in a list")
-        paths = [_relative(image, root, source) for image in images]
+        paths = {i: _relative(image, root, source) for i, image in enumerate(images)}
         files[str(case)] = (paths, _relative(entry["label"], root, source))
     return files
 
 
-def _nnunet_found(document: Document, channel_count: int, root: Path, source: str) -> dict[str, tuple[list[str], str]]:
+def _nnunet_found(
+    document: Document, channels: list[Document], root: Path, source: str
+) -> dict[str, tuple[dict[int, str], str]]:
     ending = document.get("file_ending")
     if not isinstance(ending, str) or not ending.startswith("."):
         raise ManifestError(f"{source}: file_ending is needed, such as '.nii.gz', found {ending!r}")
+    if not ending.lower().endswith(VOLUME_SUFFIXES):
+        raise ManifestError(
+            f"{source}: its files end in '{ending}', which is not read as a volume; convert them to one of "
+            f"{', '.join(VOLUME_SUFFIXES)}"
+        )
     images, labels = (_listing(root / folder, ending, source) for folder in ("imagesTr", "labelsTr"))
-    by_case, strangers = split_channel_files(images, channel_count)
-    cases = {case for case, found in by_case.items() if len(found) == channel_count}
+    by_case, strangers = split_channel_files(images, len(channels))
+    required = {i for i, channel in enumerate(channels) if not channel["optional"]}
+    cases = {case for case, found in by_case.items() if required <= set(found)}
     labelled = {name.removesuffix(ending) for name in labels}
     problems = {
-        f"without the channel's number (below {channel_count})": strangers,
+        f"without the channel's number (below {len(channels)})": strangers,
         "without all of their channels": sorted(set(by_case) - cases),
         "without a label": sorted(cases - labelled),
         "without an image": sorted(labelled - set(by_case)),
@@ -195,7 +216,7 @@ def _nnunet_found(document: Document, channel_count: int, root: Path, source: st
     if expected != len(cases):
         raise ManifestError(f"{source}: numTraining is {expected}, but imagesTr holds {len(cases)} cases")
     return {
-        case: ([f"imagesTr/{by_case[case][i]}" for i in range(channel_count)], f"labelsTr/{case}{ending}")
+        case: ({i: f"imagesTr/{name}" for i, name in by_case[case].items()}, f"labelsTr/{case}{ending}")
         for case in cases
     }
 
@@ -220,19 +241,23 @@ def _manifest_document(document: Document, channels: list[Document], cases: list
     }
 
 
-def _channels(document: Document, key: str, source: str) -> list[Document]:
+def _channels(document: Document, key: str, source: str, stated: Stated) -> list[Document]:
     """The values of {"0": "CT", "1": ...} in order; a repeated name gets its number to be unique."""
     table = document.get(key)
     numbers = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
     if not isinstance(table, dict) or not table or set(table) != set(numbers):
         raise ManifestError(f'{source}: {key} is needed as {{"0": "CT", "1": ...}}, found {table!r}')
-    names = [str(table[number]) for number in numbers]
+    given = [str(table[number]) for number in numbers]
+    names = [n if given.count(n) == 1 else f"{n}_{number}" for n, number in zip(given, numbers, strict=True)]
+    if unknown := sorted((stated.modalities.keys() | stated.optional) - set(names)):
+        raise ManifestError(f"{source}: it has no channel '{unknown[0]}'; its channels are {', '.join(names)}")
     return [
         {
-            "name": name if names.count(name) == 1 else f"{name}_{number}",
-            "modality": modality_of_channel(name, f"{source}: {key}.{number}"),
+            "name": name,
+            "modality": stated.modalities.get(name) or modality_of_channel(plain, f"{source}: {key}.{number}"),
+            "optional": name in stated.optional,
         }
-        for number, name in zip(numbers, names, strict=True)
+        for name, plain, number in zip(names, given, numbers, strict=True)
     ]
 
 
@@ -249,7 +274,8 @@ def modality_of_channel(name: str, source: str) -> str:
     hint = f"did you mean '{near[0].upper()}'? " if near else ""
     raise ManifestError(
         f"{source}: the modality of channel '{name}' is unknown; {hint}"
-        f"known: {', '.join(n.upper() for n in MODALITY_OF_CHANNEL)}"
+        f"known: {', '.join(n.upper() for n in MODALITY_OF_CHANNEL)}; for another, make a manifest with "
+        f"`volseg manifest build` and say it: --channel '{name}:MR'"
     )
 
 
@@ -270,4 +296,4 @@ def _relative(path: Any, root: Path, source: str) -> str:
 
 
 FOREIGN_FORMATS: dict[str, Reader] = {"msd": _read_msd, "nnunet": _read_nnunet}
-"""By the name that `foreign_format` gives: (document, root, source) to a volseg manifest document."""
+"""By the name that `foreign_format` gives: document, root, source and what a user states, to a manifest document."""
