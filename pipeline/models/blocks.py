@@ -29,6 +29,14 @@ def encoder_blocks(spec: UNetSpec, stage: int, *, in_channels: int, stride: Shap
     return _blocks(spec, stage, kind=spec.block, in_channels=in_channels, stride=stride, rates=rates)
 
 
+def stem(spec: UNetSpec) -> nn.Module:
+    """What comes before the first stage of the encoder."""
+    if not spec.stem_channels:
+        return nn.Identity()
+    ones = (1,) * spec.dimensions
+    return PlainBlock(spec, 0, in_channels=spec.in_channels, out_channels=spec.stem_channels, stride=ones)
+
+
 def decoder_blocks(spec: UNetSpec, stage: int, *, in_channels: int) -> nn.Sequential:
     """The blocks of one stage on the way up."""
     ones, rates = (1,) * spec.dimensions, (0.0,) * spec.decoder_blocks[stage]
@@ -36,12 +44,21 @@ def decoder_blocks(spec: UNetSpec, stage: int, *, in_channels: int) -> nn.Sequen
 
 
 class PlainBlock(nn.Module):
-    """Convolution, normalisation, activation."""
+    """Convolution, normalisation, activation; to `out_channels`, which is by default those of the stage."""
 
-    def __init__(self, spec: UNetSpec, stage: int, *, in_channels: int, stride: Shape, activated: bool = True) -> None:
+    def __init__(
+        self,
+        spec: UNetSpec,
+        stage: int,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        stride: Shape,
+        activated: bool = True,
+    ) -> None:
         super().__init__()
-        channels, kernel = spec.features[stage], spec.kernel_shapes[stage]
-        bias = spec.normalisation == "none"
+        channels, kernel = out_channels or spec.features[stage], spec.kernel_shapes[stage]
+        bias = spec.biased_convolutions or spec.normalisation == "none"
         self.convolution = convolution(spec, in_channels, channels, kernel=kernel, stride=stride, bias=bias)
         if spec.weight_standardisation:
             self.convolution = StandardisedConvolution(self.convolution, slope=slope(spec))

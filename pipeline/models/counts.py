@@ -151,8 +151,12 @@ def _encoder_stage(spec: UNetSpec, index: int, shape: Shape) -> _Stage:
         shape = tuple(side // s for side, s in zip(shape, stride, strict=True))
         other_bytes = channels * math.prod(shape) * (FLOAT_BYTES + POOL_INDEX_BYTES)
         stride = (1,) * spec.dimensions
-    kinds = [spec.block] * spec.encoder_blocks[index]
+    kinds, stem = [spec.block] * spec.encoder_blocks[index], []
+    if index == 0 and spec.stem_channels:
+        stem, _ = _plain_block(spec, 0, channels=channels, shape=shape, stride=stride, out_channels=spec.stem_channels)
+        channels, shape = spec.stem_channels, stem[0].shape
     layers, pooled_bytes, shape = _blocks(spec, index, kinds, channels=channels, shape=shape, stride=stride)
+    layers = stem + layers
     if spec.stages == 1:
         layers.append(_head(spec, index, shape))
     return _Stage(tuple(layers), other_bytes + pooled_bytes, spec.features[index], shape)
@@ -226,17 +230,17 @@ def _blocks(
 
 
 def _plain_block(
-    spec: UNetSpec, index: int, *, channels: int, shape: Shape, stride: Shape
+    spec: UNetSpec, index: int, *, channels: int, shape: Shape, stride: Shape, out_channels: int | None = None
 ) -> tuple[list[_Convolution], int]:
     """Convolution, normalisation (keeps its input), activation (keeps its result)."""
     kernel, normalised = spec.kernel_shapes[index], spec.normalisation != "none"
     return [
         _Convolution(
             channels,
-            spec.features[index],
+            out_channels or spec.features[index],
             kernel,
             _convolved(spec, shape, kernel, stride),
-            biased=not normalised,
+            biased=spec.biased_convolutions or not normalised,
             normalised=normalised,
             standardised=spec.weight_standardisation,
             kept=2 if normalised else 1,

@@ -12,7 +12,6 @@ from torch.nn import functional
 from pipeline.models.shape import Shape
 from pipeline.models.spec import UNetSpec
 
-LEAKY_SLOPE = 0.01
 LARGEST_GROUP_COUNT = 8
 STANDARDISATION_EPSILON = 1e-5
 
@@ -46,11 +45,12 @@ def normalisation(spec: UNetSpec, channels: int) -> nn.Module:
     match spec.normalisation:
         case "instance":
             # One group per channel is instance normalisation, several times faster than torch's own on a CPU.
-            return nn.GroupNorm(channels, channels)
+            return nn.GroupNorm(channels, channels, eps=spec.normalisation_epsilon)
         case "group":
-            return nn.GroupNorm(math.gcd(channels, LARGEST_GROUP_COUNT), channels)
+            groups = math.gcd(channels, LARGEST_GROUP_COUNT)
+            return nn.GroupNorm(groups, channels, eps=spec.normalisation_epsilon)
         case "batch":
-            return BATCH_NORMALISATION[spec.dimensions](channels)
+            return BATCH_NORMALISATION[spec.dimensions](channels, eps=spec.normalisation_epsilon)
         case "none":
             return nn.Identity()
 
@@ -58,12 +58,12 @@ def normalisation(spec: UNetSpec, channels: int) -> nn.Module:
 def activation(spec: UNetSpec) -> nn.Module:
     """The spec's activation."""
     # In place, so that only the result is kept for backward; nothing before it needs its own output there.
-    return nn.ReLU(inplace=True) if spec.activation == "relu" else nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
+    return nn.ReLU(inplace=True) if spec.activation == "relu" else nn.LeakyReLU(spec.leaky_slope, inplace=True)
 
 
 def slope(spec: UNetSpec) -> float:
     """Of the activation, below zero."""
-    return LEAKY_SLOPE if spec.activation == "leaky_relu" else 0.0
+    return spec.leaky_slope if spec.activation == "leaky_relu" else 0.0
 
 
 def cropped(tensor: Tensor, shape: Sequence[int], margin: Shape) -> Tensor:

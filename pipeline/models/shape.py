@@ -76,7 +76,8 @@ def skip_margin(spec: UNetSpec, stage: int) -> Shape:
 
 
 def _encoder_convolutions(spec: UNetSpec, index: int) -> int:
-    return spec.encoder_blocks[index] * (2 if spec.block == "residual" else 1)
+    stem = index == 0 and spec.stem_channels > 0
+    return spec.encoder_blocks[index] * (2 if spec.block == "residual" else 1) + stem
 
 
 def _decoder_convolutions(spec: UNetSpec, index: int) -> int:

@@ -14,8 +14,10 @@ class UNetSpec(BaseModel):
     """Every choice of the U-Net. Stage 0 works at full resolution; stage s+1 is coarser by `strides[s+1]`.
 
     Every tuple that is indexed by stage is finest first; `decoder_blocks[s]` is at the resolution of stage s.
-    `decoder_block` None: as `block`. `transformer_*`, `positions` and `position_grid` count with bottleneck
-    'transformer' alone; `position_grid` is the bottleneck's shape in training, which learned positions need.
+    `decoder_block` None: as `block`. `stem_channels`: of a plain block before the first stage, 0 for none.
+    `biased_convolutions`: biases in blocks also where a normalisation follows, which takes them away again.
+    `transformer_*`, `positions` and `position_grid` count with bottleneck 'transformer' alone; `position_grid` is the
+    bottleneck's shape in training, which learned positions need.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +32,7 @@ class UNetSpec(BaseModel):
     decoder_blocks: tuple[int, ...] = (2, 2, 2)
     block: Literal["plain", "residual"] = "plain"
     decoder_block: Literal["plain", "residual"] | None = None
+    stem_channels: int = 0
     bottleneck: Literal["convolution", "transformer"] = "convolution"
     transformer_layers: int = 4
     transformer_heads: int = 8
@@ -37,8 +40,11 @@ class UNetSpec(BaseModel):
     position_grid: tuple[int, ...] = ()
     drop_path: float = 0.0
     weight_standardisation: bool = False
+    biased_convolutions: bool = False
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
+    normalisation_epsilon: float = 1e-5
     activation: Literal["leaky_relu", "relu"] = "leaky_relu"
+    leaky_slope: float = 0.01
     padding: Literal["same", "valid"] = "same"
     downsampling: Literal["strided", "max_pool"] = "strided"
     upsampling: Literal["transposed", "interpolated"] = "transposed"
@@ -113,6 +119,13 @@ class UNetSpec(BaseModel):
                 raise ValueError(f"{name}: found {min(numbers)}, every number must be at least 1")
         if any(k % 2 == 0 for k in counts["kernel_shapes"]):
             raise ValueError("kernel_shapes: found an even number, a kernel needs a middle voxel: use 1, 3 or 5")
+        if self.stem_channels < 0:
+            raise ValueError(f"stem_channels: found {self.stem_channels}, expected 0 for no stem, or its channels")
+        if not (self.normalisation_epsilon > 0 and self.leaky_slope >= 0):
+            raise ValueError(
+                f"normalisation_epsilon, leaky_slope: found {self.normalisation_epsilon:g} and {self.leaky_slope:g}, "
+                "expected more than 0 and at least 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from pipeline.models.attention import AttentionGate
-from pipeline.models.blocks import decoder_blocks, encoder_blocks
+from pipeline.models.blocks import decoder_blocks, encoder_blocks, stem
 from pipeline.models.checkpointing import checkpointed
 from pipeline.models.layers import LINEAR, MAXIMUM_POOL, TRANSPOSED, cropped, pointwise, slope
 from pipeline.models.shape import output_shape, skip_margin
@@ -31,12 +31,13 @@ TRANSFORMER_DEVIATION = 0.02
 
 
 class EncoderStage(nn.Module):
-    """One resolution on the way down: maximum pooling if the spec says so, then blocks."""
+    """One resolution on the way down: stem or maximum pooling if the spec says so, then blocks."""
 
     def __init__(self, spec: UNetSpec, stage: int) -> None:
         super().__init__()
-        in_channels = spec.features[stage - 1] if stage else spec.in_channels
+        in_channels = spec.features[stage - 1] if stage else spec.stem_channels or spec.in_channels
         stride = spec.strides[stage]
+        self.stem = nn.Identity() if stage else stem(spec)
         self.pool: nn.Module = nn.Identity()
         if spec.downsampling == "max_pool" and math.prod(stride) > 1:
             self.pool = MAXIMUM_POOL[spec.dimensions](stride)
@@ -44,7 +45,7 @@ class EncoderStage(nn.Module):
         self.blocks = encoder_blocks(spec, stage, in_channels=in_channels, stride=stride)
 
     def forward(self, features: Tensor) -> Tensor:
-        result: Tensor = self.blocks(self.pool(features))
+        result: Tensor = self.blocks(self.pool(self.stem(features)))
         return result
 
 

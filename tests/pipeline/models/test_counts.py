@@ -38,8 +38,10 @@ FURTHER: list[dict[str, Any]] = [
     {"block": "plain", "decoder_block": "residual", "downsampling": "max_pool", "normalisation": "none"},
     {"weight_standardisation": True, "features": (16, 24, 32)},
     {"weight_standardisation": True, "block": "residual", "normalisation": "group", "padding": "valid"},
+    {"biased_convolutions": True, "block": "residual", "decoder_block": "plain", "stem_channels": 5},
+    {"biased_convolutions": True, "stem_channels": 7, "padding": "valid", "downsampling": "max_pool"},
 ]
-"""What later networks brought: transformers, decoders of other blocks, standardised weights."""
+"""What later networks brought: transformers, decoders of other blocks, standardised weights, stems, biases."""
 
 
 def named(choices: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ TYPICAL = ("none", "transposed", "concatenate")
 EVERY_CHOICE = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
 
 ENCODER_CHOICES = [c for c in EVERY_CHOICE if (c["normalisation"], c["upsampling"], c["skip"]) == TYPICAL]
+WITH_STEM = [c | {"stem_channels": 3} for c in ENCODER_CHOICES[::3]]
 
 
 def spec_of(**choices: Any) -> UNetSpec:
@@ -45,7 +46,7 @@ def spec_of(**choices: Any) -> UNetSpec:
     return UNetSpec(**(defaults | choices))
 
 
-@pytest.mark.parametrize("choices", ENCODER_CHOICES, ids=lambda c: "-".join(c.values()))
+@pytest.mark.parametrize("choices", [*ENCODER_CHOICES, *WITH_STEM], ids=lambda c: "-".join(map(str, c.values())))
 def test_bottleneck_sees_its_receptive_field_and_no_more(choices: dict[str, Any]) -> None:
     """The gradient of one voxel of the bottleneck, with positive weights: nothing can cancel."""
     planar = {

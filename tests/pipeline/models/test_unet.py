@@ -65,8 +65,10 @@ FURTHER: list[dict[str, Any]] = [
     {"block": "residual", "drop_path": 0.5, "bottleneck": "transformer", "transformer_heads": 1, "dimensions": 3},
     {"weight_standardisation": True, "block": "residual", "drop_path": 0.2, "normalisation": "batch"},
     {"weight_standardisation": True, "normalisation": "none", "padding": "valid", "downsampling": "max_pool"},
+    {"stem_channels": 5, "block": "residual", "decoder_block": "plain", "biased_convolutions": True},
+    {"stem_channels": 3, "padding": "valid", "normalisation_epsilon": 1e-3, "leaky_slope": 0.2},
 ]
-"""What later networks brought: transformers, drop path, standardised weights, decoders of other blocks."""
+"""What later networks brought: transformers, drop path, standardised weights, decoders of other blocks, stems."""
 
 
 def further() -> list[Any]:
@@ -181,6 +183,7 @@ def test_valid_network_gives_what_same_padding_gives_away_from_the_border(block:
         "normalisation": "none",
         "block": block,
         "downsampling": downsampling,
+        "stem_channels": 5 if (block, downsampling) == ("residual", "strided") else 0,
     }
     same, valid = (UNet(spec_of(padding=padding, **choices), seeded()) for padding in ("same", "valid"))
     image = image_for(same.spec, side=96)
