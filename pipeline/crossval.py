@@ -23,7 +23,7 @@ from pipeline.files import write_json, write_text
 from pipeline.folder_lock import held
 from pipeline.history import HISTORY, read_history
 from pipeline.manifest import Case, Dataset
-from pipeline.predict import Model, predict
+from pipeline.predict import Model, PredictSettings, predict
 from pipeline.provenance import provenance_tags
 from pipeline.report import CaseFailure, CaseScores, Report, dice_distribution, learning_curves
 from pipeline.runs import (
@@ -210,7 +210,7 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
 
 def _predict_case(run: Run, model: Model, case: Case, target: Path) -> None:
     volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
-    segmentation = predict(model, volumes, mirror=model.mirror, device=run.hardware.torch_device())
+    segmentation = predict(model, volumes, settings=PredictSettings(model.mirror), device=run.hardware.torch_device())
     source = Source(next(volume for volume in volumes if volume is not None))
     export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=source)
     # The figures of reading back are for results that leave the house.

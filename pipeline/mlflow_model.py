@@ -30,7 +30,7 @@ class GridModel:
         return np.stack([self._predict_one(channels) for channels in model_input])
 
     def _predict_one(self, channels: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        from pipeline.predict import predict
+        from pipeline.predict import PredictSettings, predict
         from transforms.geometry import Geometry
         from transforms.volume import Volume
 
@@ -41,7 +41,7 @@ class GridModel:
             for voxels in channels
         ]
         device = next(self._model.bundles[0].network.parameters()).device
-        result = predict(self._model, volumes, mirror=self._model.mirror, device=device)
+        result = predict(self._model, volumes, settings=PredictSettings(self._model.mirror), device=device)
         return result.label_map.astype(np.int32)
 
 

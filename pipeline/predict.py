@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,16 +11,31 @@ from torch import Tensor
 
 from pipeline.bundle import ModelBundle
 from pipeline.errors import BundleError, GeometryMismatch, VolumeError
+from pipeline.memory_plan import MemoryPlan
 from pipeline.outputs import classes_of_probabilities
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.preparing import prepare
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.windows import Progress, WindowSettings, predict_windows
+from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.volume import Volume
 
 AIR_HU = -500.0
 """A CT whose lowest voxel lies above this has no air in it, so its unit is hardly HU."""
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How a study is segmented.
+
+    `mirror`: average over mirrored passes. `max_memory_bytes`: what the process may hold in all (resident); None is
+    80 % of what is free. `tile_step`: distance of tiles as part of the patch; None is the model's own.
+    """
+
+    mirror: bool
+    max_memory_bytes: int | None = None
+    tile_step: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +85,7 @@ def predict(
     model: Model,
     channels: Sequence[Volume | None],
     *,
-    mirror: bool,
+    settings: PredictSettings,
     device: torch.device,
     on_window: Progress | None = None,
 ) -> Segmentation:
@@ -89,7 +105,7 @@ def predict(
     total: Tensor | None = None
     with torch.inference_mode():
         for number, bundle in enumerate(model.bundles):
-            window = _window(bundle, mirror=mirror, step=model.tile_step)
+            window = _window(bundle, mirror=settings.mirror, step=settings.tile_step or model.tile_step)
             tell = None if on_window is None else _after(on_window, number, len(model.bundles))
             scores = predict_windows(bundle.network, image, window, on_tile=tell)
             total = scores if total is None else total.add_(scores)
@@ -98,6 +114,18 @@ def predict(
         classes = classes_of_probabilities(total.div_(len(model.bundles)), model.schema, grid, source)
     label_map = model.schema.ids_from_classes(classes[0].cpu().numpy())
     return Segmentation(label_map, source, model.schema, model.algorithm)
+
+
+def explain(model: Model, source: Geometry, *, settings: PredictSettings, device: torch.device) -> MemoryPlan:
+    """What `predict` will hold in memory for a study on the grid `source`; nothing is computed.
+
+    Raises:
+        PlanError: the limit is too small; the message names the least that suffices.
+    """
+    grid = source.orthogonal().oriented(model.plan.axis_codes).respaced(model.plan.spacing_mm)
+    image = 4 * len(model.plan.channels) * math.prod(grid.shape)
+    scores = 4 * model.schema.output_count * math.prod(grid.shape)
+    return MemoryPlan((("image", image), ("scores", scores)), settings.max_memory_bytes or 0, 1, grid.shape[0])
 
 
 def check_input(plan: Plan, channels: Sequence[Volume | None]) -> None:

@@ -17,7 +17,7 @@ from pipeline.evaluate import SCHEMA_FILE
 from pipeline.export import FORMATS, ExportedFile, Options, Source, check_formats, export
 from pipeline.files import sha256_of_json, write_json, write_text
 from pipeline.manifest import load_dataset
-from pipeline.predict import Model, predict, refuse_missing, refuse_modality
+from pipeline.predict import Model, PredictSettings, predict, refuse_missing, refuse_modality
 from pipeline.results import RECORD, record_sources
 from pipeline.studies import EVERY_SERIES, Study
 from pipeline.windows import Progress
@@ -119,7 +119,9 @@ def _segment(
 ) -> list[ExportedFile]:
     device = next(model.bundles[0].network.parameters()).device
     volumes = _in_their_places(model, study, sources)
-    segmentation = predict(model, volumes, mirror=bool(settings.mirror), device=device, on_window=on_window)
+    segmentation = predict(
+        model, volumes, settings=PredictSettings(bool(settings.mirror)), device=device, on_window=on_window
+    )
     options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
     return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
 

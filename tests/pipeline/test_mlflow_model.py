@@ -14,7 +14,7 @@ from pipeline.mlflow_model import _affine_ras
 from pipeline.models.registry import build_network
 from pipeline.models.spec import UNetSpec
 from pipeline.plan import ChannelPlan, Plan
-from pipeline.predict import Model, predict
+from pipeline.predict import Model, PredictSettings, predict
 from pipeline.tracking import embedded_store, open_tracker
 from transforms.geometry import Geometry
 from transforms.intensity_spec import Normalisation
@@ -97,7 +97,7 @@ def test_mlflow_loads_and_predicts(tmp_path: Path) -> None:
     geometry = Geometry((9, 8, 10), np.diag([-1.0, -2.0, 1.5, 1.0]))
     for channels, label_map in zip(voxels, label_maps, strict=True):
         volumes = [Volume(channel, geometry, "MR", float(channel.min())) for channel in channels]
-        direct = predict(model, volumes, mirror=False, device=torch.device("cpu"))
+        direct = predict(model, volumes, settings=PredictSettings(False), device=torch.device("cpu"))
         np.testing.assert_array_equal(label_map, direct.label_map)
     with pytest.raises(mlflow.MlflowException, match="shape"):
         loaded.predict(voxels[:, :1])

@@ -29,7 +29,7 @@ from pipeline.mlflow_model import GridModel
 from pipeline.models.registry import build_network
 from pipeline.plan import Budget, Fingerprint, Plan
 from pipeline.planner import make_plan
-from pipeline.predict import Model, predict
+from pipeline.predict import Model, PredictSettings, predict
 from pipeline.segment import SegmentSettings, segment_studies
 from pipeline.studies import Wanted, find_studies
 from pipeline.task import TrainingTask
@@ -316,7 +316,7 @@ class TestPrediction:
         model = write_bundle(tmp_path / "bundle", planned(write_world(tmp_path, BOTH), (8, 8, 8)))
         voxels = np.random.default_rng(0).normal(100, 10, SHAPE).astype(np.float32)
         volume = Volume(voxels, Geometry(SHAPE, np.eye(4)), "MR", 0.0)
-        found = predict(model, [volume, None], mirror=False, device=torch.device("cpu")).label_map
+        found = predict(model, [volume, None], settings=PredictSettings(False), device=torch.device("cpu")).label_map
         normalised = torch.from_numpy((voxels - voxels.mean()) / voxels.std())
         image = torch.zeros(2, 8, 8, 8)
         image[0] = normalised.min()
@@ -332,12 +332,12 @@ class TestPrediction:
         volume = Volume(voxels, Geometry(SHAPE, np.eye(4)), "MR", 0.0)
         for channels in ([None, volume], [None, None]):
             with pytest.raises(VolumeError, match=r"channel FLAIR \(MR\) is missing"):
-                predict(model, channels, mirror=False, device=torch.device("cpu"))
+                predict(model, channels, settings=PredictSettings(False), device=torch.device("cpu"))
         plan = model.plan
         either = tuple(channel.model_copy(update={"optional": True}) for channel in plan.channels)
         loose = write_bundle(tmp_path / "loose", plan.model_copy(update={"channels": either}))
         with pytest.raises(VolumeError, match="every channel is missing"):
-            predict(loose, [None, None], mirror=False, device=torch.device("cpu"))
+            predict(loose, [None, None], settings=PredictSettings(False), device=torch.device("cpu"))
 
     def test_mlflow_takes_nan_for_missing(self, tmp_path: Path) -> None:
         model = write_bundle(tmp_path / "bundle", planned(write_world(tmp_path, BOTH)))
@@ -346,7 +346,8 @@ class TestPrediction:
         found = GridModel(model).predict(voxels)
         volume = Volume(voxels[0, 0], Geometry(SHAPE, np.eye(4)), None, 0.0)
         assert np.array_equal(
-            found[0], predict(model, [volume, None], mirror=False, device=torch.device("cpu")).label_map
+            found[0],
+            predict(model, [volume, None], settings=PredictSettings(False), device=torch.device("cpu")).label_map,
         )
         with pytest.raises(VolumeError, match=r"channel FLAIR \(MR\) is missing"):
             GridModel(model).predict(voxels[:, ::-1])
@@ -411,7 +412,7 @@ class TestTraining:
             case = phantom(number)
             volumes = [Volume(voxels, case.geometry, "MR", 0.0) for voxels in case.image.numpy()]
             given = [None if place == missing else volume for place, volume in enumerate(volumes)]
-            found = predict(model, given, mirror=False, device=torch.device("cpu")).label_map == 1
+            found = predict(model, given, settings=PredictSettings(False), device=torch.device("cpu")).label_map == 1
             truth = case.classes[0].numpy() == 1
             scores.append(2 * float((found & truth).sum()) / float(found.sum() + truth.sum()))
         return float(np.mean(scores))

@@ -17,7 +17,7 @@ import torch
 from pipeline.bundle import ModelBundle, load_bundle
 from pipeline.errors import BundleError, GeometryMismatch, VolumeError
 from pipeline.plan import Plan
-from pipeline.predict import Model, check_input, predict
+from pipeline.predict import Model, PredictSettings, check_input, predict
 from pipeline.segmentation import Segmentation
 from transforms.geometry import Geometry
 from transforms.labels import schema_from_names
@@ -50,7 +50,7 @@ def volume_of(image: Any) -> Volume:
 
 
 def labels_of(model: Model, image: Any, *, mirror: bool = False) -> npt.NDArray[Any]:
-    return predict(model, [volume_of(image)], mirror=mirror, device=CPU).label_map
+    return predict(model, [volume_of(image)], settings=PredictSettings(mirror), device=CPU).label_map
 
 
 def reoriented(image: Any, codes: str) -> Any:
@@ -112,7 +112,7 @@ class TestSourceGrid:
 
     def test_the_result_says_whose_grid_and_labels_it_has(self, bundle: ModelBundle, source: Any) -> None:
         volume = volume_of(source)
-        found = predict(Model((bundle,)), [volume], mirror=False, device=CPU)
+        found = predict(Model((bundle,)), [volume], settings=PredictSettings(False), device=CPU)
         assert isinstance(found, Segmentation)
         assert found.geometry is volume.geometry
         assert found.schema == bundle.schema
@@ -184,7 +184,7 @@ class TestTiltedScan:
         plan = bundle.plan.model_copy(update={"spacing_mm": spacing_mm})
         model = Model((replace(bundle, network=with_weight(Brighter()), plan=plan),))
         scan = self.scan(codes)
-        found = predict(model, [scan], mirror=True, device=CPU)
+        found = predict(model, [scan], settings=PredictSettings(True), device=CPU)
         assert found.geometry is scan.geometry
         expected = scan.voxels > scan.voxels.mean()
         both = np.count_nonzero(expected & (found.label_map == 1))
@@ -280,7 +280,7 @@ class TestRefusals:
     def test_a_flat_volume_has_nothing_to_see(self, bundle: ModelBundle) -> None:
         flat = study((5, 5))
         with pytest.raises(VolumeError, match="one value everywhere"):
-            predict(Model((bundle,)), flat, mirror=False, device=CPU)
+            predict(Model((bundle,)), flat, settings=PredictSettings(False), device=CPU)
 
 
 def test_the_reader_and_nibabel_agree_on_the_source(source: Any, data_dir: Path) -> None:

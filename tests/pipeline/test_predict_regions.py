@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.bundle import ModelBundle, load_bundle
 from pipeline.errors import BundleError
-from pipeline.predict import Model, predict
+from pipeline.predict import Model, PredictSettings, predict
 from pipeline.windows import WindowSettings, predict_windows
 from transforms.labels import LabelSchema, Region, schema_from_names
 from transforms.volume import Volume, read_volume
@@ -60,7 +60,7 @@ def volume(data_dir: Path) -> Volume:
 
 
 def labels_of(volume: Volume, *bundles: ModelBundle) -> set[int]:
-    found = predict(Model(bundles), [volume], mirror=False, device=CPU)
+    found = predict(Model(bundles), [volume], settings=PredictSettings(False), device=CPU)
     assert found.label_map.shape == volume.geometry.shape
     return {0, *found.present()}
 
@@ -100,7 +100,9 @@ class TestPredict:
     def test_regions_are_painted_in_order_on_the_source(self, bundle: ModelBundle, volume: Volume) -> None:
         """The z-score of the volume itself says where it is above the mean and above one deviation more."""
         network = Thresholds(0.0, 1.0)
-        found = predict(Model((replace(bundle, network=network),)), [volume], mirror=False, device=CPU)
+        found = predict(
+            Model((replace(bundle, network=network),)), [volume], settings=PredictSettings(False), device=CPU
+        )
         score = (volume.voxels - volume.voxels.mean()) / volume.voxels.std()
         expected = np.select([score > 1.0, score > 0.0], [1, 2], 0)
         assert (found.label_map == expected).mean() > 0.999
@@ -130,7 +132,12 @@ class TestPredict:
         image: Any = nib.load(path)
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine @ np.diag([1.7, 1, 1, 1])), tmp_path / "a.nii")
         volume = read_volume(tmp_path / "a.nii")
-        found = predict(Model((replace(bundle, network=Thresholds(0.0, 1.0)),)), [volume], mirror=False, device=CPU)
+        found = predict(
+            Model((replace(bundle, network=Thresholds(0.0, 1.0)),)),
+            [volume],
+            settings=PredictSettings(False),
+            device=CPU,
+        )
         assert found.geometry.shape == volume.geometry.shape
         score = (volume.voxels - volume.voxels.mean()) / volume.voxels.std()
         expected = np.select([score > 1.0, score > 0.0], [1, 2], 0)

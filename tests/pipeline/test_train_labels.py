@@ -17,7 +17,7 @@ from pipeline.config import AugmentConfig, TrainConfig
 from pipeline.dataset import PreparedCase
 from pipeline.device import Hardware
 from pipeline.plan import Plan
-from pipeline.predict import Model, predict
+from pipeline.predict import Model, PredictSettings, predict
 from pipeline.task import TrainingResult, TrainingTask
 from pipeline.train import train
 from transforms.geometry import Geometry
@@ -125,7 +125,7 @@ def test_nested_regions_are_learnt_and_painted(plan: Plan, tmp_path: Path) -> No
     model = Model((load_bundle(tmp_path / "bundle"),))
     assert model.schema == TUMOUR
     unseen = wanted.validation[0]
-    found = predict(model, [volume_of(unseen)], mirror=False, device=torch.device("cpu"))
+    found = predict(model, [volume_of(unseen)], settings=PredictSettings(False), device=torch.device("cpu"))
     assert set(found.present()) == {1, 2, 4}
     truth = unseen.classes[0].numpy()
     for members in ((1, 2, 4), (1, 4), (4,)):
