@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from transforms.geometry import AxisMap, Geometry
-
-Order = Literal[0, 1, 3]
-"""0 nearest, 1 linear, 3 exact cubic B-spline."""
-
-_ROUNDING = 1e-6
-"""Part of a voxel by which positions that are meant whole come out of matrices inexact."""
+from transforms.separable import as_dtype, interpolate
+from transforms.shear import move_sheared
+from transforms.spline import AxisWeights, Ends, Order, placed_weights, resized_weights
 
 # torch cannot flip these, so their bits are moved as signed integers.
 _AS_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-def move(voxels: Tensor, source: Geometry, target: Geometry, *, order: Order = 1, fill: float = 0.0) -> Tensor:
+def move(
+    voxels: Tensor,
+    source: Geometry,
+    target: Geometry,
+    *,
+    order: Order = 1,
+    fill: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Voxels (C, I, J, K) on `source` to (C, I', J', K') on `target`.
 
     Where every target centre is a source centre (flip, permute, crop, pad) values are copied, of any dtype.
-    Otherwise each axis is interpolated in float32 by its own matrix; values beyond the source are its edge's up to
+    Otherwise each axis is interpolated in float32 by its own weights; values beyond the source are its edge's up to
     one target voxel away, and `fill` farther out. Between a sheared grid and an orthogonal one, each slice of the
     sheared grid is shifted within its own plane; nothing is interpolated between slices but for another distance.
+
+    The result is of `dtype`, integers rounded; by default that of the voxels if they are copied, otherwise float32.
+    Between grids that are not sheared, hardly more memory is taken than by what goes in and comes out.
 
     Raises:
         ValueError: the grids are neither parallel nor sheared against each other, `voxels` does not have the shape of
@@ -38,12 +44,51 @@ def move(voxels: Tensor, source: Geometry, target: Geometry, *, order: Order = 1
         raise ValueError(f"voxels of shape {tuple(voxels.shape[1:])} on a grid of {source.shape}")
     axes = source.axis_map(target)
     if axes.is_exact:
-        return _copy(voxels, axes, target.shape, fill)
+        copied = _copy(voxels, axes, target.shape, fill)
+        return copied if dtype in (None, copied.dtype) else as_dtype(copied, dtype or copied.dtype)
     if axes.stack_axis is not None:
-        return _move_sheared(voxels, axes, order=order, fill=fill, source_is_sheared=source.is_sheared)
-    matrices = _axis_matrices(source.shape, target.shape, axes, order)
-    moved = _interpolate(voxels.to(torch.float32), axes, matrices)
-    return _fill_outside(moved, matrices, fill)
+        moved = move_sheared(voxels, axes, order=order, fill=fill, source_is_sheared=source.is_sheared)
+        return as_dtype(moved, dtype or torch.float32)
+    turned = voxels.permute(0, *(a + 1 for a in axes.source_axes))
+    weights = [
+        placed_weights(n, m, scale, offset, order)
+        for n, m, scale, offset in zip(turned.shape[1:], target.shape, axes.scales, axes.offsets, strict=True)
+    ]
+    return interpolate(turned, (weights[0], weights[1], weights[2]), fill=fill, dtype=dtype or torch.float32)
+
+
+def resize(
+    voxels: Tensor,
+    shape: Sequence[int],
+    *,
+    orders: tuple[Order, Order, Order],
+    ends: Ends = "mirror",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Voxels (C, I, J, K) to (C, *shape) of `dtype` over the same field of view, each axis by its own order.
+
+    Target voxel t of m lies at (t + 0.5) n / m - 0.5 of an axis of n voxels, as in scipy.ndimage.zoom with
+    `grid_mode=True` and skimage.transform.resize without anti-aliasing. `ends` is SciPy's mode: "mirror" is "mirror"
+    (skimage's "reflect"), "edge" is "nearest" (skimage's "edge"). Weighed in float32; integers are rounded.
+
+    Raises:
+        ValueError: `shape` is not three positive sizes, or `voxels` do not have four axes of at least one voxel.
+    """
+    if len(shape) != 3 or min(shape) < 1 or voxels.ndim != 4 or min(voxels.shape[1:]) < 1:
+        raise ValueError(f"voxels of shape {tuple(voxels.shape)} cannot be resized to {tuple(shape)}")
+    i, j, k = (
+        resized_weights(n, int(m), order, ends) for n, m, order in zip(voxels.shape[1:], shape, orders, strict=True)
+    )
+    return interpolate(voxels, (i, j, k), dtype=dtype)
+
+
+def axis_matrix(source_count: int, target_count: int, scale: float, offset: float, order: Order) -> Tensor:
+    """The (target_count, source_count) float32 weights that interpolate one axis at `scale * t + offset`.
+
+    Rows of positions more than max(1, |scale|) voxels outside are zero.
+    """
+    weights: AxisWeights = placed_weights(source_count, target_count, scale, offset, order)
+    return weights.dense()
 
 
 def move_classes(classes: Tensor, source: Geometry, target: Geometry) -> Tensor:
@@ -112,43 +157,6 @@ def _winner(volumes: Iterable[tuple[int, Tensor]], dtype: torch.dtype, place: Ca
     return winner
 
 
-def _move_sheared(voxels: Tensor, axes: AxisMap, *, order: Order, fill: float, source_is_sheared: bool) -> Tensor:
-    """Slices are shifted where they lie on the sheared grid: before they are interpolated between, or after."""
-    stack = axes.stack_axis or 0
-    scale, offset = axes.scales[stack], axes.offsets[stack]
-    turned = voxels.permute(0, *(a + 1 for a in axes.source_axes)).movedim(stack + 1, 1).to(torch.float32)
-    between = axis_matrix(turned.shape[1], axes.target_shape[stack], scale, offset, order).to(voxels.device)
-    if source_is_sheared:
-        if not np.isfinite(fill):
-            raise ValueError(f"what lies beside a sheared grid is filled with a finite value, found {fill}")
-        numbers = (np.arange(turned.shape[1]) - offset) / scale
-        moved = torch.tensordot(between, _shift_slices(turned, numbers, axes, order, fill), dims=([1], [1]))
-    else:
-        moved = torch.tensordot(between, turned, dims=([1], [1])).movedim(0, 1)
-        moved = _shift_slices(moved, np.arange(moved.shape[1]), axes, order, fill).movedim(1, 0)
-    outside = (between == 0).all(dim=1)
-    moved[outside] = fill
-    placed: Tensor = moved.movedim(0, 1).movedim(1, stack + 1).contiguous()
-    return placed
-
-
-def _shift_slices(slices: Tensor, numbers: np.ndarray, axes: AxisMap, order: Order, fill: float) -> Tensor:
-    """Slices (C, K, A, B) to their places in the target's planes; `numbers` are their positions along its stack."""
-    across = [t for t in range(3) if t != axes.stack_axis]
-    sizes = [axes.target_shape[t] for t in across]
-    shifted = torch.empty((*slices.shape[:2], *sizes), dtype=torch.float32, device=slices.device)
-    for k, number in enumerate(numbers):
-        offsets = [axes.offsets[t] + axes.shears[t] * number for t in across]
-        first, second = (
-            torch.from_numpy(_weights(n, m, axes.scales[t], offset, order)).to(slices.device)
-            for n, m, t, offset in zip(slices.shape[2:], sizes, across, offsets, strict=True)
-        )
-        shifted[:, k] = first @ slices[:, k] @ second.T
-        shifted[:, k, (first == 0).all(dim=1)] = fill
-        shifted[:, k, :, (second == 0).all(dim=1)] = fill
-    return shifted
-
-
 def _copy(voxels: Tensor, axes: AxisMap, shape: tuple[int, int, int], fill: float) -> Tensor:
     if voxels.dtype in _AS_SIGNED:
         signed = _AS_SIGNED[voxels.dtype]
@@ -170,96 +178,3 @@ def _copy(voxels: Tensor, axes: AxisMap, shape: tuple[int, int, int], fill: floa
         taken = tuple(slice(low, high) for low, high in inside)
         moved[:, into[0], into[1], into[2]] = turned[:, taken[0], taken[1], taken[2]]
     return moved
-
-
-def _axis_matrices(
-    source_shape: tuple[int, int, int], target_shape: tuple[int, int, int], axes: AxisMap, order: Order
-) -> list[Tensor]:
-    return [
-        axis_matrix(source_shape[axis], target_shape[t], axes.scales[t], axes.offsets[t], order)
-        for t, axis in enumerate(axes.source_axes)
-    ]
-
-
-def _interpolate(voxels: Tensor, axes: AxisMap, matrices: list[Tensor]) -> Tensor:
-    moved = voxels.permute(0, *(a + 1 for a in axes.source_axes))
-    # The axis that shrinks most goes first, so that later axes have less to do.
-    for t in sorted(range(3), key=lambda t: matrices[t].shape[0] / matrices[t].shape[1]):
-        matrix = matrices[t].to(voxels.device)
-        moved = torch.tensordot(matrix, moved, dims=([1], [t + 1])).movedim(0, t + 1)
-    return moved.contiguous()
-
-
-def _fill_outside(moved: Tensor, matrices: list[Tensor], fill: float) -> Tensor:
-    for t, matrix in enumerate(matrices):
-        outside = (matrix == 0).all(dim=1)
-        if bool(outside.any()):
-            moved.index_fill_(t + 1, outside.nonzero()[:, 0].to(moved.device), fill)
-    return moved
-
-
-@lru_cache(maxsize=64)
-def axis_matrix(source_count: int, target_count: int, scale: float, offset: float, order: Order) -> Tensor:
-    """The (target_count, source_count) float32 weights that interpolate one axis at `scale * t + offset`.
-
-    Rows of positions more than max(1, |scale|) voxels outside are zero.
-    """
-    return torch.from_numpy(_weights(source_count, target_count, scale, offset, order))
-
-
-def _weights(source_count: int, target_count: int, scale: float, offset: float, order: Order) -> np.ndarray:
-    positions = scale * np.arange(target_count) + offset
-    reach = max(1.0, abs(scale)) + 1e-6
-    outside = (positions < -reach) | (positions > source_count - 1 + reach)
-    positions = np.clip(positions, 0, source_count - 1)
-    nearest = np.rint(positions)
-    if order == 0 or np.abs(positions - nearest).max() < _ROUNDING:
-        # Both splines go through the voxels' values, so these are copied whatever the order.
-        weights = _linear_weights(nearest, source_count)
-    elif order == 3 and source_count > 1:
-        weights = _cubic_weights(positions, source_count)
-    else:
-        weights = _linear_weights(positions, source_count)
-    weights[outside] = 0.0
-    return weights.astype(np.float32)
-
-
-def _linear_weights(positions: np.ndarray, count: int) -> np.ndarray:
-    low = np.minimum(np.floor(positions).astype(int), max(count - 2, 0))
-    part = positions - low
-    rows = np.arange(len(positions))
-    weights = np.zeros((len(positions), count))
-    weights[rows, low] += 1.0 - part
-    weights[rows, np.minimum(low + 1, count - 1)] += part
-    return weights
-
-
-def _cubic_weights(positions: np.ndarray, count: int) -> np.ndarray:
-    """Cubic B-spline interpolation with mirrored ends (Unser 1999), prefilter included, as one matrix."""
-    coefficients = _prefilter(count)
-    low = np.floor(positions).astype(int)
-    weights = np.zeros((len(positions), count))
-    for tap in range(-1, 3):
-        weights += _spline(positions - (low + tap))[:, None] * coefficients[_mirrored(low + tap, count)]
-    return weights
-
-
-@lru_cache(maxsize=8)
-def _prefilter(count: int) -> np.ndarray:
-    """(count, count): values to the coefficients of the cubic B-spline through them."""
-    collocation = np.zeros((count, count))
-    places = np.arange(count)
-    for tap in range(-1, 2):
-        np.add.at(collocation, (places, _mirrored(places + tap, count)), _spline(np.float64(tap)))
-    return np.asarray(np.linalg.inv(collocation))
-
-
-def _spline(distances: np.ndarray | np.float64) -> np.ndarray:
-    distances = np.abs(distances)
-    near = 2.0 / 3.0 - distances**2 + distances**3 / 2.0
-    return np.asarray(np.where(distances < 1.0, near, np.clip(2.0 - distances, 0.0, None) ** 3 / 6.0))
-
-
-def _mirrored(places: np.ndarray, count: int) -> np.ndarray:
-    folded = np.abs(places) % (2 * (count - 1))
-    return np.asarray(np.where(folded > count - 1, 2 * (count - 1) - folded, folded))
