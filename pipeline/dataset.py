@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,17 @@ from pipeline.cache_entry import PreparedCase as PreparedCase
 from pipeline.config import AugmentConfig
 from pipeline.console import Console, Silence
 from pipeline.errors import ConfigError, RunError, VolsegError, VolumeError
+from pipeline.failures import Failure
 from pipeline.files import sha256_of_file, sha256_of_json
 from pipeline.manifest import Case, Dataset
 from pipeline.plan import Plan
 from transforms.annotation import Annotation
 from transforms.augment import IntensitySettings, SpatialSettings
 from transforms.chains import plain, preprocess_chain, reseed, training_chain
-from transforms.channels import RandDropChannelsd, channel_minima
+from transforms.channels import channel_minima
 from transforms.load import geometry_of
 from transforms.patches import class_positions
+from transforms.steps import RandDropChannelsd
 
 PREPROCESSING_MODULES = (
     "geometry",
@@ -48,7 +50,10 @@ PREPROCESSING_MODULES = (
     "labels",
     "annotation",
     "patches",
+    "placing",
     "channels",
+    "preprocessing",
+    "steps",
     "chains",
 )
 """Modules of `transforms` whose code decides what a preprocessed case looks like."""
@@ -57,14 +62,6 @@ SILENCE = Silence()
 
 CHANNEL_DROPOUT = 0.3
 """How often an optional channel is left out of a patch where the config says `auto`."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that was set aside, and why, in one line."""
-
-    case_id: str
-    reason: str
 
 
 def prepare_cases(
@@ -349,8 +346,3 @@ def dataset_digest(prepared: Sequence[PreparedCase]) -> str:
         digest.update(np.ascontiguousarray(case.image.numpy()).tobytes())
         digest.update(np.ascontiguousarray(case.classes.numpy()).tobytes())
     return digest.hexdigest()[:16]
-
-
-def describe_failures(failures: Sequence[Failure]) -> list[dict[str, str]]:
-    """JSON rows of cases that were set aside."""
-    return [asdict(failure) for failure in failures]

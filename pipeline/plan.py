@@ -12,6 +12,7 @@ from pipeline.errors import PlanError
 from pipeline.manifest import Modality
 from pipeline.models.spec import UNetSpec
 from transforms.intensity_spec import Normalisation
+from transforms.placing_spec import Placing
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -90,18 +91,22 @@ class ChannelPlan(Frozen):
 class InferenceConventions(Frozen):
     """How tiles become a result; a model from elsewhere keeps its maker's ways.
 
-    Overlapping tiles, mirrored passes and folds are averaged as `blend` says. Volumes smaller than a tile are padded
-    with each channel's own minimum or with zeros. A tile may be longer than the patch by `longest_window` where that
-    spares tiles.
+    Overlapping tiles, mirrored passes and folds are averaged as `blend` says, tiles with the `weights` of
+    `transforms.patches`. Volumes smaller than a tile are padded with each channel's own minimum or with zeros. A tile
+    may be longer than the patch by `longest_window` where that spares tiles.
     """
 
     blend: Literal["probabilities", "logits"] = "probabilities"
+    weights: Literal["centred", "nnunet"] = "centred"
     padding: Literal["minimum", "zero"] = "minimum"
     longest_window: float = 1.5
 
 
 class Plan(Frozen):
-    """Everything that training and prediction need to agree on. Axes are RAS."""
+    """Everything that training and prediction need to agree on.
+
+    Axes are those of `axis_codes`; with a `placing` that does not reorient, they are the study's own as stored.
+    """
 
     format: Literal["volseg-plan-1"] = "volseg-plan-1"
     channels: tuple[ChannelPlan, ...]
@@ -119,6 +124,7 @@ class Plan(Frozen):
     memory_gb: float
     patch_gflop: float
     inference: InferenceConventions = InferenceConventions()
+    placing: Placing | None = None
     reasons: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -138,7 +144,8 @@ class Plan(Frozen):
     def preprocessing(self) -> dict[str, Any]:
         """The part that decides what a preprocessed case looks like; caches are keyed by it."""
         rows = [n.model_dump(mode="json") for n in self.normalisations]
-        return {"axis_codes": self.axis_codes, "spacing_mm": list(self.spacing_mm), "normalisations": rows}
+        placing = {} if self.placing is None else {"placing": self.placing.model_dump(mode="json")}
+        return {"axis_codes": self.axis_codes, "spacing_mm": list(self.spacing_mm), "normalisations": rows, **placing}
 
 
 @dataclass(frozen=True)

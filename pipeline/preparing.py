@@ -12,19 +12,29 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from pipeline.dataset import apply_chain
+from pipeline.errors import VolumeError
 from pipeline.plan import Plan
 from transforms.chains import placing_steps, plain
 from transforms.geometry import Geometry
 from transforms.load import as_metatensor, geometry_of
+from transforms.placing import place, placed_grid
+from transforms.placing import put_back as put_back_classes
+from transforms.placing_spec import Placing
 from transforms.volume import Volume
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """`image` (C, I, J, K) float32 on `grid`, one channel a channel of the plan."""
+    """`image` (C, I, J, K) float32 on `grid`, one channel a channel of the plan.
+
+    Scores on `grid` are to be moved linearly to `field`, and the classes that win there go back with `put_back`. For
+    a plan without a `placing` both `field` and `box` are the study's own grid.
+    """
 
     image: Tensor
     grid: Geometry
+    field: Geometry
+    box: Geometry
 
 
 def prepare(plan: Plan, channels: Sequence[Volume | None]) -> Prepared:
@@ -34,9 +44,43 @@ def prepare(plan: Plan, channels: Sequence[Volume | None]) -> Prepared:
         VolumeError: a channel cannot be normalised, or the grid cannot be brought to the plan's axes.
     """
     there = [volume for volume in channels if volume is not None]
+    source = there[0].geometry
     stacked = torch.from_numpy(np.stack([v.voxels for v in there]).astype(np.float32, copy=False))
+    if plan.placing is not None:
+        return _placed(plan, plan.placing, stacked, source)
     present = [volume is not None for volume in channels]
     steps = placing_steps(["image"], [], plan.axis_codes, plan.spacing_mm, plan.normalisations, present)
-    data: dict[str, Any] = {"image": as_metatensor(stacked, there[0].geometry)}
+    data: dict[str, Any] = {"image": as_metatensor(stacked, source)}
     data = apply_chain(Compose(steps), data)
-    return Prepared(plain(data["image"]), geometry_of(data["image"]))
+    return Prepared(plain(data["image"]), geometry_of(data["image"]), source, source)
+
+
+def grid_of(plan: Plan, source: Geometry) -> Geometry:
+    """The grid on which a study on `source` is predicted; a plan that crops may take less of it.
+
+    Raises:
+        ValueError: the grid cannot be brought to the plan's axes.
+    """
+    if plan.placing is not None:
+        return placed_grid(source, plan.placing, axis_codes=plan.axis_codes, spacing_mm=plan.spacing_mm)
+    return source.orthogonal().oriented(plan.axis_codes).respaced(plan.spacing_mm)
+
+
+def put_back(classes: Tensor, prepared: Prepared, source: Geometry) -> Tensor:
+    """Classes (1, I, J, K) on `prepared.field` to the study's grid `source`."""
+    return put_back_classes(classes, prepared.field, prepared.box, source)
+
+
+def _placed(plan: Plan, placing: Placing, channels: Tensor, source: Geometry) -> Prepared:
+    try:
+        placed = place(
+            channels,
+            source,
+            placing,
+            axis_codes=plan.axis_codes,
+            spacing_mm=plan.spacing_mm,
+            normalisations=plan.normalisations,
+        )
+    except ValueError as error:
+        raise VolumeError(str(error)) from error
+    return Prepared(placed.image, placed.grid, placed.field, placed.box)

@@ -248,6 +248,14 @@ class Geometry:
         affine[:3, 3] = self.ras_from_ijk([first_ijk])[0]
         return Geometry(_triple(shape), affine)
 
+    def reshaped(self, shape: Sequence[int]) -> Geometry:
+        """The same box, outer face to outer face, in another number of voxels along each side."""
+        ratios = np.asarray(self.shape) / np.asarray(_triple(shape))
+        affine = self.affine_ras.copy()
+        affine[:3, :3] *= ratios
+        affine[:3, 3] = self.ras_from_ijk([ratios / 2 - 0.5])[0]
+        return Geometry(_triple(shape), affine)
+
     def orthogonal(self) -> Geometry:
         """This grid when its axes are at right angles, else the smallest orthogonal one around it.
 

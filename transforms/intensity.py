@@ -16,22 +16,67 @@ SMALLEST_DEVIATION = 1e-6
 """A volume flatter than this cannot be normalised by its own deviation."""
 
 
-def normalise(voxels: Tensor, how: Normalisation) -> Tensor:
-    """One channel (I, J, K) float32 to a new tensor of the same shape.
+def normalise(voxels: Tensor, how: Normalisation, *, inside: Tensor | None = None) -> Tensor:
+    """One channel (I, J, K) float32 to a new tensor of the same shape; `inside` (I, J, K) bool is the body.
 
     Raises:
-        ValueError: the volume is constant and is to be normalised by its own deviation.
+        ValueError: the volume is constant and is to be normalised by its own deviation or range, its values are no
+            bytes and should be, or `inside` is needed and not given.
     """
+    if how.kind == "none":
+        return voxels.clone()
     if how.kind == "window":
         return voxels.clamp(how.lower, how.upper).sub_(how.mean).div_(how.deviation)
+    if how.kind == "byte":
+        return _bytes(voxels)
+    if how.kind == "unit":
+        return _own_range(voxels)
+    if how.kind == "inside":
+        return _inside(voxels, inside)
     measured = voxels[voxels != 0] if how.nonzero else voxels
-    deviation = float(measured.std(correction=0)) if measured.numel() else 0.0
-    if deviation < SMALLEST_DEVIATION:
-        raise ValueError("the volume has one value everywhere, so it cannot be normalised and holds nothing to see")
-    normalised = (voxels - measured.mean()) / deviation
+    normalised = (voxels - measured.mean()) / _deviation(measured)
     if how.nonzero:
         normalised[voxels == 0] = normalised[voxels != 0].min()
     return normalised
+
+
+def normalise_channels(image: Tensor, hows: Sequence[Normalisation], *, inside: Tensor | None = None) -> Tensor:
+    """Each channel of (C, I, J, K) float32 by its own way; `inside` as in `normalise`.
+
+    Raises:
+        ValueError: as `normalise`, and for another number of channels.
+    """
+    if image.shape[0] != len(hows):
+        raise ValueError(f"{image.shape[0]} channels, expected {len(hows)}")
+    return torch.stack([normalise(channel, how, inside=inside) for channel, how in zip(image, hows, strict=True)])
+
+
+def _deviation(measured: Tensor) -> float:
+    deviation = float(measured.std(correction=0)) if measured.numel() else 0.0
+    if deviation < SMALLEST_DEVIATION:
+        raise ValueError("the volume has one value everywhere, so it cannot be normalised and holds nothing to see")
+    return deviation
+
+
+def _inside(voxels: Tensor, inside: Tensor | None) -> Tensor:
+    if inside is None:
+        raise ValueError("normalising what is inside the body needs its mask")
+    measured = voxels[inside]
+    return torch.where(inside, (voxels - measured.mean()) / _deviation(measured), voxels)
+
+
+def _own_range(voxels: Tensor) -> Tensor:
+    lowest, highest = voxels.aminmax()
+    if highest - lowest < SMALLEST_DEVIATION:
+        raise ValueError("the volume has one value everywhere, so it has no range to be brought to [0, 1]")
+    return (voxels - lowest) / (highest - lowest)
+
+
+def _bytes(voxels: Tensor) -> Tensor:
+    lowest, highest = (float(value) for value in voxels.aminmax())
+    if lowest < 0 or highest > 255:
+        raise ValueError(f"intensities from {lowest:g} to {highest:g}, expected a picture's bytes, from 0 to 255")
+    return voxels / 255.0
 
 
 class NormaliseIntensityd(MapTransform):
@@ -45,9 +90,5 @@ class NormaliseIntensityd(MapTransform):
         """Raises ValueError when the number of channels is another or a channel is constant."""
         result = dict(data)
         for key in self.key_iterator(result):
-            image = result[key]
-            if image.shape[0] != len(self.normalisations):
-                raise ValueError(f"{image.shape[0]} channels, expected {len(self.normalisations)}")
-            channels = [normalise(c, how) for c, how in zip(image, self.normalisations, strict=True)]
-            result[key] = torch.stack(channels)
+            result[key] = normalise_channels(result[key], self.normalisations)
         return result

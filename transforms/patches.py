@@ -101,6 +101,22 @@ def blending_weights(patch_shape: Sequence[int]) -> Tensor:
     return (weights / weights.max()).clamp_min(SMALLEST_WEIGHT).to(torch.float32)
 
 
+def nnunet_weights(patch_shape: Sequence[int]) -> Tensor:
+    """Gaussian (I, J, K) float32 as nnU-Net v2 has it (inference/sliding_window_prediction.py, `compute_gaussian`).
+
+    It is 10 at voxel side // 2 of each axis and rounded to half precision; what that rounds to 0 has the smallest
+    value that is left.
+    """
+    weights = np.ones((1, 1, 1))
+    for axis, side in enumerate(patch_shape):
+        offsets = np.arange(side) - side // 2
+        profile = np.exp(-0.5 * (offsets / (GAUSSIAN_SIGMA * side)) ** 2)
+        weights = weights * profile.reshape([-1 if a == axis else 1 for a in range(3)])
+    rounded = (10.0 * weights).astype(np.float16)
+    rounded[rounded == 0] = rounded[rounded > 0].min()
+    return torch.from_numpy(rounded.astype(np.float32))
+
+
 def padding_to(shape: Sequence[int], patch_shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Voxels to add before and after each axis so that a patch fits, as even as possible."""
     missing = [max(0, p - n) for n, p in zip(shape, patch_shape, strict=True)]

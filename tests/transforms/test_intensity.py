@@ -12,8 +12,9 @@ from monai.transforms import NormalizeIntensity
 from pydantic import ValidationError
 from torch import Tensor
 
-from transforms.intensity import NormaliseIntensityd, normalise
+from transforms.intensity import normalise
 from transforms.intensity_spec import Normalisation
+from transforms.steps import NormaliseIntensityd
 
 CT = Normalisation(kind="window", lower=-100, upper=300, mean=50, deviation=100)
 MR = Normalisation(kind="zscore")
@@ -130,5 +131,5 @@ def test_an_empty_window_is_refused(wrong: dict[str, float]) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValidationError, match="'window' or 'zscore'"):
+    with pytest.raises(ValidationError, match="'window', 'zscore', 'inside'"):
         Normalisation(kind="minmax")

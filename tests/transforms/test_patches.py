@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from scipy.signal.windows import gaussian
 
 from transforms import patches
@@ -17,6 +18,7 @@ from transforms.patches import (
     blending_weights,
     class_positions,
     draw_centre,
+    nnunet_weights,
     padding_to,
     tile_starts,
 )
@@ -234,3 +236,22 @@ def test_with_nothing_but_labels_counted_these_are_drawn() -> None:
     assert {tuple(s) for s in starts((9, 9, 9), (1, 1, 1), class_positions(classes, class_count=2)).tolist()} == {
         (7, 7, 7)
     }
+
+
+def test_weights_of_nnunet_by_hand() -> None:
+    """Along an axis of 8 sigma is 1 and the centre is voxel 4, so that the ends differ."""
+    weights = nnunet_weights((8, 1, 1))[:, 0, 0]
+    expected = np.float16(10 * np.exp(-0.5 * (np.arange(8) - 4.0) ** 2))
+    assert weights.tolist() == expected.tolist()
+
+
+def test_weights_of_nnunet_are_what_scipy_makes_of_one_voxel() -> None:
+    patch = (20, 28, 16)
+    one = np.zeros(patch)
+    one[10, 14, 8] = 1
+    blurred = gaussian_filter(one, [n / 8 for n in patch], mode="constant")
+    expected = (blurred / (blurred.max() / 10)).astype(np.float16)
+    rounded_away = expected == 0
+    assert rounded_away.any()
+    expected[rounded_away] = expected[~rounded_away].min()
+    assert nnunet_weights(patch).numpy() == pytest.approx(expected.astype(np.float32), rel=1e-3, abs=1e-7)
