@@ -123,9 +123,22 @@ def load_bundle(folder: Path, device: torch.device | None = None) -> ModelBundle
         schema = LabelSchema.model_validate_json((folder / LABELS).read_bytes())
     except ValidationError as error:
         raise BundleError(f"{folder}: {error.errors()[0]['msg']}; it was made by another version of volseg") from error
-    network = as_volume_network(build_network(plan.network, plan.unet, _network_shape(plan)), plan.slice_axis)
+    network = network_of(plan)
     _fill(network, folder)
     return ModelBundle(index, plan, schema, network.to(device or torch.device("cpu")).eval(), index.sha256[WEIGHTS])
+
+
+def network_of(plan: Plan) -> nn.Module:
+    """The plan's network for volumes (B, C, I, J, K), with weights drawn from torch's global generator.
+
+    Raises:
+        PlanError: there is no such network, or it cannot be built.
+    """
+    if plan.monai is not None:
+        from pipeline.models.monai_networks import build_monai
+
+        return build_monai(plan.monai)
+    return as_volume_network(build_network(plan.network, plan.unet, _network_shape(plan)), plan.slice_axis)
 
 
 def _read_index(folder: Path) -> BundleIndex:

@@ -63,7 +63,10 @@ def _bundle(path: Path) -> Facts:
 
 
 def _network(plan: Plan) -> str:
-    """Its name, its width, and what is not as usual."""
+    """Its name, its width, and what is not as usual; of a network from MONAI all that it was given."""
+    if plan.monai is not None:
+        given = [f"{name} {value}" for name, value in plan.monai.arguments.items()]
+        return ", ".join([f"{plan.monai.name} of MONAI", *given])
     usual = type(plan.unet).model_fields
     said = {name: getattr(plan.unet, name) for name in SHOWN_CHOICES}
     unusual = [f"{n.replace('_', ' ')} {v}" for n, v in said.items() if v != usual[n].default]

@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import PlanError
 from pipeline.manifest import Modality
+from pipeline.models.monai_spec import MonaiNetwork
 from pipeline.models.spec import UNetSpec
 from transforms.intensity_spec import Normalisation
 from transforms.placing_spec import Placing
+from transforms.recipe_spec import Step
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -92,12 +94,14 @@ class InferenceConventions(Frozen):
     """How tiles become a result; a model from elsewhere keeps its maker's ways.
 
     Overlapping tiles, mirrored passes and folds are averaged as `blend` says, tiles with the `weights` of
-    `transforms.patches`. Volumes smaller than a tile are padded with each channel's own minimum or with zeros. A tile
-    may be longer than the patch by `longest_window` where that spares tiles.
+    `transforms.patches`, or `even` ones. `tiles` are spread evenly, or follow each other at a fixed distance, the last
+    one moved back to end with the volume. Volumes smaller than a tile are padded with each channel's own minimum or
+    with zeros. A tile may be longer than the patch by `longest_window` where that spares tiles.
     """
 
     blend: Literal["probabilities", "logits"] = "probabilities"
-    weights: Literal["centred", "nnunet"] = "centred"
+    weights: Literal["centred", "nnunet", "even"] = "centred"
+    tiles: Literal["spread", "stepped"] = "spread"
     padding: Literal["minimum", "zero"] = "minimum"
     longest_window: float = 1.5
 
@@ -105,7 +109,9 @@ class InferenceConventions(Frozen):
 class Plan(Frozen):
     """Everything that training and prediction need to agree on.
 
-    Axes are those of `axis_codes`; with a `placing` that does not reorient, they are the study's own as stored.
+    Axes are those of `axis_codes`; with a `placing` that does not reorient, they are the study's own as stored. A
+    model from MONAI has its network in `monai`, of which `unet` then says channels and divisors alone, and `recipe` in
+    place of all that is said of axes, spacing and normalisation.
     """
 
     format: Literal["volseg-plan-1"] = "volseg-plan-1"
@@ -125,6 +131,8 @@ class Plan(Frozen):
     patch_gflop: float
     inference: InferenceConventions = InferenceConventions()
     placing: Placing | None = None
+    recipe: tuple[Step, ...] | None = None
+    monai: MonaiNetwork | None = None
     reasons: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -145,7 +153,9 @@ class Plan(Frozen):
         """The part that decides what a preprocessed case looks like; caches are keyed by it."""
         rows = [n.model_dump(mode="json") for n in self.normalisations]
         placing = {} if self.placing is None else {"placing": self.placing.model_dump(mode="json")}
-        return {"axis_codes": self.axis_codes, "spacing_mm": list(self.spacing_mm), "normalisations": rows, **placing}
+        recipe = {} if self.recipe is None else {"recipe": [step.model_dump(mode="json") for step in self.recipe]}
+        grid = {"axis_codes": self.axis_codes, "spacing_mm": list(self.spacing_mm)}
+        return {**grid, "normalisations": rows, **placing, **recipe}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from transforms.load import as_metatensor, geometry_of
 from transforms.placing import place, placed_grid
 from transforms.placing import put_back as put_back_classes
 from transforms.placing_spec import Placing
+from transforms.recipe import follow, largest_grid
+from transforms.recipe_spec import Step
 from transforms.volume import Volume
 
 
@@ -48,6 +50,8 @@ def prepare(plan: Plan, channels: Sequence[Volume | None]) -> Prepared:
     stacked = torch.from_numpy(np.stack([v.voxels for v in there]).astype(np.float32, copy=False))
     if plan.placing is not None:
         return _placed(plan, plan.placing, stacked, source)
+    if plan.recipe is not None:
+        return _followed(plan.recipe, stacked, source)
     present = [volume is not None for volume in channels]
     steps = placing_steps(["image"], [], plan.axis_codes, plan.spacing_mm, plan.normalisations, present)
     data: dict[str, Any] = {"image": as_metatensor(stacked, source)}
@@ -61,6 +65,8 @@ def grid_of(plan: Plan, source: Geometry) -> Geometry:
     Raises:
         ValueError: the grid cannot be brought to the plan's axes.
     """
+    if plan.recipe is not None:
+        return largest_grid(plan.recipe, source)
     if plan.placing is not None:
         return placed_grid(source, plan.placing, axis_codes=plan.axis_codes, spacing_mm=plan.spacing_mm)
     return source.orthogonal().oriented(plan.axis_codes).respaced(plan.spacing_mm)
@@ -84,3 +90,11 @@ def _placed(plan: Plan, placing: Placing, channels: Tensor, source: Geometry) ->
     except ValueError as error:
         raise VolumeError(str(error)) from error
     return Prepared(placed.image, placed.grid, placed.field, placed.box)
+
+
+def _followed(recipe: Sequence[Step], channels: Tensor, source: Geometry) -> Prepared:
+    try:
+        image, grid = follow(recipe, channels, source)
+    except ValueError as error:
+        raise VolumeError(str(error)) from error
+    return Prepared(image, grid, source, source)
