@@ -3,8 +3,10 @@
 A surface is made of elements, one for each cube of 2x2x2 voxels that holds both inside and outside: it lies at the
 cube's centre and has the area of the triangles that marching cubes puts there (Nikolov et al., Deep learning to
 achieve clinically applicable segmentation of head and neck anatomy for radiotherapy, arXiv:1809.04430, section 2.4).
-Figures over a surface are weighted by area, so they do not depend on how finely it is sampled. Other software (MONAI,
-SimpleITK) takes the centres of border voxels, each counting the same: its figures differ by up to about a voxel.
+Figures over a surface are weighted by area, so they do not depend on how finely it is sampled. DeepMind's package
+surface-distance has the same convention and the same figures. MONAI and SimpleITK take the centres of border voxels,
+each counting the same: their Hausdorff distance differs by up to a voxel's diagonal, and every share and mean with
+the number of voxels that lie where the surface is oblique.
 
 Arrays in, numbers out. NaN stands for "not defined": a distance to a surface that is not there.
 """
@@ -18,17 +20,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import find_objects
 from scipy.spatial import KDTree
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
-Box = tuple[slice, slice, slice]
 
-_CORNERS = tuple((a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1))
 _CODES = 256
-_IS_SURFACE = np.ones(_CODES, dtype=np.bool_)
-_IS_SURFACE[[0, _CODES - 1]] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +88,7 @@ def surface_distances(prediction: Array, reference: Array, spacing_mm: Sequence[
     """Distances between the surfaces of two masks (I, J, K); what is not 0 belongs to them.
 
     A mask that touches the border of the volume ends there: it has a surface on that side too. Cost grows with the
-    surfaces, and with the volume only where it is not cropped to what the masks hold (`boxes_of_labels`).
+    surfaces, and with the volume only where it is not cropped to what the masks hold.
 
     Raises:
         ValueError: the shapes differ, are not three axes, or a spacing is not positive.
@@ -111,96 +108,72 @@ def surface_distances(prediction: Array, reference: Array, spacing_mm: Sequence[
     )
 
 
-def boxes_of_labels(prediction: Array, reference: Array) -> dict[int, tuple[slice, slice, slice]]:
-    """Per label id that occurs in either of two label maps (I, J, K), the least box that holds it in both.
-
-    Raises:
-        ValueError: the shapes differ, or a label map does not hold integers.
-    """
-    if prediction.shape != reference.shape or prediction.dtype.kind not in "iu" or reference.dtype.kind not in "iu":
-        raise ValueError(
-            f"two label maps are compared, found {prediction.shape} of {prediction.dtype} and "
-            f"{reference.shape} of {reference.dtype}"
-        )
-    held = [box for box in (_held(prediction), _held(reference)) if box is not None]
-    if not held:
-        return {}
-    whole = _joined(held)
-    found: dict[int, Box] = {}
-    for label_map in (prediction, reference):
-        # The transposed copy is contiguous for files, whose first axis runs fastest.
-        part = np.ascontiguousarray(label_map[whole].T)
-        for label_id, box in enumerate(find_objects(part.astype(_indexable(part), copy=False)), start=1):
-            if box is not None:
-                placed = tuple(
-                    slice(b.start + w.start, b.stop + w.start) for b, w in zip(box[::-1], whole, strict=True)
-                )
-                known = [found[label_id]] if label_id in found else []
-                found[label_id] = _joined([*known, (placed[0], placed[1], placed[2])])
-    return dict(sorted(found.items()))
-
-
-def _held(label_map: Array) -> Box | None:
-    """The least box outside of which all is 0. Each axis is searched in what the axes before it left over."""
-    box = [slice(None)] * 3
-    for axis in np.argsort([-abs(step) for step in label_map.strides], kind="stable"):
-        others = tuple(other for other in range(3) if other != axis)
-        held = np.flatnonzero(label_map[tuple(box)].any(axis=others))
-        if not held.size:
-            return None
-        box[axis] = slice(int(held[0]), int(held[-1]) + 1)
-    return box[0], box[1], box[2]
-
-
-def _joined(boxes: Sequence[Box]) -> Box:
-    i, j, k = (slice(min(b[a].start for b in boxes), max(b[a].stop for b in boxes)) for a in range(3))
-    return i, j, k
-
-
-def _indexable(label_map: Array) -> npt.DTypeLike:
-    """What find_objects takes: signed integers, and unsigned ones of 8 bits as they are."""
-    return label_map.dtype if label_map.dtype == np.uint8 or label_map.dtype.kind == "i" else np.int64
-
-
 def _cube_codes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
     """(I + 1, J + 1, K + 1): which of the eight voxels of each cube belong to the mask, a bit each.
 
-    Cube n of an axis lies between voxels n - 1 and n, of which those beyond the volume are outside the mask.
+    Cube n of an axis lies between voxels n - 1 and n, of which those beyond the volume are outside the mask. Bit
+    4 a + 2 b + c stands for the voxel at corner (a, b, c), where corner 0 of cube n is voxel n - 1.
     """
-    codes = np.zeros([n + 1 for n in mask.shape], dtype=np.uint8)
-    bits = mask.astype(np.uint8)
-    for bit, corner in enumerate(_CORNERS):
-        # The voxel at corner 0 of cube n is voxel n - 1, that at corner 1 is voxel n.
-        part = tuple(slice(1, None) if c == 0 else slice(None, -1) for c in corner)
-        codes[part] |= bits << np.uint8(bit)
+    codes = mask.view(np.uint8)
+    for axis, bits in ((2, 1), (1, 2), (0, 4)):
+        codes = _joined_along(codes, axis, np.uint8(bits))
     return codes
 
 
+def _joined_along(codes: npt.NDArray[np.uint8], axis: int, bits: np.uint8) -> npt.NDArray[np.uint8]:
+    """One longer along the axis: each code, and that of its next neighbour shifted by so many bits."""
+    joined = np.zeros([n + (a == axis) for a, n in enumerate(codes.shape)], dtype=np.uint8)
+    before, after = (tuple(s if a == axis else slice(None) for a in range(3)) for s in (slice(1, None), slice(-1)))
+    joined[before] = codes
+    joined[after] |= codes << bits
+    return joined
+
+
 def _surface_cubes(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
-    """Flat indices of the cubes that hold both inside and outside."""
-    return np.flatnonzero(_IS_SURFACE[codes])
+    """Flat indices of the cubes that hold both inside and outside: of neither code 0 nor 255, which wraps to 0."""
+    return np.flatnonzero(codes + np.uint8(1) > 1)
 
 
 @lru_cache(maxsize=32)
 def _areas_mm2(i_mm: float, j_mm: float, k_mm: float) -> Floats:
-    """(256,) area of the triangles of marching cubes in a cube of each code (Lorensen and Cline 1987)."""
-    from skimage.measure import marching_cubes, mesh_surface_area
+    """(256,) area of the triangles of marching cubes in a cube of each code (Lorensen and Cline 1987).
 
+    A code of more than four voxels has the area of its complement, as in the original table of 15 cubes: a mask and
+    what is left of the world have the same surface.
+    """
     if min(i_mm, j_mm, k_mm) <= 0:
         raise ValueError(f"a spacing is positive, found {i_mm:g}, {j_mm:g} and {k_mm:g} mm")
-    areas = np.zeros(_CODES)
-    for code in range(1, _CODES - 1):
-        cube = np.array([(code >> bit) & 1 for bit in range(8)], dtype=np.float32).reshape(2, 2, 2)
-        vertices, faces, *_ = marching_cubes(cube, 0.5, spacing=(i_mm, j_mm, k_mm), method="lorensen")
-        areas[code] = mesh_surface_area(vertices, faces)
+    codes, corners = _triangles()
+    edges_mm = np.diff(corners, axis=1) * (i_mm, j_mm, k_mm)
+    triangles_mm2 = 0.5 * np.linalg.norm(np.cross(edges_mm[:, 0], edges_mm[:, 1]), axis=1)
+    areas = np.bincount(codes, weights=triangles_mm2, minlength=_CODES)
+    is_full = np.array([code.bit_count() > 4 for code in range(_CODES)])
+    areas[is_full] = areas[::-1][is_full]
     areas.setflags(write=False)
     return areas
+
+
+@lru_cache(maxsize=1)
+def _triangles() -> tuple[npt.NDArray[np.intp], Floats]:
+    """Of all codes in a cube of side 1: the code of each triangle (T,), and its corners (T, 3, 3)."""
+    from skimage.measure import marching_cubes
+
+    codes, corners = [], []
+    for code in range(1, _CODES - 1):
+        cube = np.array([(code >> bit) & 1 for bit in range(8)], dtype=np.float32).reshape(2, 2, 2)
+        vertices, faces, *_ = marching_cubes(cube, 0.5, method="lorensen")
+        codes.append(np.full(len(faces), code))
+        corners.append(vertices[faces].astype(np.float64))
+    return np.concatenate(codes), np.concatenate(corners)
 
 
 def _nearest_mm(
     cubes: npt.NDArray[np.intp], others: npt.NDArray[np.intp], shape: tuple[int, ...], spacing_mm: Floats
 ) -> Floats:
-    """From each cube's centre to the nearest of the others; 0 for those that are among them."""
+    """From each cube's centre to the nearest of the others; 0 for those that are among them.
+
+    A tree of the surface beats a distance transform of the box: it is asked only where the surfaces lie apart.
+    """
     if not (cubes.size and others.size):
         return np.full(cubes.size, np.inf)
     distances_mm = np.zeros(cubes.size)
@@ -208,21 +181,31 @@ def _nearest_mm(
     is_other[others] = True
     apart = np.flatnonzero(~is_other[cubes])
     if apart.size:
-        tree = KDTree(_centres_mm(others, shape, spacing_mm), balanced_tree=False, compact_nodes=False)
-        distances_mm[apart], _ = tree.query(_centres_mm(cubes[apart], shape, spacing_mm))
+        places, other_places = _places(cubes[apart], shape), _places(others, shape)
+        tree = KDTree(other_places * spacing_mm, balanced_tree=False, compact_nodes=False)
+        _, nearest = tree.query(places * spacing_mm)
+        # From whole steps, so that a tolerance of one voxel holds what is one voxel away.
+        steps_mm = (places - other_places[nearest]) * spacing_mm
+        distances_mm[apart] = np.sqrt(np.einsum("ij,ij->i", steps_mm, steps_mm))
     return distances_mm
 
 
-def _centres_mm(cubes: npt.NDArray[np.intp], shape: tuple[int, ...], spacing_mm: Floats) -> Floats:
-    return np.stack(np.unravel_index(cubes, shape), axis=1) * spacing_mm
+def _places(cubes: npt.NDArray[np.intp], shape: tuple[int, ...]) -> npt.NDArray[np.intp]:
+    return np.stack(np.unravel_index(cubes, shape), axis=1)
 
 
 def _percentile(values: Floats, weights: Floats, percentile: float) -> float:
-    """The least value that at least this part (%) of the weight does not exceed."""
+    """The least value (of none below 0) that at least this part (%) of the weight does not exceed."""
     if percentile == 100:
         return float(values.max())
-    order = np.argsort(values)
-    reached = np.cumsum(weights[order])
-    # Rounding of the sum must not push the last element out.
-    index = int(np.searchsorted(reached, reached[-1] * percentile / 100.0 * (1 - 1e-12)))
+    # Where two surfaces are one, which is most of them, nothing has to be put in order.
+    apart = np.flatnonzero(values)
+    order = apart[np.argsort(values[apart])]
+    whole = float(weights.sum())
+    reached = whole - float(weights[order].sum()) + np.cumsum(weights[order])
+    # Rounding of the sums must not push out the element at the limit.
+    wanted = whole * (percentile / 100.0 - 1e-12)
+    if not order.size or whole - float(weights[order].sum()) >= wanted:
+        return 0.0
+    index = int(np.searchsorted(reached, wanted))
     return float(values[order[min(index, len(order) - 1)]])

@@ -8,8 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
+from skimage.measure import marching_cubes, mesh_surface_area
 
-from pipeline.surfaces import SurfaceDistances, boxes_of_labels, surface_distances
+from pipeline.surfaces import SurfaceDistances, surface_distances
 
 SHAPE = (14, 12, 10)
 CUBIC = (1.0, 1.0, 1.0)
@@ -126,27 +127,30 @@ def test_left_out_is_what_is_no_mask() -> None:
         surface_distances(np.ones(SHAPE), np.ones(SHAPE), (1, 0, 1))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_boxes(dtype: type[np.generic], order: str) -> None:
-    ours, theirs = (np.zeros(SHAPE, dtype=dtype, order=order) for _ in range(2))
-    ours[2:4, 5:7, 1:9] = 3
-    theirs[3:9, 5:6, 0:2] = 3
-    theirs[12, 11, 9] = 7
-    assert boxes_of_labels(ours, theirs) == {
-        3: (slice(2, 9), slice(5, 7), slice(0, 9)),
-        7: (slice(12, 13), slice(11, 12), slice(9, 10)),
-    }
-    assert boxes_of_labels(np.zeros(SHAPE, dtype), np.zeros(SHAPE, dtype)) == {}
+def test_a_tolerance_of_a_voxel_holds_what_is_a_voxel_away() -> None:
+    """0.94 mm has no exact number of bits: 7 x 0.94 - 6 x 0.94 is more than 0.94."""
+    mask = box((6, 3, 3), (12, 8, 7))
+    moved = surface_distances(np.roll(mask, 1, axis=0), mask, (0.94, 1.0, 1.0))
+    assert moved.surface_dice(0.94) == 1.0
+    assert moved.surface_dice(0.93) < 1.0
+    assert moved.hausdorff_mm() == 0.94
 
 
-def test_cropping_changes_nothing() -> None:
-    rng = np.random.default_rng(5)
-    ours, theirs = np.zeros((2, *SHAPE), dtype=np.uint8)
-    ours[4:9, 3:9, 2:7] = rng.random((5, 6, 5)) > 0.4
-    theirs[5:9, 3:8, 2:7] = rng.random((4, 5, 5)) > 0.4
-    [cropped] = boxes_of_labels(ours, theirs).values()
-    whole, part = surface_distances(ours, theirs, FLAT), surface_distances(ours[cropped], theirs[cropped], FLAT)
-    for figure in (SurfaceDistances.average_mm, SurfaceDistances.hausdorff_mm):
-        assert figure(whole) == pytest.approx(figure(part))
-    assert whole.surface_dice(0.7) == pytest.approx(part.surface_dice(0.7))
+def test_a_surface_has_the_area_of_its_mesh() -> None:
+    """scikit-image's marching cubes over the whole mask; a ball has no cube of more than four voxels with two parts."""
+    grid = np.stack(np.meshgrid(*[np.arange(21) - 10] * 3, indexing="ij"))
+    ball = np.linalg.norm(grid, axis=0) <= 7
+    vertices, faces, *_ = marching_cubes(ball.astype(np.float32), 0.5, spacing=FLAT, method="lorensen")
+    area = surface_distances(ball, ball, FLAT).reference_areas_mm2.sum()
+    assert area == pytest.approx(mesh_surface_area(vertices, faces), rel=1e-5)
+
+
+def test_a_mask_and_its_complement_have_one_surface() -> None:
+    mask = np.zeros((8, 8, 8), dtype=bool)
+    mask[2:6, 2:6, 2:6] = np.random.default_rng(0).random((4, 4, 4)) > 0.5
+    inner = surface_distances(mask, mask, FLAT)
+    around = surface_distances(np.pad(~mask, 2, constant_values=True), np.pad(~mask, 2, constant_values=True), FLAT)
+    frame = surface_distances(np.ones((12, 12, 12)), np.ones((12, 12, 12)), FLAT)
+    assert around.reference_areas_mm2.sum() == pytest.approx(
+        inner.reference_areas_mm2.sum() + frame.reference_areas_mm2.sum()
+    )
