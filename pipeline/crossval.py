@@ -14,11 +14,12 @@ from pathlib import Path
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
 from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console, Silence
-from pipeline.dataset import Failure, PreparedCase
+from pipeline.dataset import PreparedCase
 from pipeline.device import describe
 from pipeline.errors import RunError, VolsegError, describe_fault
 from pipeline.evaluate import SCHEMA_FILE, evaluate_files, summarise
 from pipeline.export import Source, export
+from pipeline.failures import Failure
 from pipeline.files import write_json, write_text
 from pipeline.folder_lock import held
 from pipeline.history import HISTORY, read_history

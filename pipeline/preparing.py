@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Compose
 from torch import Tensor
 
-from pipeline.dataset import apply_chain
-from pipeline.errors import VolumeError
+from pipeline.errors import VolsegError, VolumeError
 from pipeline.plan import Plan
-from transforms.chains import placing_steps, plain
 from transforms.geometry import Geometry
-from transforms.load import as_metatensor, geometry_of
 from transforms.placing import place, placed_grid
 from transforms.placing import put_back as put_back_classes
 from transforms.placing_spec import Placing
+from transforms.preprocessing import plan_grid, preprocess
 from transforms.recipe import follow, largest_grid
 from transforms.recipe_spec import Step
 from transforms.volume import Volume
@@ -53,10 +49,20 @@ def prepare(plan: Plan, channels: Sequence[Volume | None]) -> Prepared:
     if plan.recipe is not None:
         return _followed(plan.recipe, stacked, source)
     present = [volume is not None for volume in channels]
-    steps = placing_steps(["image"], [], plan.axis_codes, plan.spacing_mm, plan.normalisations, present)
-    data: dict[str, Any] = {"image": as_metatensor(stacked, source)}
-    data = apply_chain(Compose(steps), data)
-    return Prepared(plain(data["image"]), geometry_of(data["image"]), source, source)
+    try:
+        image, grid = preprocess(
+            stacked,
+            source,
+            axis_codes=plan.axis_codes,
+            spacing_mm=plan.spacing_mm,
+            normalisations=plan.normalisations,
+            present=present,
+        )
+    except VolsegError:
+        raise
+    except ValueError as error:
+        raise VolumeError(str(error)) from error
+    return Prepared(image, grid, source, source)
 
 
 def grid_of(plan: Plan, source: Geometry) -> Geometry:
@@ -69,7 +75,7 @@ def grid_of(plan: Plan, source: Geometry) -> Geometry:
         return largest_grid(plan.recipe, source)
     if plan.placing is not None:
         return placed_grid(source, plan.placing, axis_codes=plan.axis_codes, spacing_mm=plan.spacing_mm)
-    return source.orthogonal().oriented(plan.axis_codes).respaced(plan.spacing_mm)
+    return plan_grid(source, plan.axis_codes, plan.spacing_mm)
 
 
 def put_back(classes: Tensor, prepared: Prepared, source: Geometry) -> Tensor:

@@ -17,9 +17,10 @@ from typing import Any
 from pipeline.checks import CheckReport, check_dataset
 from pipeline.config import Config, config_to_yaml, flatten, load_config
 from pipeline.console import Console, Silence
-from pipeline.dataset import Failure, PreparedCase, dataset_digest, describe_failures, prepare_cases
+from pipeline.dataset import PreparedCase, dataset_digest, prepare_cases
 from pipeline.device import Hardware, budget_of, choose_hardware
 from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
+from pipeline.failures import Failure, describe_failures
 from pipeline.files import remove_leftovers, sha256_of_json, write_json, write_text
 from pipeline.fingerprint import Measuring
 from pipeline.folder_lock import held

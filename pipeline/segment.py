@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from pipeline.console import Console
-from pipeline.dataset import Failure
 from pipeline.errors import DicomError, RunError, SeveralSeries, VolsegError
 from pipeline.evaluate import SCHEMA_FILE
 from pipeline.export import FORMATS, ExportedFile, Options, Source, check_formats, export
+from pipeline.failures import Failure
 from pipeline.files import sha256_of_json, write_json, write_text
 from pipeline.manifest import load_dataset
 from pipeline.predict import Model, PredictSettings, predict, refuse_missing, refuse_modality

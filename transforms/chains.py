@@ -2,71 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform, Randomizable
+from monai.transforms import Compose, Randomizable
 from torch import Tensor
 
 from transforms.annotation import Annotation
 from transforms.augment import IntensitySettings, RandIntensityd, RandPatchd, SpatialSettings
-from transforms.channels import InsertMissingd, RandDropChannelsd
-from transforms.intensity import NormaliseIntensityd
 from transforms.intensity_spec import Normalisation
-from transforms.load import LoadVolumed, as_metatensor, geometry_of
-from transforms.resample import move, move_classes
-
-
-class EncodeLabelsd(MapTransform):
-    """Voxel values of a case's label file to the schema's classes 0..n, uint8 or uint16; what is to be ignored to the
-    class after the last."""
-
-    def __init__(self, keys: KeysCollection, annotation: Annotation) -> None:
-        super().__init__(keys)
-        self.annotation = annotation
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Raises ValueError when a value is not in the schema, or of a label that was not annotated."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            classes = self.annotation.classes(np.asarray(result[key]))
-            result[key] = as_metatensor(torch.from_numpy(classes), geometry_of(result[key]))
-        return result
-
-
-class OrientAndRespaced(MapTransform):
-    """Move `keys` to the grid that has the given axes and spacing: images cubically, class maps by share.
-
-    A sheared grid is made orthogonal in the same move. What then lies beside its slices was never measured: it is
-    class 0, and in an image the lowest value of its channel.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, *, class_keys: Sequence[str], axis_codes: str, spacing_mm: Sequence[float]
-    ) -> None:
-        super().__init__(keys)
-        self.class_keys = tuple(class_keys)
-        self.axis_codes = axis_codes
-        self.spacing_mm = tuple(spacing_mm)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Tensors on the target grid, which each carries."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            source = geometry_of(result[key])
-            target = source.orthogonal().oriented(self.axis_codes).respaced(self.spacing_mm)
-            voxels = result[key].as_tensor()
-            if key in self.class_keys:
-                moved = move_classes(voxels, source, target)
-            elif source.is_sheared:
-                moved = torch.cat([move(v[None], source, target, order=3, fill=float(v.min())) for v in voxels])
-            else:
-                moved = move(voxels, source, target, order=3)
-            result[key] = as_metatensor(moved, target)
-        return result
+from transforms.load import LoadVolumed
+from transforms.steps import EncodeLabelsd, InsertMissingd, NormaliseIntensityd, OrientAndRespaced, RandDropChannelsd
 
 
 def preprocess_chain(

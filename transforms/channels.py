@@ -8,17 +8,13 @@ patches and in windows alike; for a missing one that is 0 again.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.config import KeysCollection
-from monai.transforms import MapTransform, Randomizable, Transform
 from torch import Tensor
 
-from transforms.load import as_metatensor, geometry_of
 from transforms.sampling import filled
 
 
@@ -65,42 +61,3 @@ def draw_kept(
     if not kept.any():
         kept[np.argmax(np.where(there, draws, -1.0))] = True
     return np.asarray(kept)
-
-
-class InsertMissingd(MapTransform):
-    """Channels that are there, in their places among all; the others are 0 on the same grid."""
-
-    def __init__(self, keys: KeysCollection, present: Sequence[bool]) -> None:
-        super().__init__(keys)
-        self.present = tuple(present)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Raises ValueError when the number of channels is another."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            whole = insert_missing(result[key].as_tensor(), self.present)
-            result[key] = as_metatensor(whole, geometry_of(result[key]))
-        return result
-
-
-class RandDropChannelsd(Randomizable, Transform):
-    """Set channels of `image` (C, I, J, K) to 0: some optional ones by chance, and those that the case lacks.
-
-    `present` (C,) in the data says which it has, by default all. It belongs after all changes of intensity, which
-    would put noise into a channel that holds nothing.
-    """
-
-    def __init__(self, optional: Sequence[bool], probability: float) -> None:
-        self.optional = tuple(optional)
-        self.probability = probability
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Data with `image` changed and `present` taken out."""
-        rest = dict(data)
-        present = rest.pop("present", None) or (True,) * len(self.optional)
-        kept = draw_kept(self.R, present, optional=self.optional, probability=self.probability)
-        if not kept.all():
-            image = rest["image"].clone()
-            image[torch.from_numpy(~kept)] = 0
-            rest["image"] = image
-        return rest

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from monai.config import KeysCollection
-from monai.transforms import MapTransform
 from torch import Tensor
 
 from transforms.intensity_spec import Normalisation
@@ -77,18 +74,3 @@ def _bytes(voxels: Tensor) -> Tensor:
     if lowest < 0 or highest > 255:
         raise ValueError(f"intensities from {lowest:g} to {highest:g}, expected a picture's bytes, from 0 to 255")
     return voxels / 255.0
-
-
-class NormaliseIntensityd(MapTransform):
-    """Each channel of (C, I, J, K) by its own `Normalisation`."""
-
-    def __init__(self, keys: KeysCollection, normalisations: Sequence[Normalisation]) -> None:
-        super().__init__(keys)
-        self.normalisations = tuple(normalisations)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Raises ValueError when the number of channels is another or a channel is constant."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            result[key] = normalise_channels(result[key], self.normalisations)
-        return result

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from transforms.annotation import Annotation
 from transforms.augment import IntensitySettings, RandIntensityd, RandPatchd, SpatialSettings
-from transforms.chains import EncodeLabelsd, OrientAndRespaced, placing_steps, plain, preprocess_chain, training_chain
+from transforms.chains import placing_steps, plain, preprocess_chain, training_chain
 from transforms.geometry import Geometry
 from transforms.intensity_spec import Normalisation
 from transforms.labels import LabelSchema, schema_from_names
 from transforms.load import LoadVolumed, as_metatensor, geometry_of
 from transforms.patches import class_positions
+from transforms.steps import EncodeLabelsd, OrientAndRespaced
 
 SCHEMA = schema_from_names({1: "Anterior", 2: "Posterior"})
 WHOLE = Annotation(SCHEMA)

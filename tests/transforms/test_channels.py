@@ -12,8 +12,6 @@ from torch import Tensor
 from transforms.augment import IntensitySettings, PatchDraw, RandIntensityd, SpatialSettings, cut_patch
 from transforms.chains import placing_steps, reseed, training_chain
 from transforms.channels import (
-    InsertMissingd,
-    RandDropChannelsd,
     channel_minima,
     draw_kept,
     insert_missing,
@@ -22,6 +20,7 @@ from transforms.channels import (
 from transforms.geometry import Geometry
 from transforms.intensity_spec import Normalisation
 from transforms.load import as_metatensor, geometry_of
+from transforms.steps import InsertMissingd, RandDropChannelsd
 
 SHAPE = (5, 6, 7)
 

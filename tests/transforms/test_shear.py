@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 from scipy.spatial.transform import Rotation
 
-from transforms.chains import OrientAndRespaced
 from transforms.geometry import Geometry
 from transforms.load import as_metatensor, geometry_of
 from transforms.resample import Order, move, move_argmax, move_classes
+from transforms.steps import OrientAndRespaced
 
 ALL_CODES = ["".join(codes) for axes in permutations(("RL", "AP", "SI")) for codes in product(*axes)]
 SOME_CODES = ("LPS", "RAS", "SLA", "ASR", "PIL", "LIA")
