@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from transforms.geometry import AxisMap, Geometry
+from transforms.restore import SlabRestorer, slab_axis
 from transforms.separable import as_dtype, interpolate
 from transforms.shear import move_sheared
 from transforms.spline import AxisWeights, Ends, Order, placed_weights, resized_weights
+
+_SLAB_PLANES = 8
+"""Planes of scores that are decided together."""
 
 # torch cannot flip these, so their bits are moved as signed integers.
 _AS_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -108,13 +112,18 @@ def move_classes(classes: Tensor, source: Geometry, target: Geometry) -> Tensor:
 def move_argmax(scores: Tensor, source: Geometry, target: Geometry, *, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Class scores (C, I, J, K) on `source` to the winning class (1, I', J', K') on `target`.
 
-    One class at a time is interpolated (linearly), so no more than two volumes of scores exist at full size.
+    Scores are interpolated linearly and decided plane by plane (`SlabRestorer`); from a sheared grid, class by class.
     Voxels beyond the source are class 0.
+
+    Raises:
+        ValueError: there is no class, or the grids are neither parallel nor sheared against each other.
     """
-    if source.axis_map(target).is_exact:
-        return move(scores.argmax(dim=0, keepdim=True).to(dtype), source, target)
-    # Beyond the source every class has the same fill, and the first of equals wins.
-    return _winner(enumerate(s[None] for s in scores), dtype, lambda s: move(s, source, target, order=1))
+    if not len(scores):
+        raise ValueError("at least one class is needed")
+    if _leans_back(source, target):
+        # Beyond the source every class has the same fill, and the first of equals wins.
+        return _winner(enumerate(s[None] for s in scores), dtype, lambda s: move(s, source, target, order=1))
+    return _restored(scores, SlabRestorer(source, target, slab_axis(source, target)), target, dtype)
 
 
 def move_regions(
@@ -135,10 +144,25 @@ def move_regions(
     """
     if len(painted) != len(probabilities):
         raise ValueError(f"found {len(probabilities)} regions that paint {len(painted)} classes")
+    if not _leans_back(source, target):
+        restorer = SlabRestorer(source, target, slab_axis(source, target), painted=painted)
+        return _restored(probabilities, restorer, target, dtype)
     classes = torch.zeros((1, *target.shape), dtype=dtype, device=probabilities.device)
     for region, number in zip(probabilities, painted, strict=True):
         inside = move(region[None], source, target, order=1) > 0.5
         classes.masked_fill_(inside, number)
+    return classes
+
+
+def _leans_back(source: Geometry, target: Geometry) -> bool:
+    """Whether the move is one from a sheared grid to an orthogonal one."""
+    return source.is_sheared and source.axis_map(target).stack_axis is not None
+
+
+def _restored(scores: Tensor, restorer: SlabRestorer, target: Geometry, dtype: torch.dtype) -> Tensor:
+    classes = torch.empty((1, *target.shape), dtype=dtype, device=scores.device)
+    for slab in scores.split(_SLAB_PLANES, dim=restorer.axis + 1):
+        restorer.add(slab, classes[0])
     return classes
 
 

@@ -110,6 +110,36 @@ def placed_positions(source_count: int, target_count: int, scale: float, offset:
     return np.clip(positions, 0, source_count - 1), outside
 
 
+@dataclass(frozen=True, eq=False)
+class LinearTaps:
+    """The two voxels of a source axis around each target voxel, and the second one's part, float32.
+
+    They are one voxel where nothing is interpolated (`is_selection`); otherwise the second follows the first. Targets
+    that lie `outside` have the taps of the nearest end.
+    """
+
+    low: Integers
+    high: Integers
+    part: npt.NDArray[np.float32]
+    outside: Integers
+    is_selection: bool
+
+
+@lru_cache(maxsize=64)
+def linear_taps(source_count: int, target_count: int, scale: float, offset: float, *, exact: bool) -> LinearTaps:
+    """Linear interpolation where `placed_weights` has it; `exact` positions are whole, and outside when not there."""
+    positions, outside = placed_positions(source_count, target_count, scale, offset)
+    whole = np.rint(positions)
+    if exact:
+        unbounded = np.rint(scale * np.arange(target_count) + offset)
+        outside = np.flatnonzero((unbounded < 0) | (unbounded > source_count - 1))
+    if exact or source_count == 1 or np.abs(positions - whole).max(initial=0.0) < ROUNDING:
+        low = whole.astype(np.int64)
+        return LinearTaps(low, low, np.zeros(target_count, np.float32), outside, True)
+    low = np.minimum(np.floor(positions).astype(np.int64), source_count - 2)
+    return LinearTaps(low, low + 1, (positions - low).astype(np.float32), outside, False)
+
+
 @lru_cache(maxsize=64)
 def resized_weights(source_count: int, target_count: int, order: Order, ends: Ends) -> AxisWeights:
     """Weights for `target_count` voxels over the same stretch as the `source_count`: t at (t + 0.5) n / m - 0.5."""
