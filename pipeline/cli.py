@@ -217,12 +217,21 @@ def evaluate(
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row a case and label.")] = None,
     root: Root = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Score what is there.")] = False,
+    tolerances: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tolerance", metavar="[LABEL=]MM", help="Of the surface Dice, of all labels or one. [default: 2]"
+        ),
+    ] = None,
+    lesions: Annotated[
+        list[str] | None, typer.Option("--lesions", metavar="LABEL", help="Count this label lesion by lesion.")
+    ] = None,
 ) -> None:
-    """Dice per case and label, with means, worst cases and bootstrap 95 % intervals."""
-    from pipeline.cli_stages import evaluate_paths
+    """Dice, surface distances and volumes per case and label, with worst cases and bootstrap 95 % intervals."""
+    from pipeline.cli_evaluate import Wishes, evaluate_paths
 
-    files = (json_file, csv_file)
-    if not evaluate_paths(predictions, references, root, files=files, allow_missing=allow_missing, console=_console()):
+    wishes = Wishes(json_file, csv_file, tolerances or (), lesions or (), allow_missing)
+    if not evaluate_paths(predictions, references, root, wishes=wishes, console=_console()):
         raise typer.Exit(1)
 
 

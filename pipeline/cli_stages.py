@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli_console import TerminalConsole, show_table
+from pipeline.cli_evaluate import show_report
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.files import write_json, write_text
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.export import ExportedFile
     from pipeline.export.confidentiality import Confidentiality
     from pipeline.plan import Plan
-    from pipeline.report import Report
+    from pipeline.report_values import Report
     from pipeline.runs import Run
 
 
@@ -105,7 +106,7 @@ def train_one_fold(
         console.note(f"fold {fold} is finished already ({read_done(folder)['steps']} steps); choose another --out")
     else:
         console.close()
-        _show_report(f"fold {fold}, held-out cases", report)
+        show_report(f"fold {fold}, held-out cases", report)
     print(f"model: {folder / 'bundle'}\nreport: {folder / 'report.json'}")
     _show_tracking(config)
 
@@ -168,7 +169,7 @@ def run_folds(
     wanted = list(range(run.folds.count)) if folds is None else folds
     report = cross_validate(run, wanted, console, runner=where.fold_runner())
     console.close()
-    _show_report("out of fold", report)
+    show_report("out of fold", report)
     print(f"model: {run.folder} (its folds are averaged by `volseg predict`)\nreport: {run.folder / 'report.json'}")
     _show_tracking(config)
 
@@ -244,37 +245,6 @@ def predict_inputs(
     return not failures
 
 
-def evaluate_paths(
-    predictions: Path,
-    references: Path,
-    root: Path | None,
-    *,
-    files: tuple[Path | None, Path | None],
-    allow_missing: bool,
-    console: TerminalConsole,
-) -> bool:
-    """`volseg evaluate`; True when every case could be scored."""
-    from pipeline.evaluate import evaluate_files
-    from pipeline.manifest import load_dataset
-
-    report = evaluate_files(
-        predictions,
-        references if root is None else load_dataset(references, root),
-        allow_missing=allow_missing,
-        progress=lambda done, total: console.progress("scoring", done, total),
-    )
-    console.close()
-    json_file, csv_file = files
-    if json_file:
-        write_json(json_file, report.to_json())
-    if csv_file:
-        write_text(csv_file, report.to_csv())
-    _show_report(str(predictions), report)
-    for failure in report.failures:
-        console.note(f"not scored: {failure.case_id}: {failure.reason}")
-    return not report.failures
-
-
 def export_labels(
     labels: Path,
     source: Path,
@@ -342,10 +312,6 @@ def _plan_rows(plan: Plan) -> list[dict[str, Any]]:
     rows.append({"what": "bottleneck sees", "value": f"{_times(plan.receptive_field_mm)} mm", "why": seen})
     cost = f"{plan.patch_gflop:g} GFLOP forward a patch"
     return [*rows, {"what": "memory", "value": f"{plan.memory_gb:.2f} GB", "why": f"estimated for a step; {cost}"}]
-
-
-def _show_report(title: str, report: Report) -> None:
-    show_table(f"Dice, {title}", report.rows_for_table())
 
 
 def _show_tracking(config: Config) -> None:

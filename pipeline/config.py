@@ -34,6 +34,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_rising)]
 Decisions = Annotated[tuple[Decision, ...], AfterValidator(check_decisions)]
 Channels = Annotated[int, Field(ge=1)]
 RasAxis = Literal[0, 1, 2]
+Distance = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -228,6 +229,9 @@ class EvaluateConfig(Section):
 
     bootstrap_samples: int = Field(2000, ge=100, description="resamples of patients for the 95 % intervals")
     seed: int = Field(0, ge=0, description="seed of the resampling")
+    tolerance_mm: float = Field(2.0, ge=0, description="tolerance of the surface Dice")
+    tolerances_mm: dict[str, Distance] | None = Field(None, description="the same of single labels, by name")
+    lesions: tuple[str, ...] = Field((), description="labels to count lesion by lesion even if most cases have one")
 
 
 class TrackingConfig(Section):
@@ -342,10 +346,7 @@ def config_to_yaml(config: Config, folder: Path) -> str:
 
 def flatten(config: Config) -> dict[str, str]:
     """`section.key` to value as text, for trackers."""
-    rows = {}
-    for key, _, value in _leaves(config):
-        rows[key] = str(value)
-    return rows
+    return {key: str(value) for key, _, value in _leaves(config)}
 
 
 def reference() -> str:
@@ -359,7 +360,6 @@ def reference() -> str:
 
 
 DATA_PATHS = ("manifest", "root", "cache")
-
 
 MOVED = {"train.loss": "loss.terms"}
 """Keys that something else does now."""
@@ -396,7 +396,7 @@ def _type_name(annotation: Any) -> str:
     if origin is tuple:
         count = "any number of" if Ellipsis in arguments else str(len(arguments))
         return f"{count} {_type_name(arguments[0])}"
-    return {"str": "text", "Path": "path"}.get(annotation.__name__, str(annotation.__name__))
+    return {"str": "text", "Path": "path", "dict": "values by name"}.get(annotation.__name__, str(annotation.__name__))
 
 
 def _plain(value: Any) -> str:

@@ -70,11 +70,6 @@ def dice_from_counts(counts: ConfusionCounts) -> Floats:
     return _ratio(2.0 * overlap, (counts.prediction + counts.reference).astype(np.float64))
 
 
-def volume_mm3(voxels: int, voxel_volume_mm3: float) -> float:
-    """Volume of that many voxels; the voxel's own comes from `Geometry.voxel_volume_mm3`."""
-    return float(voxels) * voxel_volume_mm3
-
-
 def resampled_means(
     values: Floats, patients: npt.NDArray[np.int64], *, samples: int, generator: np.random.Generator
 ) -> Floats:

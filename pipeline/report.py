@@ -1,22 +1,18 @@
-"""What an evaluation found: its values, as JSON, CSV and table rows, and its pictures.
+"""What an evaluation found, in pictures; its values are those of `report_values`.
 
 Pictures are drawn with matplotlib's object interface on Agg: no display, no global state.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
 from pipeline.files import atomic_path
+from pipeline.report_values import CaseFailure, CaseScores, Interval, LabelScore, LabelSummary, Report
 from transforms.labels import PALETTE
 
 if TYPE_CHECKING:
@@ -24,218 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-Status = Literal["scored", "absent", "missed", "false", "unannotated"]
-Interval = tuple[float, float]
-Cell = str | int | float | None
-
-# No NaN: what is not defined is None, null in JSON.
-_VALUE = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LabelScore(BaseModel):
-    """One label, or one region, in one case.
-
-    `status`: "scored" is on both sides; "missed" in the reference only and "false" in the prediction only,
-    both with a Dice of 0; "absent" on neither, with no Dice; "unannotated" where the reference says nothing of it,
-    with neither a Dice nor a volume there. Volumes are of the voxels that the reference does not ignore.
-    """
-
-    model_config = _VALUE
-
-    label: str
-    status: Status
-    dice: float | None
-    prediction_mm3: float
-    reference_mm3: float | None
-
-
-class CaseScores(BaseModel):
-    """One case: a score for every label of the schema, in its order, and for every region."""
-
-    model_config = _VALUE
-
-    case_id: str
-    patient_id: str
-    fold: int | None = None
-    labels: tuple[LabelScore, ...]
-    regions: tuple[LabelScore, ...] = ()
-
-    @property
-    def scores(self) -> tuple[LabelScore, ...]:
-        """Of the labels, then of the regions."""
-        return (*self.labels, *self.regions)
-
-
-class CaseFailure(BaseModel):
-    """A case that could not be scored, and why in one line."""
-
-    model_config = _VALUE
-
-    case_id: str
-    reason: str
-
-
-class CaseDice(BaseModel):
-    """A case among the worst."""
-
-    model_config = _VALUE
-
-    case_id: str
-    dice: float
-
-
-class FoldMean(BaseModel):
-    """A mean within one fold; None when the fold has nothing to score."""
-
-    model_config = _VALUE
-
-    fold: int
-    mean: float | None
-
-
-class LabelSummary(BaseModel):
-    """Dice of one label, or one region, over the cases.
-
-    `n_scored` counts the cases with a Dice, with `n_missed` and `n_false` (both 0); `n_absent` and `n_unannotated`
-    the others.
-    `std` is the sample's (n - 1). Quartiles are interpolated linearly. `interval_95` is that of the mean.
-    """
-
-    model_config = _VALUE
-
-    label: str
-    n_scored: int
-    n_absent: int
-    n_missed: int
-    n_false: int
-    n_unannotated: int = 0
-    mean: float | None
-    interval_95: Interval | None
-    std: float | None
-    minimum: float | None
-    first_quartile: float | None
-    median: float | None
-    third_quartile: float | None
-    maximum: float | None
-    worst: tuple[CaseDice, ...]
-    folds: tuple[FoldMean, ...]
-
-
-class Overall(BaseModel):
-    """The mean over labels: the unweighted mean of the means of all labels that any case has scored. Where there are
-    regions, which are what a network then learns, all of it is of these in place of the labels.
-
-    A fold's is the same figure from that fold's cases. `worst` ranks cases by the mean Dice of their labels.
-    `interval_95` rests on the resamples that hold every one of those labels; None when those are under half.
-    """
-
-    model_config = _VALUE
-
-    n_cases: int
-    n_patients: int
-    mean: float | None
-    interval_95: Interval | None
-    worst: tuple[CaseDice, ...]
-    folds: tuple[FoldMean, ...]
-
-
-class Report(BaseModel):
-    """Everything that an evaluation found.
-
-    `failures` are cases that could not be scored, `missing_predictions` references that had no prediction,
-    `extra_predictions` predictions that had no reference; none of them is part of any figure.
-    """
-
-    model_config = _VALUE
-
-    format: Literal["volseg-report-1"] = "volseg-report-1"
-    settings: EvaluateConfig
-    overall: Overall
-    labels: tuple[LabelSummary, ...]
-    regions: tuple[LabelSummary, ...] = ()
-    cases: tuple[CaseScores, ...]
-    failures: tuple[CaseFailure, ...] = ()
-    missing_predictions: tuple[str, ...] = ()
-    extra_predictions: tuple[str, ...] = ()
-
-    @property
-    def summaries(self) -> tuple[LabelSummary, ...]:
-        """Of the labels, then of the regions."""
-        return (*self.labels, *self.regions)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value that `from_json` restores; null where a figure is not defined, never NaN."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """The inverse of `to_json`.
-
-        Raises:
-            RunError: the value is not a report.
-        """
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "content"
-            raise RunError(f"not an evaluation report: {key}: {first['msg']}") from error
-
-    def to_csv(self) -> str:
-        """One row per case and label, then the case's regions; an empty cell where a value is not defined."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["case_id", "patient_id", "fold", *LabelScore.model_fields])
-        for case in self.cases:
-            for score in case.scores:
-                writer.writerow([case.case_id, case.patient_id, case.fold, *score.model_dump().values()])
-        return stream.getvalue()
-
-    @property
-    def headline(self) -> str:
-        """What the overall figures are."""
-        return "mean of regions" if self.regions else "mean of labels"
-
-    def rows_for_table(self) -> list[dict[str, Cell]]:
-        """One row a label, one a region, then "mean of labels" (or of regions); keys are column names, values are raw.
-
-        "unannotated" is a column when any label was not annotated somewhere; "fold 0" and so on follow when the cases
-        have folds.
-        """
-        rows = [_table_row(summary) for summary in self.summaries]
-        if not any(summary.n_unannotated for summary in self.summaries):
-            rows = [{column: cell for column, cell in row.items() if column != "unannotated"} for row in rows]
-        low, high = self.overall.interval_95 or (None, None)
-        last: dict[str, Cell] = {"label": self.headline, "mean": self.overall.mean}
-        last |= {"low_95": low, "high_95": high, **_fold_columns(self.overall.folds)}
-        return [*rows, {column: last.get(column) for column in rows[0]}]
-
-
-def _table_row(summary: LabelSummary) -> dict[str, Cell]:
-    low, high = summary.interval_95 or (None, None)
-    return {
-        "label": summary.label,
-        "scored": summary.n_scored,
-        "absent": summary.n_absent,
-        "missed": summary.n_missed,
-        "false": summary.n_false,
-        "unannotated": summary.n_unannotated,
-        "mean": summary.mean,
-        "low_95": low,
-        "high_95": high,
-        "std": summary.std,
-        "median": summary.median,
-        "first_quartile": summary.first_quartile,
-        "third_quartile": summary.third_quartile,
-        "minimum": summary.minimum,
-        "worst_case": summary.worst[0].case_id if summary.worst else None,
-        **_fold_columns(summary.folds),
-    }
-
-
-def _fold_columns(folds: Sequence[FoldMean]) -> dict[str, Cell]:
-    return {f"fold {fold.fold}": fold.mean for fold in folds}
-
+# The values that the stages and their tests ask for together with the pictures.
+__all__ = ["CaseFailure", "CaseScores", "LabelScore", "Report", "dice_distribution", "learning_curves"]
 
 _COLOURS = tuple(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (PALETTE[i] for i in (4, 5, 2, 6, 0, 1, 7)))
 """Of the palette, those that a thin line on white shows; the order keeps neighbours apart in lightness."""

@@ -146,7 +146,8 @@ def _areas_mm2(i_mm: float, j_mm: float, k_mm: float) -> Floats:
     codes, corners = _triangles()
     edges_mm = np.diff(corners, axis=1) * (i_mm, j_mm, k_mm)
     triangles_mm2 = 0.5 * np.linalg.norm(np.cross(edges_mm[:, 0], edges_mm[:, 1]), axis=1)
-    areas = np.bincount(codes, weights=triangles_mm2, minlength=_CODES)
+    areas: Floats = np.zeros(_CODES)
+    np.add.at(areas, codes, triangles_mm2)
     is_full = np.array([code.bit_count() > 4 for code in range(_CODES)])
     areas[is_full] = areas[::-1][is_full]
     areas.setflags(write=False)

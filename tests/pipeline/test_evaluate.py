@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 
 from pipeline.config import EvaluateConfig
-from pipeline.errors import GeometryMismatch, ManifestError, RunError, VolumeError
+from pipeline.errors import ConfigError, GeometryMismatch, ManifestError, VolumeError
 from pipeline.evaluate import evaluate_files, references_of_dataset, score_case, summarise
 from pipeline.manifest import Case, Channel, Dataset, Manifest
 from pipeline.report import CaseScores, LabelScore, Report
@@ -70,7 +70,7 @@ class TestScoreCase:
     def test_each_status(self) -> None:
         schema = schema_from_names({1: "a", 2: "b", 3: "c", 9: "d", 200: "e"})
         prediction, reference = labels(_1=6, _2=2), labels(_0=3, _1=3, _2=1, _9=4)
-        scores = score_case(prediction, reference, schema, voxel_volume_mm3=0.5)
+        scores = score_case(prediction, reference, schema, spacing_mm=(0.5, 1.0, 1.0))
         found = [(s.label, s.status, s.dice, s.prediction_mm3, s.reference_mm3) for s in scores]
         assert found == [
             ("a", "scored", 2 * 3 / 9, 3.0, 1.5),
@@ -79,20 +79,20 @@ class TestScoreCase:
             ("d", "missed", 0.0, 0.0, 2.0),
             ("e", "absent", None, 0.0, 0.0),
         ]
-        turned = score_case(reference, prediction, schema, voxel_volume_mm3=0.5)
+        turned = score_case(reference, prediction, schema, spacing_mm=(0.5, 1.0, 1.0))
         assert [s.status for s in turned] == ["scored", "scored", "absent", "false", "absent"]
         assert turned[3].dice == 0.0
 
     def test_an_unknown_value_is_refused_and_its_side_named(self) -> None:
         with pytest.raises(ValueError, match=r"the prediction holds label values \[3\], the schema knows \[1, 2\]"):
-            score_case(labels(_3=1), labels(_1=1), SCHEMA, voxel_volume_mm3=1.0)
+            score_case(labels(_3=1), labels(_1=1), SCHEMA, spacing_mm=(1.0, 1.0, 1.0))
         with pytest.raises(ValueError, match=r"the reference holds label values \[3\]"):
-            score_case(labels(_1=1), labels(_3=1), SCHEMA, voxel_volume_mm3=1.0)
+            score_case(labels(_1=1), labels(_3=1), SCHEMA, spacing_mm=(1.0, 1.0, 1.0))
 
     def test_a_value_beyond_all_ids_takes_no_memory(self) -> None:
         far = labels(_1=1).astype(np.int64) * 2**40
         with pytest.raises(ValueError, match="label value of 1099511627776"):
-            score_case(far, labels(_1=1), SCHEMA, voxel_volume_mm3=1.0)
+            score_case(far, labels(_1=1), SCHEMA, spacing_mm=(1.0, 1.0, 1.0))
 
 
 class TestSummary:
@@ -124,8 +124,8 @@ class TestSummary:
 
     def test_missed_and_false_count_as_zero(self) -> None:
         scored = case("a", (1.0, 1.0))
-        missed = score_case(labels(), labels(_1=4, _2=1), SCHEMA, voxel_volume_mm3=1.0)
-        false = score_case(labels(_1=4), labels(), SCHEMA, voxel_volume_mm3=1.0)
+        missed = score_case(labels(), labels(_1=4, _2=1), SCHEMA, spacing_mm=(1.0, 1.0, 1.0))
+        false = score_case(labels(_1=4), labels(), SCHEMA, spacing_mm=(1.0, 1.0, 1.0))
         cases = [
             CaseScores(case_id=name, patient_id=name, labels=scores)
             for name, scores in (("a", scored.labels), ("b", missed), ("c", false))
@@ -463,37 +463,26 @@ class TestDataset:
             evaluate_files(tmp_path / "out", dataset)
 
 
-class TestReportValue:
-    report = summary([case("a", (0.25, None), fold=0), case("b", (0.75, 0.5), fold=1)])
+class TestSettings:
+    def test_tolerances_are_of_single_labels(self, tmp_path: Path) -> None:
+        """Each label is moved by one voxel of 2 mm along the first axis: within 2 mm, and not within 1 mm."""
+        reference, prediction = np.zeros((2, 8, 6, 6), dtype=np.uint8)
+        for label_map, start in ((reference, 2), (prediction, 3)):
+            label_map[start : start + 3, 1:3] = 1
+            label_map[start : start + 3, 3:5] = 2
+        pair = [write_label(tmp_path / f"{n}.nii", m) for n, m in (("p", prediction), ("r", reference))]
+        settings = EvaluateConfig(tolerances_mm={"Posterior": 1.0})
+        anterior, posterior = evaluate_files(*pair, SCHEMA, settings=settings).cases[0].labels
+        assert (anterior.tolerance_mm, anterior.surface_dice) == (2.0, 1.0)
+        assert posterior.tolerance_mm == 1.0
+        assert 0 < (posterior.surface_dice or 0) < 1
+        assert (anterior.hausdorff_mm, anterior.volume_difference_mm3) == (2.0, 0.0)
 
-    def test_json_there_and_back(self) -> None:
-        text = json.dumps(self.report.to_json(), allow_nan=False)
-        assert Report.from_json(json.loads(text)) == self.report
-
-    def test_nan_cannot_enter(self) -> None:
-        with pytest.raises(ValueError, match="finite"):
-            case("a", (float("nan"), 0.5))
-
-    @pytest.mark.parametrize("value", [{}, [], {"format": "volseg-report-0"}])
-    def test_what_is_no_report_is_refused(self, value: Any) -> None:
-        with pytest.raises(RunError, match="not an evaluation report: "):
-            Report.from_json(value)
-
-    def test_csv(self) -> None:
-        assert self.report.to_csv().splitlines() == [
-            "case_id,patient_id,fold,label,status,dice,prediction_mm3,reference_mm3",
-            "a,a,0,Anterior,scored,0.25,1.0,1.0",
-            "a,a,0,Posterior,absent,,1.0,1.0",
-            "b,b,1,Anterior,scored,0.75,1.0,1.0",
-            "b,b,1,Posterior,scored,0.5,1.0,1.0",
-        ]
-
-    def test_table(self) -> None:
-        anterior, posterior, overall = self.report.rows_for_table()
-        assert list(anterior) == list(posterior) == list(overall)
-        assert (anterior["label"], anterior["scored"], anterior["absent"]) == ("Anterior", 2, 0)
-        assert (anterior["mean"], anterior["low_95"], anterior["high_95"]) == (0.5, 0.25, 0.75)
-        assert (anterior["worst_case"], anterior["fold 0"], anterior["fold 1"]) == ("a", 0.25, 0.75)
-        assert (posterior["mean"], posterior["low_95"], posterior["fold 0"]) == (0.5, None, None)
-        assert (overall["label"], overall["mean"], overall["scored"]) == ("mean of labels", 0.5, None)
-        assert (overall["fold 0"], overall["fold 1"]) == (0.25, 0.625)
+    @pytest.mark.parametrize("settings", [{"tolerances_mm": {"Anterio": 1.0}}, {"lesions": ("Anterio",)}])
+    def test_a_name_that_is_no_label_is_refused(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        label_map = write_label(tmp_path / "a.nii", labels(_1=4))
+        message = "evaluate.*Anterio is no label; the labels are Anterior, Posterior"
+        with pytest.raises(ConfigError, match=message):
+            evaluate_files(label_map, label_map, SCHEMA, settings=EvaluateConfig(**settings))
+        with pytest.raises(ConfigError, match="the labels are label 1"):
+            evaluate_files(label_map, label_map, settings=EvaluateConfig(**settings))

@@ -20,7 +20,6 @@ from pipeline.metrics import (
     dice_from_counts,
     percentile_interval,
     resampled_means,
-    volume_mm3,
 )
 
 CLASS_COUNT = 4
@@ -126,10 +125,6 @@ class TestConfusionCounts:
     def test_shapes_must_agree(self) -> None:
         with pytest.raises(ValueError, match="against a reference"):
             confusion_counts(np.zeros((2, 3, 4), np.uint8), np.zeros((4, 3, 2), np.uint8), 2)
-
-
-def test_volume() -> None:
-    assert volume_mm3(10, 0.5 * 0.5 * 3.0) == 7.5
 
 
 class TestResampledMeans:

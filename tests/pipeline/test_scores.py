@@ -11,10 +11,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate_files
 from pipeline.manifest import Dataset, parse_manifest
 from pipeline.report import Report, dice_distribution
-from pipeline.scores import count_ids, dice_of_classes, label_scores, region_scores
+from pipeline.report_tables import tables
+from pipeline.scores import CaseMeasures, dice_of_classes, label_scores, measure_ids, region_scores
 from transforms.labels import LabelSchema, Region, schema_from_names
 
 LABELS = schema_from_names({1: "core", 2: "rim", 4: "spot"}).labels
@@ -28,12 +30,18 @@ REFERENCE = np.array([0, 0, 1, 1, 2, 2, 4, 4, 9, 9])
 PREDICTION = np.array([0, 1, 1, 2, 2, 2, 1, 4, 4, 1])
 
 
+def measured(prediction: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> CaseMeasures:
+    """Of voxels of 0.5 mm3 in a row."""
+    pair = [row.reshape(10, 1, 1) for row in (prediction, reference)]
+    return measure_ids(*pair, NESTED, spacing_mm=(0.5, 1.0, 1.0), settings=EvaluateConfig())
+
+
 def scores(annotated: tuple[str, ...] | None = None) -> dict[str, Any]:
-    counts = count_ids(PREDICTION, REFERENCE, NESTED)
+    found = measured(PREDICTION, REFERENCE)
     known = NESTED.are_annotated(annotated)
     rows = (
-        *label_scores(counts, NESTED, 0.5, annotated=known),
-        *region_scores(counts, NESTED, 0.5, annotated=known),
+        *label_scores(found, NESTED, annotated=known),
+        *region_scores(found, NESTED, annotated=known),
     )
     return {row.label: (row.status, row.dice, row.prediction_mm3, row.reference_mm3) for row in rows}
 
@@ -69,13 +77,13 @@ def test_class_maps_score_the_same() -> None:
 
 
 def test_a_reference_that_is_ignored_altogether_counts_nothing() -> None:
-    counts = count_ids(PREDICTION, np.full(10, 9), NESTED)
-    assert {s.status for s in label_scores(counts, NESTED, 1.0, annotated=NESTED.are_annotated(None))} == {"absent"}
+    found = measured(PREDICTION, np.full(10, 9))
+    assert {s.status for s in label_scores(found, NESTED, annotated=NESTED.are_annotated(None))} == {"absent"}
 
 
 def test_a_prediction_may_not_ignore() -> None:
     with pytest.raises(ValueError, match=r"the prediction holds label values \[9\], the schema knows \[1, 2, 4\]"):
-        count_ids(REFERENCE[::-1], np.zeros(10, int), NESTED)
+        measured(REFERENCE[::-1], np.zeros(10, int))
 
 
 def write(path: Path, values: np.ndarray[Any, Any]) -> None:
@@ -130,18 +138,18 @@ class TestReport:
         assert Report.from_json(value).regions == ()
 
     def test_rows_and_csv_have_the_regions_after_the_labels(self, report: Report) -> None:
-        rows = report.rows_for_table()
-        assert [row["label"] for row in rows] == ["core", "rim", "spot", "whole", "inner", "mean of regions"]
-        assert [row["unannotated"] for row in rows] == [0, 0, 1, 1, 1, None]
+        dice, *_, counts = tables(report)
+        assert [row["label"] for row in dice.rows] == ["core", "rim", "spot", "whole", "inner", "mean of regions"]
+        assert [row["unannotated"] for row in counts.rows] == [0, 0, 1, 1, 1]
         lines = report.to_csv().splitlines()
         assert [line.split(",")[3] for line in lines[1:6]] == ["core", "rim", "spot", "whole", "inner"]
-        assert lines[8] == "b,b,,spot,unannotated,,1.0,"
+        assert lines[8] == "b,b,,spot,unannotated,,1.0," + 13 * ","
 
     def test_tables_of_whole_cases_have_no_such_column(self, tmp_path: Path) -> None:
         dataset = world(tmp_path)
         alone = dataset.manifest.model_copy(update={"cases": dataset.manifest.cases[:1]})
         report = evaluate_files(tmp_path / "predictions", dataset.model_copy(update={"manifest": alone}))
-        assert all("unannotated" not in row for row in report.rows_for_table())
+        assert all("unannotated" not in row for table in tables(report) for row in table.rows)
 
     def test_it_can_be_drawn(self, report: Report, tmp_path: Path) -> None:
         dice_distribution(report, tmp_path / "dice.svg")
