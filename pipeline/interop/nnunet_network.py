@@ -48,9 +48,15 @@ def architecture(configuration: Mapping[str, Any], source: str) -> tuple[str, di
     """
     if "architecture" in configuration:
         entry = configuration["architecture"]
-        name, arguments = str(entry["network_class_name"]).rpartition(".")[2], dict(entry["arch_kwargs"])
+        if not isinstance(entry, dict) or not isinstance(entry.get("arch_kwargs"), dict):
+            raise BundleError(f"{source}: architecture: no table of network_class_name and arch_kwargs in it")
+        name, arguments = str(entry.get("network_class_name")).rpartition(".")[2], dict(entry["arch_kwargs"])
     elif "UNet_class_name" in configuration:
-        name, arguments = str(configuration["UNet_class_name"]), _arguments_of_old_plans(configuration)
+        name = str(configuration["UNet_class_name"])
+        try:
+            arguments = _arguments_of_old_plans(configuration)
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{source}: the network of these older plans cannot be read ({error})") from error
     else:
         raise BundleError(f"{source}: the configuration says no architecture; expected one as nnU-Net v2 plans it")
     if name not in BLOCKS:
@@ -67,36 +73,46 @@ def spec_of_nnunet(
     `batch_normalised`: the trainer put batch normalisation in, whatever the plans say (nnUNetTrainerBN).
 
     Raises:
-        BundleError: an argument asks for what our U-Net has not; it is named with `source`.
+        BundleError: an argument is missing, or asks for what our U-Net has not; it is named with `source`.
     """
     _refuse_unknown(arguments, source)
+    try:
+        return _spec(name, arguments, channels, batch_normalised, source)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+    except KeyError as error:
+        reason = f"arch_kwargs.{error.args[0]} is missing"
+    except (TypeError, ValueError) as error:
+        reason = f"arch_kwargs are not as nnU-Net writes them ({error})"
+    raise BundleError(f"{source}: network '{name}' cannot be imported: {reason}")
+
+
+def _spec(
+    name: str, arguments: Mapping[str, Any], channels: tuple[int, int], batch_normalised: bool, source: str
+) -> UNetSpec:
     encoder, decoder = BLOCKS[name]
     stages, dimensions = int(arguments["n_stages"]), _dimensions(str(arguments["conv_op"]), source)
     features = _per_stage(arguments["features_per_stage"], stages)
     stem = (arguments.get("stem_channels") or features[0]) if encoder == "residual" else 0
     blocks = arguments["n_conv_per_stage" if encoder == "plain" else "n_blocks_per_stage"]
     coarse_first = _per_stage(arguments["n_conv_per_stage_decoder"], stages - 1)
-    try:
-        return UNetSpec(
-            dimensions=dimensions,
-            in_channels=channels[0],
-            out_channels=channels[1],
-            features=features,
-            strides=_rows(arguments["strides"], stages, dimensions),
-            kernel_shapes=_rows(arguments["kernel_sizes"], stages, dimensions),
-            encoder_blocks=_per_stage(blocks, stages),
-            decoder_blocks=coarse_first[::-1],
-            block=encoder,
-            decoder_block=decoder,
-            stem_channels=stem,
-            biased_convolutions=bool(arguments.get("conv_bias", False)),
-            deep_supervision=True,
-            **_normalisation(arguments, source, batch_normalised),
-            **_activation(arguments, source),
-        )
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{source}: network '{name}' cannot be imported: {reason}") from error
+    return UNetSpec(
+        dimensions=dimensions,
+        in_channels=channels[0],
+        out_channels=channels[1],
+        features=features,
+        strides=_rows(arguments["strides"], stages, dimensions),
+        kernel_shapes=_rows(arguments["kernel_sizes"], stages, dimensions),
+        encoder_blocks=_per_stage(blocks, stages),
+        decoder_blocks=coarse_first[::-1],
+        block=encoder,
+        decoder_block=decoder,
+        stem_channels=stem,
+        biased_convolutions=bool(arguments.get("conv_bias", False)),
+        deep_supervision=True,
+        **_normalisation(arguments, source, batch_normalised),
+        **_activation(arguments, source),
+    )
 
 
 def turned(spec: UNetSpec, axes: tuple[int, ...]) -> UNetSpec:
@@ -127,7 +143,11 @@ def weights_from_nnunet(
         left.discard(theirs_name)
         found = theirs.get(theirs_name)
         if found is None:
-            found = _left_out(value, expected, f"{source}: {theirs_name}")
+            if not _may_lack(theirs_name, theirs, spec):
+                raise BundleError(
+                    f"{source}: {theirs_name} is missing; the checkpoint is of another network than planned"
+                )
+            found = torch.ones_like(expected) if value == "weight" else torch.zeros_like(expected)
         elif found.ndim > 2:
             found = found.permute(0, 1, *(2 + axis for axis in axes))
         if found.shape != expected.shape:
@@ -140,18 +160,6 @@ def weights_from_nnunet(
         raise BundleError(
             f"{source}: {min(left)} has no place in the network of the plans; they are of another network"
         )
-    return weights
-
-
-def weights_to_nnunet(ours: Mapping[str, Tensor], spec: UNetSpec, *, axes: tuple[int, ...]) -> dict[str, Tensor]:
-    """nnU-Net's weights from ours, with the copies that its modules list under further names; inverse of the above."""
-    modules, back = dict(layer_names(spec)), tuple(axes.index(axis) for axis in range(len(axes)))
-    weights = {}
-    for name, value in ours.items():
-        module, _, kind = name.rpartition(".")
-        turned_value = value.permute(0, 1, *(2 + axis for axis in back)) if value.ndim > 2 else value
-        for theirs_name in _with_copies(f"{modules[module]}.{kind}"):
-            weights[theirs_name] = turned_value.contiguous()
     return weights
 
 
@@ -200,21 +208,13 @@ def _residual_names(ours: str, theirs: str, strided: bool, projected: bool) -> I
         yield f"{ours}.shortcut.{int(strided) + 1}", f"{theirs}.skip.{int(strided)}.norm"
 
 
-def _with_copies(name: str) -> list[str]:
-    """Every name under which nnU-Net's state holds one weight: blocks list their layers twice, decoders the encoder."""
-    module, _, kind = name.rpartition(".")
-    parent, _, layer = module.rpartition(".")
-    place = {"conv": 0, "norm": 1}.get(layer)
-    names = [name] if place is None else [name, f"{parent}.all_modules.{place}.{kind}"]
-    return names + [f"decoder.{n}" for n in names if n.startswith("encoder.")]
-
-
-def _left_out(value: str, expected: Tensor, where: str) -> Tensor:
-    if value == "bias":
-        return torch.zeros_like(expected)
-    if value == "weight" and expected.ndim == 1:
-        return torch.ones_like(expected)
-    raise BundleError(f"{where} is missing; the checkpoint is of another network than the plans'")
+def _may_lack(name: str, theirs: Mapping[str, Tensor], spec: UNetSpec) -> bool:
+    """Normalisations may have no scale and shift, all of them; convolutions no bias where the plans say so."""
+    layer, _, value = name.rpartition(".")
+    if layer.endswith(".norm"):
+        return value in {"weight", "bias"} and not any(other.endswith(".norm.weight") for other in theirs)
+    unbiased = not spec.biased_convolutions or ".skip." in layer
+    return value == "bias" and unbiased and not layer.startswith("decoder.seg_layers")
 
 
 def _arguments_of_old_plans(configuration: Mapping[str, Any]) -> dict[str, Any]:
