@@ -1,19 +1,49 @@
-"""What a prediction holds in memory, worked out before it begins: the parts, their sum, and what was chosen for it."""
+"""What a prediction holds in memory, worked out before it begins: its stages, their parts, and what was chosen.
+
+Bytes are of the whole process, resident. The limit decides only how much is worked on at a time, never a result.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from pipeline.errors import PlanError
+
+SLAB_PLANES = (16, 8, 4, 2, 1)
+"""Planes of finished scores that are restored at a time: more share what is done for each slab."""
+
+MOST_SLAB_BYTES = 1 << 28
+"""A slab is no larger than this unless one plane is: beyond, nothing gets faster."""
+
+HEADROOM = 1.15
+"""Estimates of work fall short of what was measured by less than this (tests/pipeline/test_memory_plan.py)."""
+
+_STEP_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the work: its name, and what is held meanwhile, in bytes."""
+
+    name: str
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def size(self) -> int:
+        """In all."""
+        return sum(size for _, size in self.parts)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The parts of the peak in bytes, in the order they are shown, and the choices that keep it below the limit.
+    """The stages of a prediction, one after the other, and the choices that keep each below the limit.
 
     `limit_bytes` is of the whole process. `batch` windows pass through the network together; `slab_planes` planes of
     scores are restored at a time.
     """
 
-    parts: tuple[tuple[str, int], ...]
+    stages: tuple[Stage, ...]
     limit_bytes: int
     batch: int
     slab_planes: int
@@ -21,14 +51,69 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """What the process will hold at most."""
-        return sum(size for _, size in self.parts)
+        return max(stage.size for stage in self.stages)
 
     def lines(self) -> tuple[str, ...]:
-        """For people: a line a part, then the sum and the limit."""
-        rows = [f"{name}: {_gb(size)}" for name, size in self.parts]
+        """For people: a line a stage, then the peak and the limit, then what was chosen."""
+        rows = [
+            f"{stage.name}: {shown(stage.size)} ({', '.join(f'{name} {shown(size)}' for name, size in stage.parts)})"
+            for stage in self.stages
+        ]
         chosen = f"windows at a time: {self.batch}; planes restored at a time: {self.slab_planes}"
-        return (*rows, f"in all: {_gb(self.peak_bytes)} of {_gb(self.limit_bytes)}", chosen)
+        return (*rows, f"at most {shown(self.peak_bytes)} of {shown(self.limit_bytes)}", chosen)
 
 
-def _gb(size: int) -> str:
+@dataclass(frozen=True)
+class Demand:
+    """What a study and a model ask for in ordinary memory, in bytes, before anything is chosen.
+
+    `process` is held already, without the study's own voxels. `network` is for one batch of windows with the answer,
+    and for adding up its passes. `live` are scores that are not finished; `slab_plane` is what each plane of a slab
+    takes, `restoring` what restoring takes besides.
+    """
+
+    process: int
+    study: int
+    preparing: int
+    image: int
+    network: int
+    live: int
+    slab_plane: int
+    restoring: int
+    label_map: int
+
+    def stages(self, slab_planes: int) -> tuple[Stage, ...]:
+        """In the order of the work."""
+        held = (("process", self.process), ("study", self.study))
+        image, labels = ("image", self.image), ("label map", self.label_map)
+        unfinished = ("unfinished scores", self.live)
+        slab = ("finished scores", slab_planes * self.slab_plane + self.restoring)
+        return (
+            Stage("preparing", (*held, ("work", round(HEADROOM * self.preparing)), image)),
+            Stage("network", (*held, image, labels, unfinished, ("network", round(HEADROOM * self.network)))),
+            Stage("restoring", (*held, image, labels, unfinished, slab)),
+            Stage("labels", (*held, ("work", 2 * self.label_map), labels)),
+        )
+
+
+def plan_memory(demand: Demand, *, limit_bytes: int, batch: int) -> MemoryPlan:
+    """The largest slabs that stay below the limit.
+
+    Raises:
+        PlanError: none do; the message names the least that suffices.
+    """
+    counts = [n for n in SLAB_PLANES if n * demand.slab_plane <= MOST_SLAB_BYTES] or [1]
+    plans = [MemoryPlan(demand.stages(n), limit_bytes, batch, n) for n in counts]
+    for plan in plans:
+        if plan.peak_bytes <= limit_bytes:
+            return plan
+    least = math.ceil(plans[-1].peak_bytes / _STEP_BYTES) * _STEP_BYTES
+    raise PlanError(
+        f"{shown(limit_bytes)} of memory do not suffice for this study and this model; the least that does is "
+        f"{shown(least)}: give --max-memory {shown(least).replace(' ', '')} or more, or free memory"
+    )
+
+
+def shown(size: int) -> str:
+    """In GB (1e9 bytes)."""
     return f"{size / 1e9:.2f} GB"

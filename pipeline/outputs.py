@@ -1,14 +1,18 @@
-"""What the outputs of a network mean, by the labels it was trained on: to the loss, and on a grid."""
+"""What the outputs of a network mean, by the labels it was trained on: to the loss, and as classes on a grid."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.loss_comparison import Targets
+from pipeline.tiling import Layout, lay_out
+from pipeline.windows import AT_ONCE, Member, Pace, Progress, stream_windows
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
-from transforms.resample import move_argmax, move_regions
+from transforms.restore import SlabRestorer, slab_axis
 
 
 def targets_of(schema: LabelSchema) -> Targets:
@@ -16,8 +20,45 @@ def targets_of(schema: LabelSchema) -> Targets:
     return Targets(schema.class_count, schema.region_classes, schema.ignored_class)
 
 
-def classes_of_probabilities(probabilities: Tensor, schema: LabelSchema, source: Geometry, target: Geometry) -> Tensor:
-    """The class map (1, I', J', K') int32 on `target` that probabilities (O, I, J, K) on `source` amount to."""
-    if schema.regions:
-        return move_regions(probabilities, schema.painted_classes, source, target, dtype=torch.int32)
-    return move_argmax(probabilities, source, target, dtype=torch.int32)
+def segment_image(
+    members: Sequence[Member],
+    image: Tensor,
+    grids: tuple[Geometry, Geometry],
+    schema: LabelSchema,
+    *,
+    pace: Pace = AT_ONCE,
+    on_tile: Progress | None = None,
+) -> Tensor:
+    """The class map (I', J', K') on the second grid, in ordinary memory, of an image (C, I, J, K) on the first.
+
+    Scores go to the second grid as they are finished; they never exist for a whole volume. The map is uint8, or int16
+    where there are more than 256 classes.
+    """
+    grid, field = grids
+    layout = layout_on(members, grid, field)
+    restorer = SlabRestorer(grid, field, layout.axis, painted=_painted(schema), above=_above(members))
+    classes = torch.zeros(field.shape, dtype=class_dtype(schema))
+    for _, slab in stream_windows(members, image, layout, pace=pace, on_tile=on_tile):
+        restorer.add(slab, classes)
+        del slab  # else it would be held while the next windows are worked on
+    return classes
+
+
+def layout_on(members: Sequence[Member], grid: Geometry, field: Geometry) -> Layout:
+    """The windows over `grid`, along an axis in whose order scores can go to `field`."""
+    leans = grid.is_sheared != field.is_sheared
+    return lay_out(grid.shape, [member.settings for member in members], axis=slab_axis(grid, field) if leans else None)
+
+
+def class_dtype(schema: LabelSchema) -> torch.dtype:
+    """The narrowest that holds every class."""
+    return torch.uint8 if schema.class_count <= 256 else torch.int16
+
+
+def _painted(schema: LabelSchema) -> tuple[int, ...] | None:
+    return schema.painted_classes if schema.regions else None
+
+
+def _above(members: Sequence[Member]) -> float:
+    """What a region's score is over where it is more likely than not."""
+    return 0.0 if members[0].settings.conventions.blend == "logits" else 0.5

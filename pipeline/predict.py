@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from pipeline.bundle import ModelBundle
-from pipeline.errors import BundleError, GeometryMismatch, VolumeError
-from pipeline.memory_plan import MemoryPlan
-from pipeline.outputs import classes_of_probabilities
+from pipeline.demand import batch_of, demand_of
+from pipeline.errors import BundleError, GeometryMismatch, PlanError, VolumeError
+from pipeline.free_memory import free_bytes, held_bytes
+from pipeline.memory_plan import MemoryPlan, plan_memory
+from pipeline.outputs import layout_on, segment_image
 from pipeline.plan import ChannelPlan, Plan
-from pipeline.preparing import prepare
+from pipeline.preparing import grid_of, prepare, put_back
 from pipeline.segmentation import Algorithm, Segmentation
-from pipeline.windows import Progress, WindowSettings, predict_windows
+from pipeline.windows import Member, Pace, Progress, window_settings
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.volume import Volume
+
+FREE_SHARE = 0.8
+"""Of the memory that is free, what a prediction may take unless it is told."""
+
+VOXEL_BYTES = 4
+"""Of a study's voxels, as `read_volume` gives them."""
 
 AIR_HU = -500.0
 """A CT whose lowest voxel lies above this has no air in it, so its unit is hardly HU."""
@@ -30,12 +37,15 @@ class PredictSettings:
     """How a study is segmented.
 
     `mirror`: average over mirrored passes. `max_memory_bytes`: what the process may hold in all (resident); None is
-    80 % of what is free. `tile_step`: distance of tiles as part of the patch; None is the model's own.
+    80 % of what is free. It decides how much is worked on at a time, never the result. `tile_step`: distance of tiles
+    as part of the patch; None is the model's own. `skip_empty`: of windows that show nothing, every channel at its
+    lowest to within a thousandth of a deviation, the network sees one.
     """
 
     mirror: bool
     max_memory_bytes: int | None = None
     tile_step: float | None = None
+    skip_empty: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +63,8 @@ class Model:
                 raise BundleError("the bundles of an ensemble have different labels; give models of one training")
             if other.plan.preprocessing() != first.plan.preprocessing():
                 raise BundleError("the bundles of an ensemble preprocess differently; give models of one training")
+            if other.plan.inference != first.plan.inference:
+                raise BundleError("the bundles of an ensemble blend differently; give models of one training")
 
     @property
     def plan(self) -> Plan:
@@ -97,35 +109,61 @@ def predict(
         VolumeError: another number of channels, another modality, intensities that cannot be that modality's, a
             channel missing that is not optional, or all of them missing.
         GeometryMismatch: the channels lie on different grids.
+        PlanError: the memory that it may hold does not suffice; the message names the least that does.
     """
     check_input(model.plan, channels)
-    source = next(volume.geometry for volume in channels if volume is not None)
+    there = [volume for volume in channels if volume is not None]
+    source, study = there[0].geometry, sum(volume.voxels.nbytes for volume in there)
+    planned = _planned(model, source, settings, device, held=held_bytes() - study, study=study)
     prepared = prepare(model.plan, channels)
-    image, grid = prepared.image.to(device), prepared.grid
-    total: Tensor | None = None
+    image, grids = prepared.image.to(device), (prepared.grid, prepared.field)
+    pace = Pace(planned.batch, planned.slab_planes, settings.skip_empty)
     with torch.inference_mode():
-        for number, bundle in enumerate(model.bundles):
-            window = _window(bundle, mirror=settings.mirror, step=settings.tile_step or model.tile_step)
-            tell = None if on_window is None else _after(on_window, number, len(model.bundles))
-            scores = predict_windows(bundle.network, image, window, on_tile=tell)
-            total = scores if total is None else total.add_(scores)
-        if total is None:
-            raise BundleError("a model is at least one bundle")
-        classes = classes_of_probabilities(total.div_(len(model.bundles)), model.schema, grid, source)
-    label_map = model.schema.ids_from_classes(classes[0].cpu().numpy())
-    return Segmentation(label_map, source, model.schema, model.algorithm)
+        found = segment_image(members_of(model, settings), image, grids, model.schema, pace=pace, on_tile=on_window)
+        classes = put_back(found[None], prepared, source)[0].numpy()
+    return Segmentation(model.schema.ids_from_classes(classes), source, model.schema, model.algorithm)
 
 
 def explain(model: Model, source: Geometry, *, settings: PredictSettings, device: torch.device) -> MemoryPlan:
-    """What `predict` will hold in memory for a study on the grid `source`; nothing is computed.
+    """What `predict` will hold in memory for a study on the grid `source`, which is not loaded yet.
 
     Raises:
         PlanError: the limit is too small; the message names the least that suffices.
+        VolumeError: the grid cannot be brought to the model's axes.
     """
-    grid = source.orthogonal().oriented(model.plan.axis_codes).respaced(model.plan.spacing_mm)
-    image = 4 * len(model.plan.channels) * math.prod(grid.shape)
-    scores = 4 * model.schema.output_count * math.prod(grid.shape)
-    return MemoryPlan((("image", image), ("scores", scores)), settings.max_memory_bytes or 0, 1, grid.shape[0])
+    study = VOXEL_BYTES * len(model.plan.channels) * math.prod(source.shape)
+    return _planned(model, source, settings, device, held=held_bytes(), study=study)
+
+
+def _planned(
+    model: Model, source: Geometry, settings: PredictSettings, device: torch.device, *, held: int, study: int
+) -> MemoryPlan:
+    """For `held` bytes of the process without the study, and those of the study."""
+    members = members_of(model, settings)
+    try:
+        grid = grid_of(model.plan, source)
+    except ValueError as error:
+        raise VolumeError(str(error)) from error
+    layout = layout_on(members, grid, source if model.plan.placing is None else grid)
+    limit = settings.max_memory_bytes or held + study + round(FREE_SHARE * free_bytes())
+    batch = batch_of(layout, device)
+
+    def planned(*, exactly: bool) -> MemoryPlan:
+        asked = demand_of(model.bundles, members, layout, source, device=device, exactly=exactly)
+        return plan_memory(replace(asked, process=held + asked.process, study=study), limit_bytes=limit, batch=batch)
+
+    try:
+        return planned(exactly=False)
+    except PlanError:
+        return planned(exactly=True)
+
+
+def members_of(model: Model, settings: PredictSettings) -> list[Member]:
+    """The model's networks, each with the windows that it wants."""
+    step = settings.tile_step or model.tile_step
+    return [
+        Member(b.network, window_settings(b.plan, b.schema, step=step, mirror=settings.mirror)) for b in model.bundles
+    ]
 
 
 def check_input(plan: Plan, channels: Sequence[Volume | None]) -> None:
@@ -187,19 +225,3 @@ def _check_intensities(volume: Volume, channel: ChannelPlan) -> None:
             f"{found} look like a CT in HU, the model's channel {channel.name} is {channel.modality} "
             f"(from {channel.lowest:g} in training); choose a model that was trained on CT"
         )
-
-
-def _after(on_window: Progress, number: int, count: int) -> Progress:
-    """The windows of bundle `number` of `count`, counted after those of the bundles before it."""
-
-    def tell(done: int, total: int) -> None:
-        on_window(number * total + done, count * total)
-
-    return tell
-
-
-def _window(bundle: ModelBundle, *, mirror: bool, step: float) -> WindowSettings:
-    axes = bundle.plan.mirror_axes if mirror else ()
-    return WindowSettings(
-        bundle.plan.patch_shape, bundle.plan.factor, step, axes, bundle.schema.twin_outputs, bool(bundle.schema.regions)
-    )

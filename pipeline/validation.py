@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pipeline.outputs import classes_of_probabilities
+from pipeline.outputs import segment_image
 from pipeline.scores import dice_of_classes
 from pipeline.task import TrainingTask
-from pipeline.windows import WindowSettings, predict_windows
+from pipeline.windows import Member, window_settings
 
 
 def validate(task: TrainingTask, network: nn.Module, *, last: bool) -> dict[str, float]:
@@ -22,16 +22,14 @@ def validate(task: TrainingTask, network: nn.Module, *, last: bool) -> dict[str,
     """
     cases = task.validation if last else task.validation[: task.settings.validation_cases]
     schema, plan = task.schema, task.plan
-    window = WindowSettings(
-        plan.patch_shape, plan.factor, task.tile_step, (), schema.twin_outputs, bool(schema.regions)
-    )
+    member = Member(network, window_settings(plan, schema, step=task.tile_step, mirror=False))
     per_case = []
     device = next(network.parameters()).device
     network.eval()
     with torch.inference_mode():
         for case in cases:
-            scores = predict_windows(network, case.image.to(device), window)
-            found = classes_of_probabilities(scores, schema, case.geometry, case.geometry)[0].cpu().numpy()
+            grids = case.geometry, case.geometry
+            found = segment_image([member], case.image.to(device), grids, schema).numpy()
             annotated = schema.are_annotated(None) if case.annotated is None else case.annotated.tolist()
             per_case.append(dice_of_classes(found, case.classes[0].numpy(), schema, annotated=annotated))
     headline = [region.name for region in schema.regions] or schema.names

@@ -1,125 +1,187 @@
-"""Sliding-window inference on one preprocessed volume: probabilities, blended where tiles overlap."""
+"""Sliding-window inference on one preprocessed volume: scores, blended where windows overlap, plane after plane."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from transforms.channels import pad_channels
-from transforms.patches import blending_weights, padding_to, tile_starts
+from pipeline.live_scores import LiveScores, store_of
+from pipeline.tile_scores import Member, Network, mirror_passes, score_tiles
+from pipeline.tiling import Box, Layout, Row, Triple, WindowSettings, lay_out, overlap, window_settings, window_shape
+from transforms.channels import channel_minima
+from transforms.patches import blending_weights, nnunet_weights
+from transforms.sampling import filled
 
-LONGEST_WINDOW = 1.5
-"""A tile may be longer than the patch by this factor when that spares tiles."""
+__all__ = [
+    "Member",
+    "Network",
+    "Progress",
+    "WindowSettings",
+    "mirror_passes",
+    "predict_windows",
+    "stream_windows",
+    "window_settings",
+    "window_shape",
+]
 
-Network = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
+
+EMPTY_RANGE = 1e-3
+"""A window whose channels vary by no more than this, in what the network sees (deviation 1), shows nothing."""
 
 
 @dataclass(frozen=True)
-class WindowSettings:
-    """How a volume is tiled.
+class Pace:
+    """How much is in memory at a time: windows in a batch, finished planes in a slab. It changes no result.
 
-    `factor` is what a tile's sides must be divisible by. `mirror_axes` are averaged over in every combination;
-    () means once, as it is. `twin_outputs` are the outputs' left/right counterparts. Outputs exclude each other (a
-    softmax), or are regions that `overlap` (a sigmoid each).
+    `skip_empty`: the network sees one window that shows nothing, and the others get its answer.
     """
 
-    patch_shape: tuple[int, int, int]
-    factor: tuple[int, int, int]
-    step: float
-    mirror_axes: tuple[int, ...]
-    twin_outputs: tuple[int, ...]
-    overlap: bool = False
+    batch: int = 1
+    slab_planes: int = 1 << 30
+    skip_empty: bool = False
+
+
+AT_ONCE = Pace()
+"""One window at a time, and all that is finished."""
 
 
 def predict_windows(
     network: Network, image: Tensor, settings: WindowSettings, *, on_tile: Progress | None = None
 ) -> Tensor:
-    """Probabilities (outputs, I, J, K) float32 for an image (C, I, J, K), on the image's device.
+    """Scores (outputs, I, J, K) float32 of a whole image (C, I, J, K), on the image's device.
 
-    `network` maps (1, C, *patch) to logits (1, outputs, *patch). Volumes smaller than the patch are padded with
-    each channel's own minimum, as in training, and the padding is cut off again. `on_tile(done, total)` is called
-    after each tile.
+    They are probabilities, or logits where the conventions blend these. `network` maps (1, C, *patch) to logits
+    (1, outputs, *patch). Volumes smaller than the patch are padded as the conventions say, and the padding is cut off
+    again. `on_tile(done, total)` is called after each tile.
     """
-    window = window_shape(image.shape[1:], settings)
-    before_after = padding_to(image.shape[1:], window)
-    padded = pad_channels(image, before_after)
-    tiles = tile_starts(padded.shape[1:], window, step=settings.step)
-    tell = on_tile or _silence
-    if len(tiles) == 1:
-        total = _probabilities(network, padded, settings)
-        tell(1, 1)
-    else:
-        total = _blended(network, padded, tiles, window, settings, tell)
-    inside = [slice(low, low + n) for (low, _), n in zip(before_after, image.shape[1:], strict=True)]
-    return total[:, inside[0], inside[1], inside[2]]
-
-
-def window_shape(shape: Sequence[int], settings: WindowSettings) -> tuple[int, int, int]:
-    """The tile for a volume: the patch, but along axes where the volume is hardly longer, the whole volume.
-
-    A patch is not all that a network can take: one larger tile costs less than several that overlap.
-    """
-    sides = [
-        whole if patch < whole <= LONGEST_WINDOW * patch else patch
-        for patch, whole in (
-            (patch, math.ceil(side / factor) * factor)
-            for side, patch, factor in zip(shape, settings.patch_shape, settings.factor, strict=True)
-        )
-    ]
-    return sides[0], sides[1], sides[2]
-
-
-def _blended(
-    network: Network,
-    image: Tensor,
-    tiles: Sequence[tuple[int, int, int]],
-    window: tuple[int, int, int],
-    settings: WindowSettings,
-    tell: Progress,
-) -> Tensor:
-    weights = blending_weights(window).to(image.device)
-    total: Tensor | None = None
-    coverage = torch.zeros(image.shape[1:], device=image.device)
-    for done, start in enumerate(tiles, start=1):
-        box = tuple(slice(a, a + n) for a, n in zip(start, window, strict=True))
-        scores = _probabilities(network, image[(slice(None), *box)], settings)
-        if total is None:
-            total = torch.zeros((scores.shape[0], *image.shape[1:]), device=image.device)
-        total[(slice(None), *box)] += scores * weights
-        coverage[box] += weights
-        tell(done, len(tiles))
-    if total is None:
+    layout = lay_out(image.shape[1:], [settings])
+    whole: Tensor | None = None
+    for first, slab in stream_windows([Member(network, settings)], image, layout, on_tile=on_tile):
+        if whole is None:
+            whole = torch.empty((slab.shape[0], *layout.shape), device=slab.device)
+        whole.narrow(layout.axis + 1, first, slab.shape[layout.axis + 1]).copy_(slab)
+    if whole is None:
         raise ValueError("a volume has at least one tile")
-    return total.div_(coverage)
+    return whole
+
+
+def stream_windows(
+    members: Sequence[Member], image: Tensor, layout: Layout, *, pace: Pace = AT_ONCE, on_tile: Progress | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Scores of an image (C, I, J, K), averaged over the members, as slabs in the order of the layout's axis.
+
+    A slab is the number of its first plane and scores (outputs, ...) float32 that have the image's other two sides; it
+    is good until the next is asked for. `on_tile(done, total)` is called after each tile.
+    """
+    tell, done = on_tile or _silence, 0
+    conventions = members[0].settings.conventions
+    scorers: dict[tuple[int, ...], _Scorer] = {}
+    live: LiveScores | None = None
+    for row in layout.rows:
+        if live is not None:
+            yield from live.take(layout.planes(row)[0], pace.slab_planes)
+        weights = _RowWeights(row, layout, conventions.weights, share=len(row.members) / len(members))
+        if row.members not in scorers:
+            seeing = [members[m] for m in row.members]
+            scorers[row.members] = _Scorer(seeing, image, row.window, skip_empty=pace.skip_empty)
+        for at in range(0, len(row.starts), pace.batch):
+            starts = row.starts[at : at + pace.batch]
+            weighed = {start: weights.of(start).to(image.device) for start in starts}
+            for start, low, scores in scorers[row.members].scores(starts):
+                if live is None:
+                    store = store_of(scores.shape[0], conventions.blend)
+                    live = LiveScores(scores.shape[0], layout, store, scores.device)
+                _add(live, start, low, scores, weighed[start])
+            for _ in starts:
+                done += 1
+                tell(done, layout.window_count)
+    if live is not None:
+        yield from live.take(layout.shape[layout.axis], pace.slab_planes)
+
+
+class _RowWeights:
+    """What each voxel of a row's windows counts for: over all windows that see a voxel they sum to `share`."""
+
+    def __init__(self, row: Row, layout: Layout, kind: Literal["centred", "nnunet"], *, share: float) -> None:
+        first, stop = layout.planes(row)
+        self.profile = (blending_weights if kind == "centred" else nnunet_weights)(row.window)
+        self.origin = [first if a == layout.axis else 0 for a in range(3)]
+        self.shape = [stop - first if a == layout.axis else n for a, n in enumerate(layout.shape)]
+        self.coverage = torch.zeros(self.shape)
+        for other in layout.rows:
+            if other.members == row.members:
+                for start in other.starts:
+                    window, volume = self._overlap(start)
+                    self.coverage[volume] += self.profile[window]
+        self.coverage /= share
+
+    def of(self, start_ijk: Triple) -> Tensor:
+        """Those of the voxels (I, J, K) of a window that lie in the volume."""
+        window, volume = self._overlap(start_ijk)
+        return self.profile[window] / self.coverage[volume]
+
+    def _overlap(self, start_ijk: Triple) -> tuple[Box, Box]:
+        starts = [a - o for a, o in zip(start_ijk, self.origin, strict=True)]
+        return overlap(starts, self.profile.shape, self.shape)
+
+
+class _Scorer:
+    """Windows of one shape, cut from an image (C, I, J, K) and scored by the networks that see them."""
+
+    def __init__(self, members: Sequence[Member], image: Tensor, window: Triple, *, skip_empty: bool) -> None:
+        self.members, self.image, self.window = members, image, window
+        self.lowest = channel_minima(image)
+        zero = members[0].settings.conventions.padding == "zero"
+        self.padding = torch.zeros_like(self.lowest) if zero else self.lowest
+        self.skip_empty = skip_empty
+        self._of_empty: list[tuple[int, Tensor]] = []
+
+    def scores(self, starts: Sequence[Triple]) -> Iterator[tuple[Triple, int, Tensor]]:
+        """Pieces of the windows that begin at `starts`: the window's start, the piece's first plane, its scores."""
+        tiles = {start: self._cut(start) for start in starts}
+        empty = [start for start, tile in tiles.items() if self.skip_empty and self._is_empty(tile)]
+        for start in empty:
+            del tiles[start]
+            if not self._of_empty:
+                nothing = self.lowest.reshape(-1, 1, 1, 1).expand(-1, *self.window)
+                self._of_empty = [(low, piece.clone()) for _, low, piece in score_tiles(self.members, nothing[None])]
+            yield from ((start, low, piece) for low, piece in self._of_empty)
+        if tiles:
+            seen = list(tiles)
+            batch = torch.stack(list(tiles.values())) if len(tiles) > 1 else tiles.popitem()[1][None]
+            tiles.clear()
+            yield from ((seen[number], low, piece) for number, low, piece in score_tiles(self.members, batch))
+
+    def _cut(self, start: Triple) -> Tensor:
+        """A window (C, I, J, K), padded where it reaches out of the image."""
+        inside, volume = overlap(start, self.window, self.image.shape[1:])
+        part = self.image[(slice(None), *volume)]
+        if tuple(part.shape[1:]) == self.window:
+            return part
+        shape = (self.image.shape[0], *self.window)
+        tile = filled(shape, self.padding, dtype=self.image.dtype, device=self.image.device)
+        tile[(slice(None), *inside)] = part
+        return tile
+
+    def _is_empty(self, tile: Tensor) -> bool:
+        return bool((tile.flatten(1).amax(dim=1) <= self.lowest + EMPTY_RANGE).all())
+
+
+def _add(live: LiveScores, start: Triple, low: int, scores: Tensor, weights: Tensor) -> None:
+    """Blend a piece of a window in: its planes from `low` on, as far as they lie in the volume."""
+    first = max(0, -start[0])  # the window's first plane in the volume, where the weights begin
+    begin, end = max(low, first), min(low + scores.shape[1], first + weights.shape[0])
+    if begin < end:
+        j, k = (max(0, -a) for a in start[1:])
+        part = scores[:, begin - low : end - low, j : j + weights.shape[1], k : k + weights.shape[2]]
+        place = (start[0] + begin, start[1] + j, start[2] + k)
+        live.add(place, part * weights[begin - first : end - first])
 
 
 def _silence(done: int, total: int) -> None:
     """Nothing is told."""
-
-
-def _probabilities(network: Network, tile: Tensor, settings: WindowSettings) -> Tensor:
-    """One tile (C, *patch), averaged over its mirrored passes."""
-    passes = mirror_passes(settings.mirror_axes)
-    total: Tensor | None = None
-    for axes in passes:
-        dims = [a + 1 for a in axes]
-        logits = network(tile.flip(dims)[None])[0].float()
-        scores = (logits.sigmoid() if settings.overlap else logits.softmax(dim=0)).flip(dims)
-        if 0 in axes:
-            # What the mirrored patient calls left is this patient's right.
-            scores = scores[list(settings.twin_outputs)]
-        total = scores if total is None else total + scores
-    if total is None:
-        raise ValueError("there is at least the pass that mirrors nothing")
-    return total / len(passes)
-
-
-def mirror_passes(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every combination of axes, the empty one first."""
-    return [c for n in range(len(axes) + 1) for c in combinations(sorted(axes), n)]

@@ -1,0 +1,108 @@
+"""What a study asks of memory under a model: every part of a prediction, in bytes, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.bundle import ModelBundle
+from pipeline.live_scores import live_bytes, store_of
+from pipeline.memory_plan import Demand
+from pipeline.models.cost import WORKSPACE_FACTOR, kept_bytes, weight_count
+from pipeline.network_memory import answer_bytes
+from pipeline.outputs import class_dtype
+from pipeline.tile_scores import CHUNK_VALUES, Member, mirror_passes
+from pipeline.tiling import Layout, Triple
+from transforms.geometry import Geometry
+
+FLOAT_BYTES = 4
+
+PREPARING_COPIES = 3
+"""Volumes of float32 on the study's grid, beside the study, that preprocessing holds at its peak."""
+
+PLACING_COPIES = 4
+"""The same where axes and resizing are another framework's."""
+
+CODE_BYTES = 16
+"""Of a finished voxel: which class wins, its score, and what compares them."""
+
+MIXED_VOLUMES = 5
+"""Planes of scores that are gathered where classes meet, if they meet everywhere, and the last one of a slab."""
+
+LIBRARY_BYTES = 160_000_000
+"""What the process grows by in its first prediction: compiled kernels, modules, what allocators keep back."""
+
+
+BATCH_VOXELS = 1 << 21
+"""On a GPU, windows pass through the network together up to this many voxels."""
+
+
+def batch_of(layout: Layout, device: torch.device) -> int:
+    """Windows in a batch, by model and device alone: other batches give other last bits (PyTorch picks other kernels).
+
+    On a CPU one at a time is as fast as several.
+    """
+    if device.type == "cpu":
+        return 1
+    return max(1, BATCH_VOXELS // max(math.prod(row.window) for row in layout.rows))
+
+
+def demand_of(
+    bundles: Sequence[ModelBundle],
+    members: Sequence[Member],
+    layout: Layout,
+    source: Geometry,
+    *,
+    device: torch.device,
+    exactly: bool,
+) -> Demand:
+    """Of a study on the grid `source`, without what the process and the study hold already.
+
+    `exactly` runs each network without values, which takes a second the first time; otherwise what training would
+    keep stands for what the network holds, which is more. On a GPU the network and its scores lie in its own memory.
+    """
+    plan, outputs = bundles[0].plan, bundles[0].schema.output_count
+    volume, grid = math.prod(source.shape), math.prod(layout.shape)
+    copies = PREPARING_COPIES if plan.placing is None and plan.recipe is None else PLACING_COPIES
+    image = FLOAT_BYTES * len(plan.channels) * grid
+    store = store_of(outputs, plan.inference.blend)
+    plane = math.prod(n for axis, n in enumerate(layout.shape) if axis != layout.axis)
+    on_host = device.type == "cpu"
+    slab_plane = plane * ((0 if store == "float32" else FLOAT_BYTES * outputs) + CODE_BYTES)
+    return Demand(
+        process=LIBRARY_BYTES,
+        study=0,
+        preparing=FLOAT_BYTES * copies * len(plan.channels) * volume,
+        image=image,
+        network=_network(bundles, members, layout, exactly=exactly) if on_host else 0,
+        live=live_bytes(outputs, layout, store) if on_host else 0,
+        slab_plane=slab_plane if on_host else 0,
+        restoring=MIXED_VOLUMES * FLOAT_BYTES * outputs * plane if on_host else 0,
+        label_map=volume * class_dtype(bundles[0].schema).itemsize,
+    )
+
+
+def _network(bundles: Sequence[ModelBundle], members: Sequence[Member], layout: Layout, *, exactly: bool) -> int:
+    """Of the row of windows that takes most: a network, and what is added up of several passes."""
+    most = 0
+    for row in layout.rows:
+        outputs = bundles[0].schema.output_count
+        passes = sum(len(mirror_passes(members[m].settings.mirror_axes)) for m in row.members)
+        window = math.prod(row.window)
+        sums = FLOAT_BYTES * outputs * window if passes > 1 else 0
+        weights = 4 * FLOAT_BYTES * window + FLOAT_BYTES * math.prod(layout.live_shape)
+        answers = [_answer(bundles[m], row.window, exactly=exactly) for m in row.members]
+        most = max(most, max(answers) + sums + weights + 4 * FLOAT_BYTES * CHUNK_VALUES)
+    return most
+
+
+def _answer(bundle: ModelBundle, window: Triple, *, exactly: bool) -> int:
+    plan = bundle.plan
+    shape = (1, len(plan.channels), *window)
+    if exactly and (found := answer_bytes(bundle.network, shape)) is not None:
+        return found
+    flat = tuple(n for axis, n in enumerate(window) if axis != plan.slice_axis)
+    kept = kept_bytes(plan.network, plan.unet, flat, 1) + FLOAT_BYTES * weight_count(plan.network, plan.unet)
+    return round(WORKSPACE_FACTOR * kept)
