@@ -19,6 +19,9 @@ from transforms.geometry import Geometry
 
 FLOAT_BYTES = 4
 
+FOREIGN_CHANNELS = 512
+"""For each voxel of a window, what a network from MONAI is taken to hold that cannot be run without values."""
+
 PREPARING_COPIES = 3
 """Volumes of float32 on the study's grid, beside the study, that preprocessing holds at its peak."""
 
@@ -101,8 +104,11 @@ def _network(bundles: Sequence[ModelBundle], members: Sequence[Member], layout: 
 def _answer(bundle: ModelBundle, window: Triple, *, exactly: bool) -> int:
     plan = bundle.plan
     shape = (1, len(plan.channels), *window)
-    if exactly and (found := answer_bytes(bundle.network, shape)) is not None:
+    found = answer_bytes(bundle.network, shape) if exactly or plan.monai is not None else None
+    if found is not None:
         return found
+    if plan.monai is not None:
+        return FLOAT_BYTES * FOREIGN_CHANNELS * math.prod(window)
     flat = tuple(n for axis, n in enumerate(window) if axis != plan.slice_axis)
     kept = kept_bytes(plan.network, plan.unet, flat, 1) + FLOAT_BYTES * weight_count(plan.network, plan.unet)
     return round(WORKSPACE_FACTOR * kept)

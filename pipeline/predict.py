@@ -39,13 +39,15 @@ class PredictSettings:
     `mirror`: average over mirrored passes. `max_memory_bytes`: what the process may hold in all (resident); None is
     80 % of what is free. It decides how much is worked on at a time, never the result. `tile_step`: distance of tiles
     as part of the patch; None is the model's own. `skip_empty`: of windows that show nothing, every channel at its
-    lowest to within a thousandth of a deviation, the network sees one.
+    lowest to within a thousandth of a deviation, the network sees one. `held_bytes`: what the process holds meanwhile
+    beside the study, other studies that are read or written at the same time included; None is what it holds now.
     """
 
     mirror: bool
     max_memory_bytes: int | None = None
     tile_step: float | None = None
     skip_empty: bool = False
+    held_bytes: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,8 @@ def predict(
     check_input(model.plan, channels)
     there = [volume for volume in channels if volume is not None]
     source, study = there[0].geometry, sum(volume.voxels.nbytes for volume in there)
-    planned = _planned(model, source, settings, device, held=held_bytes() - study, study=study)
+    held = held_bytes() - study if settings.held_bytes is None else settings.held_bytes
+    planned = _planned(model, source, settings, device, held=held, study=study)
     prepared = prepare(model.plan, channels)
     image, grids = prepared.image.to(device), (prepared.grid, prepared.field)
     pace = Pace(planned.batch, planned.slab_planes, settings.skip_empty)
@@ -132,7 +135,8 @@ def explain(model: Model, source: Geometry, *, settings: PredictSettings, device
         VolumeError: the grid cannot be brought to the model's axes.
     """
     study = VOXEL_BYTES * len(model.plan.channels) * math.prod(source.shape)
-    return _planned(model, source, settings, device, held=held_bytes(), study=study)
+    held = held_bytes() if settings.held_bytes is None else settings.held_bytes
+    return _planned(model, source, settings, device, held=held, study=study)
 
 
 def _planned(
