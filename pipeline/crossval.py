@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
@@ -27,6 +26,7 @@ from pipeline.manifest import Case, Dataset
 from pipeline.predict import Model, PredictSettings, predict
 from pipeline.provenance import provenance_tags
 from pipeline.report import CaseFailure, CaseScores, Report, dice_distribution, learning_curves
+from pipeline.run_page import write_run_page
 from pipeline.runs import (
     DONE,
     Run,
@@ -38,11 +38,10 @@ from pipeline.runs import (
     tell_set_aside,
     track_data,
 )
-from pipeline.segmentation import Segmentation
 from pipeline.task import TrainingResult, TrainingTask
 from pipeline.tracking import Tracker, null_tracker
 from pipeline.train import train
-from transforms.volume import Volume, read_label, read_volume
+from transforms.volume import read_volume
 
 BUNDLE, VALIDATION, REPORT_JSON, REPORT_CSV = "bundle", "validation", "report.json", "report.csv"
 
@@ -72,6 +71,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         tracker.metrics(_headline(report), step=0)
         for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
+        _track_page(tracker, write_run_page(run, run.folder, report))
         send_leftovers(run, console)
         if failed:
             count = f"{len(failed)} of {len(folds)} folds"
@@ -142,7 +142,6 @@ def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -
     write_text(target / SCHEMA_FILE, run.dataset.manifest.labels.model_dump_json(indent=2) + "\n")
     report = evaluate_files(target, _part(run, fold, case_ids), settings=run.config.evaluate, allow_missing=True)
     _write_report(folder, report)
-    _draw_cases(run, folder, report)
     return report
 
 
@@ -225,49 +224,13 @@ def _part(run: Run, fold: int, case_ids: Sequence[str]) -> Dataset:
     return run.dataset.model_copy(update={"manifest": run.dataset.manifest.model_copy(update={"cases": cases})})
 
 
-def _draw_cases(run: Run, folder: Path, report: Report) -> None:
-    """Overlays of the worst and the best case, with the reference's outline."""
-    ranked = sorted((_case_mean(case), case.case_id) for case in report.cases)
-    chosen = {"worst": ranked[0][1], "best": ranked[-1][1]} if ranked else {}
-    for which, case_id in chosen.items():
-        _draw_case(run, folder, case_id, folder / f"overlay_{which}.png")
-
-
-def _draw_case(run: Run, folder: Path, case_id: str, target: Path) -> None:
-    from pipeline.export.overlay import write_overlay
-
-    case = next(c for c in run.dataset.manifest.cases if c.case_id == case_id)
-    label_path = run.dataset.label_path(case)
-    if label_path is None:
-        return
-    image = read_volume(run.dataset.image_paths(case)[0])
-    prediction = read_label(folder / VALIDATION / f"{case_id}.nii.gz")
-    bundle = load_bundle(folder / BUNDLE)
-    algorithm = Model((bundle,)).algorithm
-    drawn = read_label(label_path)
-    reference = replace(drawn, voxels=run.dataset.annotation(case).ids(drawn.voxels))
-    found, expected = (_segmentation(v, run, algorithm=algorithm) for v in (prediction, reference))
-    write_overlay(target, found, image, reference=expected)
-
-
-def _segmentation(volume: Volume, run: Run, *, algorithm: object) -> Segmentation:
-    return Segmentation(volume.voxels, volume.geometry, run.dataset.manifest.labels, algorithm)  # type: ignore[arg-type]
-
-
-def _case_mean(case: CaseScores) -> float:
-    scored = [score.dice for score in case.regions or case.labels if score.dice is not None]
-    return sum(scored) / len(scored) if scored else 0.0
-
-
 def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker: Tracker) -> None:
     folder = run.fold_folder(fold)
     learning_curves(read_history(folder / HISTORY), folder / "curves.png")
     tracker.metrics(_headline(report), step=result.steps)
     for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
         tracker.artifact(folder / name)
-    for name in ("overlay_worst.png", "overlay_best.png"):
-        if (folder / name).exists():
-            tracker.artifact(folder / name, "overlays")
+    _track_page(tracker, write_run_page(run, folder, report))
     tracker.model(
         folder / BUNDLE,
         input_shape=run.plan.patch_shape,
@@ -276,6 +239,11 @@ def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker
     )
     write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
     discard_checkpoints(folder)
+
+
+def _track_page(tracker: Tracker, files: Sequence[Path]) -> None:
+    for file in files:
+        tracker.artifact(file, "overlays" if file.suffix == ".png" else "")
 
 
 def _headline(report: Report) -> dict[str, float]:

@@ -1,0 +1,69 @@
+"""One HTML page that says how good a run is, where it is wrong, and what it was: one file, no network needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from pipeline.files import write_text
+from pipeline.report_page import sections
+from pipeline.report_page.facts import Picture, RunFacts, read_run_facts
+from pipeline.report_values import Report
+
+__all__ = ["Picture", "RunFacts", "read_run_facts", "write_report_page"]
+
+
+def write_report_page(
+    target: Path,
+    report: Report,
+    run: RunFacts,
+    *,
+    pictures: Sequence[Picture] = (),
+    explanations: Mapping[str, str] | None = None,
+) -> None:
+    """Write the page of an evaluation or a cross-validation.
+
+    `explanations` are sentences by case id, as `header_faults.explain` finds them. Case ids are shown, patients' never.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    write_text(target, page(report, run, pictures=pictures, explanations=explanations or {}))
+
+
+def page(report: Report, run: RunFacts, *, pictures: Sequence[Picture] = (), explanations: Mapping[str, str]) -> str:
+    """The HTML text; the same for the same values."""
+    parts = [
+        ("figures", "Figures", sections.figures(report)),
+        ("cases", "Every case", sections.distributions(report)),
+        ("pictures", "Worst, median and best", sections.pictures(pictures)),
+        ("worst", "Cases to look at first", sections.worst_cases(report, explanations)),
+        ("volumes", "Agreement of volumes", sections.volumes(report)),
+        ("curves", "Learning curves", sections.curves(run)),
+        ("plan", "The plan, and why", sections.plan(run)),
+        ("data", "Data", sections.data(run, report)),
+        ("versions", "Versions", sections.versions(run, report)),
+    ]
+    shown = [part for part in parts if part[2]]
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
+    body = "".join(f'<section id="{key}"><h2>{title}</h2>{text}</section>' for key, title, text in shown)
+    style = files("pipeline.report_page").joinpath("style.css").read_text(encoding="utf-8")
+    name = escape(run.name)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name} – volseg</title><style>{style}</style></head><body><header><h1>{name}</h1>"
+        f'<p class="lead">{escape(_lead(report))}</p>{sections.tiles(report)}<nav>{links}</nav></header>'
+        f"<main>{body}</main></body></html>\n"
+    )
+
+
+def _lead(report: Report) -> str:
+    folds = {case.fold for case in report.cases if case.fold is not None}
+    if not folds:
+        return "Evaluation of predictions against references"
+    if len(folds) == 1:
+        return f"Fold {min(folds)}: every case scored by a model that never saw it"
+    return f"Cross-validation of {len(folds)} folds: every case scored by the model that never saw it"
