@@ -85,7 +85,7 @@ class MlflowStore:
     def send(self, facts: Sequence[Fact], ids: Ids) -> Ids:
         """See `pipeline.tracking.delivery.Destination`."""
         with self._plain_errors():
-            client = self._connected = self._connected or _connect(self._uri)
+            client = self._connected = self._connected or connect(self._uri)
             if facts[0].kind == "start":
                 return self._start(client, facts[0])
             if facts[0].kind == "metrics":
@@ -157,11 +157,12 @@ class MlflowStore:
         # MLflow lets through whatever its database, HTTP and file layers raise; none of it may end a training.
         except Exception as error:
             self._connected = None
-            reason = _reason(error).replace(self._uri, self.name)
+            reason = reason_of(error).replace(self._uri, self.name)
             raise (Refused if _is_final(error) else Unreachable)(reason) from error
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
+    """A client of a server or an SQLite store, whose tables are made where they are missing."""
     if is_embedded(uri):
         _create_tables(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -298,7 +299,7 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in {"INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND"}
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What went wrong, in one line."""
     cause: BaseException | None = error
     while cause is not None:

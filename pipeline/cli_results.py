@@ -1,0 +1,168 @@
+"""The subcommands that look at results: `compare`, `runs` and `report`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.compare import Comparison, Difference
+    from pipeline.report_values import Report
+    from pipeline.tracking.queries import TrackedRun
+
+Uri = Annotated[
+    str | None, typer.Option("--uri", help="MLflow server or store; default: mlflow.db in the folder of the runs.")
+]
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
+
+RUN_PREFIX = "runs:/"
+
+
+def compare_runs(
+    a: Annotated[str, typer.Argument(metavar="RUN_A", help="A run folder, its report.json, or runs:/ID of MLflow.")],
+    b: Annotated[str, typer.Argument(metavar="RUN_B", help="The same; B minus A is told.")],
+    figure: Annotated[
+        str, typer.Option("--figure", help="dice, surface_dice, hausdorff_95_mm, average_distance_mm, ...")
+    ] = "dice",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison as JSON.")] = None,
+    uri: Uri = None,
+    runs: RunsFolder = Path("runs"),
+) -> None:
+    """Say whether one of two evaluations of the same cases is better, by how much, and where."""
+    from pipeline.cli_console import show_table
+    from pipeline.compare import FIGURES, compare
+    from pipeline.config import EvaluateConfig
+    from pipeline.errors import ConfigError
+    from pipeline.files import write_json
+
+    if figure not in FIGURES:
+        raise ConfigError(f"--figure: no figure '{figure}' to compare; there are {', '.join(FIGURES)}")
+    reports = [_report_of(text, uri, runs) for text in (a, b)]
+    found = compare(*reports, figure=figure, settings=EvaluateConfig())
+    show_table(f"{figure}, B minus A, {found.overall.n_cases} shared cases", _rows(found))
+    show_table("cases that changed most", [
+        {"case": c.case_id, "A": c.value_a, "B": c.value_b, "B minus A": c.difference} for c in found.changed
+    ])  # fmt: skip
+    for name, ids in (("A", found.only_in_a), ("B", found.only_in_b)):
+        if ids:
+            print(f"{len(ids)} cases only in {name} are not compared")
+    print(found.verdict)
+    if json_file is not None:
+        write_json(json_file, found.to_json())
+
+
+def list_tracked(
+    uri: Uri = None,
+    runs: RunsFolder = Path("runs"),
+    experiment: Annotated[str | None, typer.Option("--experiment", help="Only this experiment's.")] = None,
+    sort: Annotated[str, typer.Option("--sort", help="started, minutes, name, or a metric's name.")] = "started",
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="A metric to show; may be repeated.")] = None,
+    most: Annotated[int, typer.Option("--most", min=1, help="Rows that are shown.")] = 30,
+) -> None:
+    """List tracked runs, with their out-of-fold Dice; largest or newest first."""
+    from pipeline.cli_console import show_table
+    from pipeline.tracking import embedded_store
+    from pipeline.tracking.queries import list_runs
+
+    found = list_runs(uri or embedded_store(runs), experiment=experiment)
+    shown = metric or ["out_of_fold_dice/mean"]
+    rows = sorted(found, key=lambda run: _sort_key(run, sort), reverse=sort != "name")
+    show_table("runs", [_run_row(run, shown) for run in rows[:most]])
+    if len(rows) > most:
+        print(f"{len(rows) - most} more; give --most")
+    if not rows:
+        print("no runs yet")
+
+
+def write_page(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, one of its folds, or a report.json.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page; default: report.html beside the report.")] = None,
+) -> None:
+    """Write the page of an evaluation again: figures, every case, pictures, curves, plan, data, versions."""
+    from pipeline.report_page import Picture, read_run_facts, write_report_page
+
+    file = _report_file(run)
+    pictures = [
+        Picture(f"{which.capitalize()} case", path.read_bytes())
+        for which in ("worst", "median", "best")
+        if (path := file.parent / f"overlay_{which}.png").is_file()
+    ]
+    target = out or file.with_suffix(".html")
+    write_report_page(target, _read_report(file), read_run_facts(file.parent), pictures=pictures)
+    print(target)
+
+
+def _report_of(text: str, uri: str | None, runs: Path) -> Report:
+    if not text.startswith(RUN_PREFIX):
+        return _read_report(_report_file(Path(text)))
+    from pipeline.report_values import Report
+    from pipeline.tracking import embedded_store
+    from pipeline.tracking.queries import read_run_json
+
+    run_id = text.removeprefix(RUN_PREFIX)
+    return Report.from_json(read_run_json(uri or embedded_store(runs), run_id, "report.json"))
+
+
+def _report_file(path: Path) -> Path:
+    from pipeline.errors import RunError
+
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RunError(f"{path}: no report of an evaluation there; give a finished run's folder or a report.json")
+    return file
+
+
+def _read_report(file: Path) -> Report:
+    import json
+
+    from pipeline.errors import RunError
+    from pipeline.report_values import Report
+
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read as a report ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{file}: not an evaluation report")
+    return Report.from_json(value)
+
+
+def _rows(found: Comparison) -> list[dict[str, Any]]:
+    return [_row(row) for row in (*found.labels, found.overall)]
+
+
+def _row(row: Difference) -> dict[str, Any]:
+    interval = row.interval_95
+    return {
+        "label": row.label,
+        "A": row.mean_a,
+        "B": row.mean_b,
+        "B minus A": row.difference,
+        "95 %": None if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
+        "p (Holm)": None if row.p_corrected is None else f"{row.p_corrected:.2g}",
+        "wins": row.wins,
+        "losses": row.losses,
+    }
+
+
+def _sort_key(run: TrackedRun, sort: str) -> tuple[bool, Any]:
+    """What has no value comes last."""
+    values: dict[str, Any] = {"started": run.started_ms, "minutes": run.minutes, "name": run.name}
+    value = values[sort] if sort in values else run.metrics.get(sort)
+    return (value is not None, value if value is not None else 0)
+
+
+def _run_row(run: TrackedRun, metrics: list[str]) -> dict[str, Any]:
+    started = datetime.fromtimestamp(run.started_ms / 1000).astimezone()
+    return {
+        "run": ("  " if run.parent_id else "") + run.name,
+        "experiment": run.experiment,
+        "status": run.status,
+        "started": f"{started:%Y-%m-%d %H:%M}",
+        "minutes": None if run.minutes is None else round(run.minutes, 1),
+        **{name: run.metrics.get(name) for name in metrics},
+        "id": run.run_id,
+    }
