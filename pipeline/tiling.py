@@ -17,6 +17,7 @@ from transforms.patches import padding_to, tile_starts
 
 Triple = tuple[int, int, int]
 Box = tuple[slice, slice, slice]
+_Tiling = tuple[Triple, float, bool]
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,16 @@ def lay_out(shape: Sequence[int], members: Sequence[WindowSettings], *, axis: in
     if not members:
         raise ValueError("at least one network is needed")
     i, j, k = shape
-    tilings: dict[tuple[Triple, float], list[int]] = {}
+    tilings: dict[_Tiling, list[int]] = {}
     for number, settings in enumerate(members):
-        tilings.setdefault((window_shape(shape, settings), settings.step), []).append(number)
+        spread = settings.conventions.tiles == "spread"
+        tilings.setdefault((window_shape(shape, settings), settings.step, spread), []).append(number)
     along = [_along((i, j, k), a, tilings) for a in range(3) if axis in (None, a)]
     return min(along, key=lambda layout: math.prod(layout.live_shape))
 
 
-def _along(shape: Triple, axis: int, tilings: dict[tuple[Triple, float], list[int]]) -> Layout:
-    rows = [row for (window, step), members in tilings.items() for row in _rows(shape, axis, window, step, members)]
+def _along(shape: Triple, axis: int, tilings: dict[_Tiling, list[int]]) -> Layout:
+    rows = [row for tiling, members in tilings.items() for row in _rows(shape, axis, tiling, members)]
     rows.sort(key=lambda row: (row.starts[0][axis], row.members))
     layout = Layout(shape, axis, tuple(rows), 1)
     stop, depth = 0, 1
@@ -130,10 +132,11 @@ def _along(shape: Triple, axis: int, tilings: dict[tuple[Triple, float], list[in
     return Layout(shape, axis, layout.rows, depth)
 
 
-def _rows(shape: Triple, axis: int, window: Triple, step: float, members: Sequence[int]) -> list[Row]:
+def _rows(shape: Triple, axis: int, tiling: _Tiling, members: Sequence[int]) -> list[Row]:
+    window, step, spread = tiling
     before = [low for low, _ in padding_to(shape, window)]
     padded = [max(n, w) for n, w in zip(shape, window, strict=True)]
-    starts = tile_starts(padded, window, step=step)
+    starts = tile_starts(padded, window, step=step, spread=spread)
     axes = [sorted({start[a] - before[a] for start in starts}) for a in range(3)]
     rows = []
     for first in axes[axis]:

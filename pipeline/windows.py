@@ -107,9 +107,9 @@ def stream_windows(
 class _RowWeights:
     """What each voxel of a row's windows counts for: over all windows that see a voxel they sum to `share`."""
 
-    def __init__(self, row: Row, layout: Layout, kind: Literal["centred", "nnunet"], *, share: float) -> None:
+    def __init__(self, row: Row, layout: Layout, kind: Literal["centred", "nnunet", "even"], *, share: float) -> None:
         first, stop = layout.planes(row)
-        self.profile = (blending_weights if kind == "centred" else nnunet_weights)(row.window)
+        self.profile = _PROFILES[kind](row.window)
         self.origin = [first if a == layout.axis else 0 for a in range(3)]
         self.shape = [stop - first if a == layout.axis else n for a, n in enumerate(layout.shape)]
         self.coverage = torch.zeros(self.shape)
@@ -181,6 +181,14 @@ def _add(live: LiveScores, start: Triple, low: int, scores: Tensor, weights: Ten
         part = scores[:, begin - low : end - low, j : j + weights.shape[1], k : k + weights.shape[2]]
         place = (start[0] + begin, start[1] + j, start[2] + k)
         live.add(place, part * weights[begin - first : end - first])
+
+
+_PROFILES: dict[str, Callable[[Triple], Tensor]] = {
+    "centred": blending_weights,
+    "nnunet": nnunet_weights,
+    "even": torch.ones,
+}
+"""Weights (I, J, K) of a window's voxels, as `InferenceConventions.weights` names them."""
 
 
 def _silence(done: int, total: int) -> None:

@@ -73,10 +73,14 @@ def draw_centre(
     return np.asarray(start + (patch - 1) / 2)
 
 
-def tile_starts(shape: Sequence[int], patch_shape: Sequence[int], *, step: float) -> list[tuple[int, int, int]]:
-    """First voxels of evenly spaced tiles that cover a volume at least as large as the patch.
+def tile_starts(
+    shape: Sequence[int], patch_shape: Sequence[int], *, step: float, spread: bool = True
+) -> list[tuple[int, int, int]]:
+    """First voxels of tiles that cover a volume at least as large as the patch.
 
-    Neighbouring tiles are at most `step` of a patch apart, rounded up to whole voxels.
+    Neighbouring tiles are at most `step` of a patch apart, rounded up to whole voxels, and evenly so; if not `spread`,
+    they are just that far apart, rounded down, but the last, which ends with the volume (`sliding_window_inference` of
+    MONAI).
 
     Raises:
         ValueError: the volume is smaller than the patch.
@@ -85,6 +89,9 @@ def tile_starts(shape: Sequence[int], patch_shape: Sequence[int], *, step: float
     for size, side in zip(shape, patch_shape, strict=True):
         if size < side:
             raise ValueError(f"a volume of {tuple(shape)} is smaller than the patch {tuple(patch_shape)}; pad it first")
+        if not spread:
+            per_axis.append([*range(0, size - side, max(1, int(side * step))), size - side])
+            continue
         count = int(np.ceil((size - side) / max(1.0, side * step))) + 1
         per_axis.append(sorted({round(x) for x in np.linspace(0, size - side, count)}))
     return [(i, j, k) for i, j, k in product(*per_axis)]

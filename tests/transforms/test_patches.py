@@ -255,3 +255,13 @@ def test_weights_of_nnunet_are_what_scipy_makes_of_one_voxel() -> None:
     assert rounded_away.any()
     expected[rounded_away] = expected[~rounded_away].min()
     assert nnunet_weights(patch).numpy() == pytest.approx(expected.astype(np.float32), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize(("size", "side", "overlap"), [(50, 24, 0.5), (50, 24, 0.3), (24, 24, 0.5), (25, 24, 0.9)])
+def test_stepped_tiles_lie_where_monai_has_them(size: int, side: int, overlap: float) -> None:
+    from monai.data.utils import dense_patch_slices
+
+    interval = side if size == side else int(side * (1 - overlap))
+    theirs = dense_patch_slices((size, 8, 8), (side, 8, 8), (interval, 8, 8))
+    found = tile_starts((size, 8, 8), (side, 8, 8), step=1 - overlap, spread=False)
+    assert found == [tuple(box.start for box in boxes) for boxes in theirs]
