@@ -52,6 +52,35 @@ def import_nnunet_model(
         print(bundle)
 
 
+@import_app.command("monai")
+def import_monai_bundle(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A MONAI bundle: configs/ and models/ in it.")],
+    out: Out,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=JSON", help="A value in place of the configuration's, as pixdim=[1,1,1]."),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option("--leave-out", metavar="TRANSFORM", help="Do without this transform.")
+    ] = None,
+    nested: Annotated[
+        str | None, typer.Option("--nested", metavar="NAME,...", help="Outputs that overlap, outermost first.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Turn a MONAI bundle into a bundle of volseg; no code in it is run."""
+    from pipeline.describe import facts_of
+    from pipeline.interop.monai_import import ImportChoices, import_monai
+
+    outputs = tuple(name.strip() for name in nested.split(",")) if nested else ()
+    choices = ImportChoices(tuple(overrides or ()), tuple(leave_out or ()), outputs)
+    title, rows = facts_of(import_monai(folder, out, choices=choices, force=force))
+    print(title)
+    for row in rows:
+        print(f"  {row['what']}: {row['value']}")
+    print(out)
+
+
 @bundle_app.command("export")
 def export_bundle(
     model: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a run folder.")],
