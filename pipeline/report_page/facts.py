@@ -40,12 +40,12 @@ class RunFacts:
 
 def read_run_facts(folder: Path, *, command: str = "") -> RunFacts:
     """Everything that a run folder, or one fold's folder in it, tells; what is not there is left out."""
-    run = folder if (folder / "plan.json").is_file() else folder.parent
-    folds = sorted(run.glob("fold_*")) if run == folder else [folder]
+    is_fold = folder.name.startswith("fold_")
+    run, folds = (folder.parent, [folder]) if is_fold else (folder, sorted(folder.glob("fold_*")))
     histories = {fold.name.replace("_", " "): read_history(fold / "history.jsonl") for fold in folds}
     aside = [run / "set_aside.json", *(fold / "set_aside_predictions.json" for fold in folds)]
     return RunFacts(
-        name=run.name,
+        name=f"{run.name}, {folder.name.replace('_', ' ')}" if is_fold else run.name,
         command=command,
         plan=_read(run / "plan.json"),
         certificate=(_read(run / "folds.json") or {}).get("certificate"),

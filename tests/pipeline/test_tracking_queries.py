@@ -1,0 +1,120 @@
+"""What is read back from MLflow: its real SQLite store, with real runs in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.config import EvaluateConfig
+from pipeline.errors import ConfigError, RunError
+from pipeline.evaluate import summarise
+from pipeline.report_values import CaseScores, LabelScore
+from pipeline.tracking import embedded_store, open_tracker
+from pipeline.tracking.queries import list_runs, read_run_json
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+def report_json(gain: float) -> str:
+    cases = [
+        CaseScores(
+            case_id=f"case_{n}",
+            patient_id=f"case_{n}",
+            labels=(_score(0.5 + 0.01 * n + gain * (1 + n / 10)),),
+        )
+        for n in range(8)
+    ]
+    return json.dumps(summarise(cases, settings=EvaluateConfig(bootstrap_samples=200)).to_json())
+
+
+def _score(dice: float) -> LabelScore:
+    return LabelScore(label="liver", status="scored", dice=dice, prediction_mm3=1.0, reference_mm3=1.0)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a cross-validation, its fold, and another run."""
+    folder = tmp_path_factory.mktemp("runs")
+    uri = embedded_store(folder)
+    for name, parent, dice in (("first", None, 0.5), ("first/fold_0", "first", 0.6), ("second", None, 0.8)):
+        run = folder / name
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "report.json").write_text(report_json(dice / 10))
+        with open_tracker(
+            run,
+            uri=uri,
+            experiment="liver",
+            run_name=name,
+            tags={"dataset": "liver"},
+            on_warning=print,
+            parent=folder / parent if parent else None,
+        ) as tracker:
+            tracker.metrics({"out_of_fold_dice/mean": dice}, step=0)
+            tracker.artifact(run / "report.json")
+    return folder
+
+
+def test_runs_are_listed_newest_first_with_parents_and_metrics(runs: Path) -> None:
+    found = list_runs(embedded_store(runs))
+    assert [run.name for run in found] == ["second", "first/fold_0", "first"]
+    assert [run.metrics["out_of_fold_dice/mean"] for run in found] == [0.8, 0.6, 0.5]
+    assert found[1].parent_id == found[2].run_id
+    assert found[0].tags["dataset"] == "liver"
+    assert {run.status for run in found} == {"finished"}
+    assert list_runs(embedded_store(runs), experiment="liver") == found
+
+
+def test_a_file_of_a_run_is_read(runs: Path) -> None:
+    run = list_runs(embedded_store(runs))[0]
+    assert read_run_json(embedded_store(runs), run.run_id, "report.json") == json.loads(report_json(0.08))
+    with pytest.raises(RunError, match=r"has no other\.json"):
+        read_run_json(embedded_store(runs), run.run_id, "other.json")
+
+
+def test_what_is_not_there_is_told_in_one_line(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no runs are tracked there"):
+        list_runs(embedded_store(tmp_path))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RunError, match="no experiment named 'spleen'"):
+        list_runs(embedded_store(runs), experiment="spleen")
+    with pytest.raises(RunError, match="id=nonsense not found"):
+        read_run_json(embedded_store(runs), "nonsense", "report.json")
+    with pytest.raises(ConfigError, match="is no place for MLflow"):
+        list_runs("ftp://x")
+
+
+def test_a_server_that_is_away_is_told_without_its_password() -> None:
+    with pytest.raises(RunError) as caught:
+        list_runs("http://user:secret@127.0.0.1:9")
+    assert str(caught.value) == "http://127.0.0.1:9: no connection"
+
+
+class TestCommands:
+    def test_runs_sorts_by_a_metric(self, runs: Path) -> None:
+        done = CliRunner().invoke(app, ["runs", "--runs", str(runs), "--sort", "out_of_fold_dice/mean"])
+        assert done.exit_code == 0
+        names = [line.split()[0] for line in done.output.splitlines()[2:5]]
+        assert names == ["second", "first/fold_0", "first"]
+
+    def test_compare_takes_folders_and_runs_of_mlflow(self, runs: Path, tmp_path: Path) -> None:
+        first = next(run for run in list_runs(embedded_store(runs)) if run.name == "first")
+        target = tmp_path / "comparison.json"
+        arguments = ["compare", f"runs:/{first.run_id}", str(runs / "second"), "--runs", str(runs), "--json"]
+        done = CliRunner().invoke(app, [*arguments, str(target)])
+        assert done.exit_code == 0
+        assert done.output.splitlines()[-1].startswith("mean of labels: B is better by 0.04")
+        assert json.loads(target.read_text())["overall"]["wins"] == 8
+
+    def test_report_writes_the_page_of_a_run(self, runs: Path) -> None:
+        done = CliRunner().invoke(app, ["report", str(runs / "second")])
+        assert done.exit_code == 0
+        assert "<h1>second</h1>" in (runs / "second" / "report.html").read_text()
+
+    def test_a_folder_without_a_report_is_told(self, tmp_path: Path) -> None:
+        done = CliRunner().invoke(app, ["compare", str(tmp_path), str(tmp_path)])
+        assert isinstance(done.exception, RunError)
+        assert "no report of an evaluation there" in str(done.exception)
