@@ -85,7 +85,7 @@ def choose_hardware(settings: TrainConfig) -> Hardware:
 
 
 def _cpu_precision(settings: TrainConfig) -> Precision:
-    native = _cpu_has_bf16()
+    native = cpu_has_bf16()
     if settings.precision in ("fp16", "tf32"):
         raise ConfigError(f"train.precision: {settings.precision} is for GPUs; on a CPU use auto, bf16 or float32")
     if settings.precision == "bf16" and not native:
@@ -96,7 +96,7 @@ def _cpu_precision(settings: TrainConfig) -> Precision:
     return "bf16-mixed" if native and settings.precision != "float32" else "32-true"
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """True when the processor multiplies bfloat16 itself."""
     # torch.cpu.get_capabilities came after torch 2.8; older ones stay with float32.
     ask = getattr(torch.cpu, "get_capabilities", None)

@@ -65,20 +65,33 @@ def _output(bundle: ModelBundle) -> dict[str, Any]:
 
 def _steps(bundle: ModelBundle) -> list[str]:
     """From volumes to a label map, in order; the numbers are those of `plan`."""
-    plan = bundle.plan
-    spacing_mm = " x ".join(f"{step:g}" for step in plan.spacing_mm)
-    means = "probabilities" if plan.inference.blend == "probabilities" else "logits"
-    padding = "its lowest value" if plan.inference.padding == "minimum" else "0"
+    ways = bundle.plan.inference
+    padding = "its lowest value" if ways.padding == "minimum" else "0"
+    weights = {
+        "centred": f"Gaussian weights (sigma {GAUSSIAN_SIGMA:g} of a side, never below {SMALLEST_WEIGHT:g})",
+        "nnunet": "nnU-Net's Gaussian weights",
+        "even": "even weights",
+    }
     last = "every region above 0.5 is painted, in order" if bundle.schema.regions else "the highest output wins"
     return [
-        f"Volumes in the file's unit (CT: HU), axes towards {plan.axis_codes}, resampled to {spacing_mm} mm.",
-        "Each channel normalised as plan.channels says: 'window' clips to [lower, upper], subtracts mean and divides "
-        "by deviation; 'zscore' does so with the volume's own. A missing optional channel is 0 everywhere.",
+        *_preparing(bundle),
         f"Each channel padded with {padding} to the sides of a tile; tiles of input.sides, at most tile_step of a "
         "side apart.",
-        f"Where tiles overlap, {means} are averaged with Gaussian weights (sigma {GAUSSIAN_SIGMA:g} of a side, "
-        f"at least {SMALLEST_WEIGHT:g} of the centre's).",
+        f"Where tiles overlap, {ways.blend} are averaged with {weights[ways.weights]}.",
         "With mirror, they are averaged over every combination of plan.mirror_axes; an output mirrored along axis 0 "
         "is put in the place of its twin (twin_outputs).",
         f"Back on the volume's own grid, linearly; {last}; label_ids are the values of the label map.",
+    ]
+
+
+def _preparing(bundle: ModelBundle) -> list[str]:
+    plan = bundle.plan
+    if plan.recipe is not None:
+        return ["Volumes in the file's unit (CT: HU), prepared by the steps of plan.recipe, one after the other."]
+    spacing_mm = " x ".join(f"{step:g}" for step in plan.spacing_mm)
+    axes = f"axes towards {plan.axis_codes}" if plan.placing is None else "axes and cropping as plan.placing says"
+    return [
+        f"Volumes in the file's unit (CT: HU), {axes}, resampled to {spacing_mm} mm.",
+        "Each channel normalised as plan.channels says: 'window' clips to [lower, upper], subtracts mean and divides "
+        "by deviation; 'zscore' does so with the volume's own. A missing optional channel is 0 everywhere.",
     ]

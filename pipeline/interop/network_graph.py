@@ -20,7 +20,7 @@ from pipeline.plan import Plan, Triple
 TOLERANCE = 1e-4
 """Largest difference of a logit that is let through, as a part of the largest logit (and of 1)."""
 
-FIXED_SIDES = frozenset({"swin_unetr"})
+FIXED_SIDES = frozenset({"swin_unetr", "SwinUNETR", "UNETR"})
 """Networks that decide by the sides of their input what they do, so that a recording holds for those sides alone."""
 
 INSTANCE_NORMALISATION: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -38,12 +38,16 @@ class Difference:
     @property
     def passes(self) -> bool:
         """Within float32's rounding; never when a logit is not a number."""
-        return self.largest <= TOLERANCE * max(1.0, self.peak)
+        return self.within(TOLERANCE)
+
+    def within(self, tolerance: float) -> bool:
+        """Whether it is at most that part of the largest logit, and of 1."""
+        return self.largest <= tolerance * max(1.0, self.peak)
 
 
 def has_free_sides(plan: Plan) -> bool:
     """Whether a recording of the plan's network holds for volumes of other sides than it was recorded with."""
-    return plan.network not in FIXED_SIDES
+    return (plan.network if plan.monai is None else plan.monai.name) not in FIXED_SIDES
 
 
 def recording_shape(plan: Plan) -> Triple:

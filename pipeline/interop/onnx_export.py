@@ -77,7 +77,7 @@ def onnx_model(bundle: ModelBundle) -> bytes:
         torch.onnx.export(
             network,
             (example,),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # as that exporter takes it
             dynamo=False,
             opset_version=OPSET,
             input_names=[INPUT],
@@ -94,7 +94,7 @@ def onnx_run(content: bytes, *, threads: int | None = None) -> Run:
         ExportError: ONNX Runtime is not installed.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
         raise ExportError('ONNX Runtime is not installed; pip install "volseg[onnx]"') from error
     options = onnxruntime.SessionOptions()

@@ -36,7 +36,8 @@ def export_torchscript(model: Path, out: Path, *, force: bool) -> list[str]:
     card = model_card(bundle, found)
     with atomic_path(out) as temporary, quiet_recording():
         torch.jit.save(network, temporary, _extra_files={CARD: json.dumps(card, ensure_ascii=False)})
-        require_same(difference(bundle, torch.jit.load(temporary, map_location="cpu")), out)
+        written = torch.jit.load(temporary, map_location="cpu")  # type: ignore[no-untyped-call]
+        require_same(difference(bundle, written), out)
     write_json(card_path(out), card)
     return told(out, bundle, found)
 
@@ -46,6 +47,6 @@ def recorded(bundle: ModelBundle) -> torch.jit.ScriptModule:
     plan = bundle.plan
     example = example_of((2, len(plan.channels), *recording_shape(plan)))
     with quiet_recording():
-        script = torch.jit.trace(bundle.network, example, check_trace=False)
+        script = torch.jit.trace(bundle.network, example, check_trace=False)  # type: ignore[no-untyped-call]
     assert isinstance(script, torch.jit.ScriptModule)
     return script

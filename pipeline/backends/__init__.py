@@ -1,0 +1,82 @@
+"""What runs a model's network: PyTorch or another runtime, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pipeline.bundle import ModelBundle
+
+
+class Backend(Protocol):
+    """Makes of a bundle's network one with the same input and output that runs elsewhere or otherwise."""
+
+    def __call__(self, bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module: ...
+
+
+def with_backend(
+    bundle: ModelBundle, name: str, *, device: torch.device | None = None, threads: int | None = None
+) -> ModelBundle:
+    """The bundle with a network that the backend `name` runs; 'torch' gives the bundle as it is.
+
+    `device` is where images will be; None: where the bundle's weights are. `threads` are those of the processor that a
+    runtime beside PyTorch takes; None: as many as PyTorch.
+
+    Raises:
+        ConfigError: no such backend, a package that it needs is not installed, or it cannot do this on the device.
+        ExportError: what the backend makes of the network gives other logits.
+    """
+    require_backend(name)
+    if name == DEFAULT:
+        return bundle
+    device = device or next(bundle.network.parameters()).device
+    return replace(bundle, network=BACKENDS[name](bundle, device=device, threads=threads))
+
+
+def require_backend(name: str) -> None:
+    """Raise ConfigError if there is no backend of that name; the nearest and all others are named."""
+    if name in BACKENDS:
+        return
+    near = difflib.get_close_matches(name, BACKENDS, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise ConfigError(f"--backend {name}: no such backend; {hint}known are {', '.join(BACKENDS)}")
+
+
+def _torch(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
+    return bundle.network
+
+
+def _torch_bf16(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
+    from pipeline.backends.torch_bf16 import bfloat16_network
+
+    return bfloat16_network(bundle, device)
+
+
+def _openvino(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
+    from pipeline.backends.openvino import openvino_network
+
+    return openvino_network(bundle, device, threads=threads, precision="f32")
+
+
+def _openvino_bf16(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
+    from pipeline.backends.openvino import openvino_network
+
+    return openvino_network(bundle, device, threads=threads, precision="bf16")
+
+
+DEFAULT = "torch"
+
+BACKENDS: dict[str, Backend] = {
+    DEFAULT: _torch,
+    "torch-bf16": _torch_bf16,
+    "openvino": _openvino,
+    "openvino-bf16": _openvino_bf16,
+}
+"""Each imports what it needs when it is called. What they gain is measured by benchmarks/backends.py."""
