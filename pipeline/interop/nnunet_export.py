@@ -117,7 +117,7 @@ def architecture_of(spec: UNetSpec) -> dict[str, Any]:
         "strides": [list(row) for row in spec.strides],
         "n_conv_per_stage" if plain else "n_blocks_per_stage": list(spec.encoder_blocks),
         "n_conv_per_stage_decoder": list(spec.decoder_blocks[::-1]),
-        "conv_bias": True,
+        "conv_bias": spec.biased_convolutions,
         "norm_op": f"torch.nn.modules.{_NORMALISATIONS[spec.normalisation]}{d}d",
         "norm_op_kwargs": {"eps": spec.normalisation_epsilon, "affine": True},
         "dropout_op": None,
@@ -136,17 +136,20 @@ def architecture_of(spec: UNetSpec) -> dict[str, Any]:
 def weights_to_nnunet(ours: Mapping[str, Tensor], spec: UNetSpec, *, axes: tuple[int, ...]) -> dict[str, Tensor]:
     """nnU-Net's weights from ours, under all the names that its modules list them by.
 
-    Convolutions that have no bias get one of zeros, which changes nothing.
+    Raises:
+        ExportError: transposed convolutions have biases and the others none, which nnU-Net cannot say.
     """
     modules, back = dict(layer_names(spec)), tuple(axes.index(axis) for axis in range(len(axes)))
     weights: dict[str, Tensor] = {}
     for name, value in ours.items():
         module, _, kind = name.rpartition(".")
-        named = [(kind, value.permute(0, 1, *(2 + axis for axis in back)) if value.ndim > 2 else value)]
         theirs = modules[module]
-        if theirs.endswith(".conv") and f"{module}.bias" not in ours and ".skip." not in theirs:
-            named.append(("bias", value.new_zeros(value.shape[0])))
-        weights |= {copy: turned_value.contiguous() for k, turned_value in named for copy in _copies(f"{theirs}.{k}")}
+        if kind == "bias" and theirs.startswith("decoder.transpconvs") and not spec.biased_convolutions:
+            if value.any():
+                raise ExportError("nnU-Net's networks have no biases in transposed convolutions alone")
+            continue
+        turned_value = value.permute(0, 1, *(2 + axis for axis in back)) if value.ndim > 2 else value
+        weights |= dict.fromkeys(_copies(f"{theirs}.{kind}"), turned_value.contiguous())
     return weights
 
 

@@ -1,0 +1,159 @@
+"""A trained nnU-Net folder becomes bundles, and bundles its folder again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pipeline.bundle import find_bundles, load_bundle
+from pipeline.cli import app
+from pipeline.errors import BundleError, ExportError, RunError
+from pipeline.files import sha256_of_file
+from pipeline.interop.exporting import export_model
+from pipeline.interop.nnunet_checkpoint import read_checkpoint
+from pipeline.interop.nnunet_import import import_nnunet
+
+DATA = Path(__file__).parents[2] / "data" / "nnunet"
+CHECKPOINT = "checkpoint_final.pth"
+AXES = {"plain_3d": (2, 1, 0), "plain_2d": (1, 2, 0), "resenc_3d": (0, 2, 1)}
+"""For each axis of nnU-Net's network that of the file, worked out by hand from transpose_forward."""
+
+
+def copied(name: str, target: Path, *, folds: tuple[str, ...] = ("0",)) -> Path:
+    shutil.copytree(DATA / name, target)
+    for fold in folds:
+        if fold != "0":
+            shutil.copytree(DATA / name / "fold_0", target / f"fold_{fold}")
+    if "0" not in folds:
+        shutil.rmtree(target / "fold_0")
+    return target
+
+
+def edited(folder: Path, name: str, change: object) -> Path:
+    document = json.loads((folder / name).read_text())
+    assert callable(change)
+    change(document)
+    (folder / name).write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(AXES))
+def test_a_bundle_gives_nnunets_logits_for_volumes_as_files_store_them(name: str, tmp_path: Path) -> None:
+    (path,) = import_nnunet(DATA / name, tmp_path / "bundle")
+    bundle, check = load_bundle(path), np.load(DATA / name / "network_check.npz")
+    image, logits = (torch.from_numpy(check[key]) for key in ("image", "logits"))
+    if name == "plain_2d":
+        image, logits = image[:, None], logits[:, None]
+    files = AXES[name]
+    order = (0, *(1 + files.index(axis) for axis in range(3)))
+    image, logits = image.permute(order), logits.permute(order)
+    assert bundle.plan.patch_shape == tuple(image.shape[1:])
+    with torch.no_grad():
+        found = bundle.network(image[None].contiguous())[0]
+    assert torch.allclose(found, logits, rtol=0, atol=1e-5)
+    assert bundle.plan.mirror_axes == ((0, 2) if name == "plain_2d" else (0, 1, 2))
+    assert bundle.plan.slice_axis == (1 if name == "plain_2d" else None)
+
+
+def test_what_a_bundle_says_of_its_origin(tmp_path: Path) -> None:
+    def name_people(dataset: dict[str, object]) -> None:
+        dataset["training"] = [{"image": "imagesTr/Doe_John.nii.gz"}]
+
+    source = edited(copied("plain_3d", tmp_path / "source"), "dataset.json", name_people)
+    (path,) = import_nnunet(source, tmp_path / "bundle")
+    index = load_bundle(path).index
+    assert (index.name, index.fold, index.mirror, index.tile_step) == ("Dataset999_Oracle_3d_fullres", 0, True, 0.5)
+    assert index.provenance["nnunet_checkpoint"] == f"fold_0/{CHECKPOINT}"
+    sha256 = read_checkpoint(source / "fold_0" / CHECKPOINT).sha256
+    assert index.provenance["nnunet_checkpoint_sha256"] == sha256
+    everything = "".join(file.read_text() for file in path.iterdir() if file.suffix in {".json", ".yaml"})
+    assert "Doe" not in everything
+    assert str(tmp_path) not in everything
+
+
+def test_folds_become_a_run_folder_and_the_one_of_all_cases_a_bundle(tmp_path: Path) -> None:
+    source = copied("plain_3d", tmp_path / "source", folds=("0", "3", "all"))
+    (source / "fold_3" / CHECKPOINT).rename(source / "fold_3" / "checkpoint_best.pth")
+    bundles = import_nnunet(source, tmp_path / "run")
+    assert bundles == find_bundles(tmp_path / "run")
+    assert [load_bundle(path).index.fold for path in bundles] == [0, 3]
+    assert load_bundle(bundles[1]).index.provenance["nnunet_checkpoint"] == "fold_3/checkpoint_best.pth"
+    (whole,) = import_nnunet(source, tmp_path / "whole", folds=["all"])
+    assert (whole, load_bundle(whole).index.fold) == (tmp_path / "whole", None)
+    with pytest.raises(BundleError, match="no checkpoint of fold 1; folds that have one: 0, 3, all"):
+        import_nnunet(source, tmp_path / "other", folds=["0", "1"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_folder_above_is_enough_where_one_model_fits(tmp_path: Path) -> None:
+    for name in ("plain_3d", "plain_2d"):
+        configuration = {"plain_3d": "3d_fullres", "plain_2d": "2d"}[name]
+        copied(name, tmp_path / "results" / f"nnUNetTrainer__nnUNetPlans__{configuration}")
+    with pytest.raises(
+        BundleError, match=r"several trained models; give one of nnUNetTrainer__nnUNetPlans__2d, nnUNet"
+    ):
+        import_nnunet(tmp_path / "results", tmp_path / "bundle")
+    (path,) = import_nnunet(tmp_path / "results", tmp_path / "bundle", configuration="2d")
+    assert load_bundle(path).plan.unet.dimensions == 2
+    with pytest.raises(BundleError, match="no model of configuration '3d_lowres'"):
+        import_nnunet(tmp_path / "results", tmp_path / "bundle", configuration="3d_lowres")
+    with pytest.raises(BundleError, match="no trained nnU-Net v2 model"):
+        import_nnunet(tmp_path / "bundle", tmp_path / "other")
+
+
+def test_nothing_but_bundles_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").touch()
+    with pytest.raises(RunError, match="not to be replaced"):
+        import_nnunet(DATA / "plain_2d", tmp_path / "precious", force=True)
+    import_nnunet(DATA / "plain_2d", tmp_path / "bundle")
+    with pytest.raises(RunError, match="exists already"):
+        import_nnunet(DATA / "plain_2d", tmp_path / "bundle")
+    import_nnunet(DATA / "plain_2d", tmp_path / "bundle", force=True)
+
+
+@pytest.mark.parametrize("name", sorted(AXES))
+def test_an_imported_model_goes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    source = copied(name, tmp_path / "source", folds=("0", "1"))
+    import_nnunet(source, tmp_path / "run")
+    lines = export_model(tmp_path / "run", tmp_path / "back", to="nnunet", force=False)
+    assert "folds 0 1" in lines[0]
+    for fold in ("fold_0", "fold_1"):
+        before, after = (read_checkpoint(folder / fold / CHECKPOINT) for folder in (source, tmp_path / "back"))
+        assert before.weights.keys() == after.weights.keys()
+        assert all(torch.equal(before.weights[key], after.weights[key]) for key in before.weights)
+        assert (before.configuration, before.mirror_axes) == (after.configuration, after.mirror_axes)
+    import_nnunet(tmp_path / "back", tmp_path / "again")
+    for first, second in zip(find_bundles(tmp_path / "run"), find_bundles(tmp_path / "again"), strict=True):
+        assert load_bundle(first).plan == load_bundle(second).plan
+        assert load_bundle(first).digest == load_bundle(second).digest
+
+
+def test_a_bundle_that_nnunet_did_not_train_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (path,) = import_nnunet(DATA / "plain_2d", tmp_path / "bundle")
+    index = json.loads((path / "bundle.json").read_text())
+    (path / "config.yaml").write_text("name: ours\n")
+    index["sha256"]["config.yaml"] = sha256_of_file(path / "config.yaml")
+    (path / "bundle.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match="was not trained by nnU-Net, whose plans cannot say its preprocessing"):
+        export_model(path, tmp_path / "back", to="nnunet", force=False)
+    assert not (tmp_path / "back").exists()
+    with pytest.raises(ExportError, match="did you mean 'nnunet'"):
+        export_model(path, tmp_path / "back", to="nnunett", force=False)
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["import", "nnunet", str(DATA / "plain_2d"), "--out", str(tmp_path / "bundle")])
+    assert done.exit_code == 0, done.output
+    assert "nnunet_trainer: nnUNetTrainer" in done.output
+    options = ["--to", "nnunet", "--out", str(tmp_path / "back")]
+    done = runner.invoke(app, ["bundle", "export", str(tmp_path / "bundle"), *options])
+    assert done.exit_code == 0, done.output
+    assert f"-m {tmp_path / 'back'} -f 0" in done.output
