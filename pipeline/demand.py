@@ -73,7 +73,9 @@ def demand_of(
     store = store_of(outputs, plan.inference.blend)
     plane = math.prod(n for axis, n in enumerate(layout.shape) if axis != layout.axis)
     on_host = device.type == "cpu"
-    slab_plane = plane * ((0 if store == "float32" else FLOAT_BYTES * outputs) + CODE_BYTES)
+    # Finished scores are copied where they are held in another type, and where logits become probabilities.
+    copies_of_slab = (store != "float32") + 2 * (plan.inference.blend == "logits")
+    slab_plane = plane * (FLOAT_BYTES * outputs * copies_of_slab + CODE_BYTES)
     return Demand(
         process=LIBRARY_BYTES,
         study=0,
@@ -90,13 +92,12 @@ def demand_of(
 def _network(bundles: Sequence[ModelBundle], members: Sequence[Member], layout: Layout, *, exactly: bool) -> int:
     """Of the row of windows that takes most: a network, and what is added up of several passes."""
     most = 0
-    for row in layout.rows:
-        outputs = bundles[0].schema.output_count
-        passes = sum(len(mirror_passes(members[m].settings.mirror_axes)) for m in row.members)
-        window = math.prod(row.window)
-        sums = FLOAT_BYTES * outputs * window if passes > 1 else 0
-        weights = 4 * FLOAT_BYTES * window + FLOAT_BYTES * math.prod(layout.live_shape)
-        answers = [_answer(bundles[m], row.window, exactly=exactly) for m in row.members]
+    for window, seeing in {(row.window, row.members) for row in layout.rows}:
+        passes = sum(len(mirror_passes(members[m].settings.mirror_axes)) for m in seeing)
+        voxels = math.prod(window)
+        sums = FLOAT_BYTES * bundles[0].schema.output_count * voxels if passes > 1 else 0
+        weights = 4 * FLOAT_BYTES * voxels + FLOAT_BYTES * math.prod(layout.live_shape)
+        answers = [_answer(bundles[m], window, exactly=exactly) for m in seeing]
         most = max(most, max(answers) + sums + weights + 4 * FLOAT_BYTES * CHUNK_VALUES)
     return most
 
@@ -111,4 +112,4 @@ def _answer(bundle: ModelBundle, window: Triple, *, exactly: bool) -> int:
         return FLOAT_BYTES * FOREIGN_CHANNELS * math.prod(window)
     flat = tuple(n for axis, n in enumerate(window) if axis != plan.slice_axis)
     kept = kept_bytes(plan.network, plan.unet, flat, 1) + FLOAT_BYTES * weight_count(plan.network, plan.unet)
-    return round(WORKSPACE_FACTOR * kept)
+    return round(WORKSPACE_FACTOR * kept) + FLOAT_BYTES * bundle.schema.output_count * math.prod(window)

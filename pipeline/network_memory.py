@@ -39,29 +39,38 @@ def _state(network: nn.Module) -> list[tuple[str, Tensor]]:
     return [*network.named_parameters(), *network.named_buffers()]
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the highest sum of what is alive after each operation, and what convolutions take besides."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._alive[storage._cdata] = _reference(storage), storage.nbytes()
         self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
         besides = _workspace(args, result) if "convolution" in str(func) else 0
         self.peak = max(self.peak, besides + sum(size for _, size in self._alive.values()))
         return result
 
 
+def _reference(storage: torch.UntypedStorage) -> Any:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
 def _workspace(args: Any, result: Any) -> int:
-    """What a convolution takes on a CPU: its input unfolded, or its input and output in blocks of channels."""
+    """What a convolution takes on a CPU: its input unfolded, or its input and output in blocks of channels.
+
+    For one of single voxels, a product of matrices, half of the output was measured at most.
+    """
     image, weight = args[0], args[1]
+    if math.prod(weight.shape[2:]) == 1:
+        return int(result.numel() * result.element_size()) // 2
     if image.ndim == 5 and math.prod(image.shape[:4]) <= LARGEST_UNFOLDED and len(image) == 1:
         return int(result.element_size() * result[0, 0].numel() * math.prod(weight.shape[1:]))
     return int(image.numel() * image.element_size() + result.numel() * result.element_size())
