@@ -56,13 +56,13 @@ def _to_nnunet(model: Path, out: Path, *, force: bool) -> list[str]:
 def _to_onnx(model: Path, out: Path, *, force: bool) -> list[str]:
     from pipeline.interop.onnx_export import export_onnx
 
-    return export_onnx(model, out, force=force)
+    return export_onnx(one_bundle(model), out, force=force)
 
 
 def _to_torchscript(model: Path, out: Path, *, force: bool) -> list[str]:
     from pipeline.interop.torchscript_export import export_torchscript
 
-    return export_torchscript(model, out, force=force)
+    return export_torchscript(one_bundle(model), out, force=force)
 
 
 EXPORTERS: dict[str, Exporter] = {"nnunet": _to_nnunet, "onnx": _to_onnx, "torchscript": _to_torchscript}

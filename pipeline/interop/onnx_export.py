@@ -13,7 +13,6 @@ from torch import Tensor
 from pipeline.bundle import ModelBundle, load_bundle
 from pipeline.errors import ExportError, RunError
 from pipeline.files import atomic_path, write_json
-from pipeline.interop.exporting import one_bundle
 from pipeline.interop.model_card import INPUT, OUTPUT, model_card
 from pipeline.interop.network_graph import (
     TOLERANCE,
@@ -37,18 +36,18 @@ FATAL = 4
 """ONNX Runtime's severity for its log: nothing below it; what fails is raised too."""
 
 
-def export_onnx(model: Path, out: Path, *, force: bool) -> list[str]:
-    """Write the network of the bundle `model` to `out` (.onnx) and its card beside it (.onnx.json); what to tell of it.
+def export_onnx(folder: Path, out: Path, *, force: bool) -> list[str]:
+    """Write the network of the bundle `folder` to `out` (.onnx) and its card beside it (.onnx.json); what to tell of it.
 
     The file is run by ONNX Runtime and compared with the bundle before it takes its name.
 
     Raises:
-        BundleError: `model` is none, or several.
+        BundleError: `folder` is none, or damaged.
         ExportError: a package is missing, or the file's output is not the bundle's.
         RunError: `out` has another suffix, exists and `force` was not given, or cannot be written.
     """
     require_new(out, ".onnx", force=force)
-    bundle = load_bundle(one_bundle(model))
+    bundle = load_bundle(folder)
     content = onnx_model(bundle)
     found = difference(bundle, onnx_run(content))
     require_same(found, out)

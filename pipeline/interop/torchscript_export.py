@@ -9,7 +9,6 @@ import torch
 
 from pipeline.bundle import ModelBundle, load_bundle
 from pipeline.files import atomic_path, write_json
-from pipeline.interop.exporting import one_bundle
 from pipeline.interop.model_card import model_card
 from pipeline.interop.network_graph import difference, example_of, quiet_recording, recording_shape
 from pipeline.interop.onnx_export import card_path, require_new, require_same, told
@@ -18,18 +17,18 @@ CARD = "volseg.json"
 """Under this name the archive holds the card (`_extra_files` of torch.jit.load)."""
 
 
-def export_torchscript(model: Path, out: Path, *, force: bool) -> list[str]:
-    """Write the network of the bundle `model` to `out` (.pt) and its card beside it (.pt.json); lines to tell of it.
+def export_torchscript(folder: Path, out: Path, *, force: bool) -> list[str]:
+    """Write the network of the bundle `folder` to `out` (.pt) and its card beside it (.pt.json); lines to tell of it.
 
     The file is loaded and compared with the bundle before it takes its name.
 
     Raises:
-        BundleError: `model` is none, or several.
+        BundleError: `folder` is none, or damaged.
         ExportError: the file's output is not the bundle's.
         RunError: `out` has another suffix, exists and `force` was not given, or cannot be written.
     """
     require_new(out, ".pt", force=force)
-    bundle = load_bundle(one_bundle(model))
+    bundle = load_bundle(folder)
     network = recorded(bundle)
     found = difference(bundle, network)
     require_same(found, out)
