@@ -17,6 +17,7 @@ from pipeline.cli_dicom import dicom_app
 from pipeline.cli_interop import bundle_app, import_app
 from pipeline.cli_manifest import manifest_app
 from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
+from pipeline.cli_results import compare_runs, list_tracked, write_page
 
 if TYPE_CHECKING:
     from pipeline.cli_console import TerminalConsole
@@ -186,6 +187,24 @@ def predict(
     deidentify_source: DeidentifySource = False,
     key: KeyFile = None,
     smooth: Smooth = 0,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="As 6GB: what may be held in all; default: 80 % of what is free. Results are the same.",
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what memory each study will take, and stop: nothing is segmented.")
+    ] = False,
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME", help="What runs the network; a name that is none lists them.")
+    ] = "torch",
+    step: Annotated[
+        float | None,
+        typer.Option("--step", min=0.1, max=1.0, help="Distance of windows, of a window's side; default: the model's."),
+    ] = None,
 ) -> None:
     """Segment volumes, or a study of an archive; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
@@ -193,8 +212,11 @@ def predict(
     from pipeline.pacs.node import is_node
 
     removal = Removal(deidentify, deidentify_source, key)
-    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal, smooth)
+    wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal, smooth,
+                        max_memory, explain, backend, step)  # fmt: skip
     if any(map(is_node, inputs)):
+        if explain:
+            raise typer.BadParameter("not for a study of an archive; fetch it first", param_hint="--explain")
         if removal != Removal():
             raise typer.BadParameter("not for a study of an archive; fetch it, then predict", param_hint="--deidentify")
         if len(inputs) > 1:
@@ -296,6 +318,10 @@ def config_reference() -> None:
 
     print(reference(), end="")
 
+
+app.command("compare")(compare_runs)
+app.command("report")(write_page)
+app.command("runs")(list_tracked)
 
 INTERRUPTED = 130
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from pipeline.crossval import FoldRunner
     from pipeline.export import ExportedFile
     from pipeline.export.confidentiality import Confidentiality
+    from pipeline.failures import Failure
     from pipeline.plan import Plan
+    from pipeline.predict import Model
     from pipeline.report_values import Report
     from pipeline.runs import Run
 
@@ -205,43 +207,72 @@ class Prediction:
     resample_uneven: bool = False
     removal: Removal = NO_REMOVAL
     smoothing: int = 0
+    max_memory: str | None = None
+    explain: bool = False
+    backend: str = "torch"
+    tile_step: float | None = None
 
 
 def predict_inputs(
     model_path: Path, inputs: Sequence[Path], out: Path, wanted: Prediction, console: TerminalConsole
 ) -> bool:
     """`volseg predict`; True when no study was set aside."""
-    from pipeline.bundle import find_bundles, load_bundle
-    from pipeline.config import TrainConfig
-    from pipeline.device import choose_hardware
     from pipeline.export import check_formats
-    from pipeline.predict import Model
-    from pipeline.segment import SegmentSettings, segment_studies
+    from pipeline.memory_size import bytes_of
+    from pipeline.segment import SegmentSettings, explain_studies, segment_studies
     from pipeline.studies import Wanted, find_studies
 
     check_formats(wanted.formats)
-    if wanted.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {wanted.device}: expected auto, cpu or cuda")
-    device = choose_hardware(TrainConfig.model_validate({"device": wanted.device})).torch_device()
-    model = Model(tuple(load_bundle(path, device) for path in find_bundles(model_path)))
+    limit_bytes = None if wanted.max_memory is None else bytes_of(wanted.max_memory, "--max-memory")
+    model = _load_model(model_path, wanted)
     meant = Wanted(model.plan.channels, wanted.root, wanted.series, wanted.resample_uneven)
     studies = find_studies(inputs, meant, console=console)
     settings = SegmentSettings(
         *(wanted.formats, wanted.mirror, wanted.series, wanted.force, wanted.resample_uneven),
         confidentiality=wanted.removal.confidentiality(),
         smoothing=wanted.smoothing,
+        max_memory_bytes=limit_bytes,
+        tile_step=wanted.tile_step,
+        backend=wanted.backend,
     )
-    written, failures = segment_studies(model, studies, out, settings=settings, console=console)
-    console.close()
-    for file in written:
-        _tell(file)
-    if len(failures) == len(studies) == 1:
+    if wanted.explain:
+        plans, failures = explain_studies(model, studies, settings=settings)
+        for name, plan in plans:
+            print("\n  ".join((name, *plan.lines())))
+    else:
+        written, failures = segment_studies(model, studies, out, settings=settings, console=console)
+        console.close()
+        for file in written:
+            _tell(file)
+    return _tell_set_aside(failures, len(studies), "explained" if wanted.explain else "segmented", console)
+
+
+def _load_model(path: Path, wanted: Prediction) -> Model:
+    from pipeline.bundle import find_bundles, load_bundle
+    from pipeline.config import TrainConfig
+    from pipeline.device import choose_hardware
+    from pipeline.predict import Model
+
+    if wanted.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {wanted.device}: expected auto, cpu or cuda")
+    device = choose_hardware(TrainConfig.model_validate({"device": wanted.device})).torch_device()
+    bundles = [load_bundle(bundle, device) for bundle in find_bundles(path)]
+    if wanted.backend != "torch":
+        from pipeline.backends import with_backend
+
+        bundles = [with_backend(bundle, wanted.backend) for bundle in bundles]
+    return Model(tuple(bundles))
+
+
+def _tell_set_aside(failures: Sequence[Failure], study_count: int, done: str, console: TerminalConsole) -> bool:
+    """True when there was nothing to tell."""
+    if len(failures) == study_count == 1:
         raise VolumeError(failures[0].reason)
     for failure in failures:
         console.note(f"set aside {failure.case_id}: {failure.reason}")
     if failures:
-        rest = "nothing was segmented" if len(failures) == len(studies) else "the others are done"
-        console.note(f"{len(failures)} of {len(studies)} studies were set aside, {rest}")
+        rest = f"nothing was {done}" if len(failures) == study_count else "the others are done"
+        console.note(f"{len(failures)} of {study_count} studies were set aside, {rest}")
     return not failures
 
 
@@ -262,8 +293,9 @@ def export_labels(
 
     from pipeline.export import Options, export
     from pipeline.manifest_formats import volume_stem
-    from pipeline.segment import read_source, schema_for
+    from pipeline.segment import schema_for
     from pipeline.segmentation import Algorithm, Segmentation
+    from pipeline.sources import read_source
     from transforms.labels import schema_from_names
     from transforms.volume import read_label
 

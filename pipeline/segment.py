@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from pydantic import ValidationError
 
 from pipeline.console import Console
-from pipeline.errors import DicomError, RunError, SeveralSeries, VolsegError
-from pipeline.evaluate import SCHEMA_FILE
-from pipeline.export import FORMATS, ExportedFile, Options, Source, check_formats, export
+from pipeline.errors import PlanError, VolsegError
+from pipeline.export import ExportedFile, Options, Source, check_formats, export
 from pipeline.failures import Failure
-from pipeline.files import sha256_of_json, write_json, write_text
+from pipeline.files import write_text
+from pipeline.free_memory import free_bytes, held_bytes
 from pipeline.manifest import load_dataset
-from pipeline.predict import Model, PredictSettings, predict, refuse_missing, refuse_modality
-from pipeline.results import RECORD, record_sources
-from pipeline.studies import EVERY_SERIES, Study
+from pipeline.memory_plan import MemoryPlan
+from pipeline.overlap import Stages, one_at_a_time, overlapped
+from pipeline.predict import FREE_SHARE, Model, PredictSettings, explain, predict
+from pipeline.record import Record, open_record, origin_of
+from pipeline.references import SCHEMA_FILE
+from pipeline.results import record_sources
+from pipeline.segmentation import Segmentation
+from pipeline.sources import Opened, open_study, reading_bytes
+from pipeline.studies import Study
 from pipeline.windows import Progress
-from transforms.dicom import DicomSeries, read_series, read_voxels
-from transforms.dicom_header import is_dicom
 from transforms.labels import LabelSchema
-from transforms.volume import Volume, read_volume
+from transforms.quiet_warnings import quiet_warnings
+from transforms.volume import Volume
 
 if TYPE_CHECKING:
     from pipeline.export.confidentiality import Confidentiality
+
+WRITING_BYTES = 24
+"""What writing a voxel's label and reading it back takes at most, beside the image."""
 
 
 @dataclass(frozen=True)
 class SegmentSettings:
     """How results are made. `mirror` None takes what the bundle says; the rest of reading is as in `read_volume`.
 
-    `confidentiality`, if given, says how the sources' identity is removed; `smoothing` as in `Options`.
+    `confidentiality`, if given, says how the sources' identity is removed; `smoothing` as in `Options`;
+    `max_memory_bytes` and `tile_step` as in `PredictSettings`. `backend` is what runs the network, for the record.
     """
 
     formats: tuple[str, ...]
@@ -44,6 +55,9 @@ class SegmentSettings:
     resample_uneven: bool = False
     confidentiality: Confidentiality | None = None
     smoothing: int = 0
+    max_memory_bytes: int | None = None
+    tile_step: float | None = None
+    backend: str = "torch"
 
 
 def segment_studies(
@@ -51,88 +65,198 @@ def segment_studies(
 ) -> tuple[list[ExportedFile], list[Failure]]:
     """Segment every study into `out`; one that fails is set aside and named, the others go on.
 
-    Results that this model made before are kept unless `force`.
+    Results that this model made before are kept unless `force`. The next study is read and the one before is written
+    while one passes through the network, where memory allows; files and their order are the same either way.
 
     Raises:
         RunError: `out` holds another model's results, or cannot be written.
     """
     check_formats(settings.formats)
-    mirror = model.mirror if settings.mirror is None else settings.mirror
-    chosen = replace(settings, mirror=mirror)
-    made = {"mirror": mirror, "deidentified": settings.confidentiality is not None, "smoothing": settings.smoothing}
-    record = _open_record(out, model, made, force=settings.force)
+    record = _record(out, model, settings)
     write_text(out / SCHEMA_FILE, model.schema.model_dump_json(indent=2) + "\n")
-    written: list[ExportedFile] = []
+    work = _Work(model, settings, record, console, len(studies))
+    outcomes = {study.name: work.before(study) for study in studies}
+    wanted = [study for study in studies if outcomes[study.name] is None]
+    stages = Stages(work.open, reading_bytes, work.read, work.room, work.segment, work.write)
+    if len(wanted) == 1:
+        outcomes |= {study.name: work.told(study, outcome) for study, outcome in one_at_a_time(wanted, stages)}
+    else:
+        work.share_memory()
+        with quiet_warnings(), closing(overlapped(wanted, stages)) as ending:
+            outcomes |= {study.name: work.told(study, outcome) for study, outcome in ending}
+    results = list(outcomes.values())
+    files = [file for result in results if isinstance(result, list) for file in result]
+    return files, [result for result in results if isinstance(result, Failure)]
+
+
+def explain_studies(
+    model: Model, studies: Sequence[Study], *, settings: SegmentSettings
+) -> tuple[list[tuple[str, MemoryPlan]], list[Failure]]:
+    """What `segment_studies` would hold in memory for each study by itself, by the headers of its images alone."""
+    plans: list[tuple[str, MemoryPlan]] = []
     failures: list[Failure] = []
-    for done, study in enumerate(studies, start=1):
-        origin = _origin(study, settings)
-        if record["origins"].get(study.name, origin) != origin:
-            other = f"{out} holds the result of another input named {study.name}"
-            failures.append(Failure(study.name, f"{study.paths[0]}: {other}; choose another --out, or give --force"))
-        elif _is_kept(record, study, out, settings.formats):
-            console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
-        else:
-            try:
-                refuse_missing(study.missing, model.plan)
-                sources = _sources(model, study, settings)
-                _tell_findings(study, sources, console)
-                tell = _windows_of(study, done - 1, len(studies), console)
-                files = _segment(model, study, sources, out, settings=chosen, on_window=tell)
-                written += files
-                record["studies"][study.name] = sorted(f.format for f in files)
-                record["origins"][study.name] = origin
-                record["missing"].pop(study.name, None)
-                record["missing"] |= {study.name: list(study.missing)} if study.missing else {}
-                write_json(out / RECORD, record)
-                if settings.confidentiality is None:
-                    record_sources(out, study.name, study.paths)
-            except RunError:
-                raise
-            except VolsegError as error:
-                # What only the voxels tell is told without a path by `predict`, which knows none.
-                known = any(str(path) in str(error) for path in study.paths)
-                failures.append(Failure(study.name, str(error) if known else f"{study.paths[0]}: {error}"))
-        console.progress("segmenting", done, len(studies), study.name)
-    return written, failures
+    wanted = predict_settings(model, settings)
+    for study in studies:
+        try:
+            images = open_study(study, model.plan, series=settings.series, resample_uneven=settings.resample_uneven)
+            plan = explain(model, images[0].grid, settings=wanted, device=device_of(model))
+            plans.append((study.name, plan))
+        except VolsegError as error:
+            failures.append(_failure(study, error))
+    return plans, failures
 
 
-def _sources(model: Model, study: Study, settings: SegmentSettings) -> list[Source]:
-    """The study's image, or one for each channel that it has."""
-    if study.series is not None:
-        refuse_modality(study.series.modality or None, model.plan.channels[0])
-        return [_source_of(study.series)]
-    return [_study_source(path, settings) for path in study.paths]
+@dataclass(frozen=True, eq=False)
+class _Segmented:
+    """What is left to be written of a study."""
+
+    segmentation: Segmentation
+    source: Source
 
 
-def _tell_findings(study: Study, sources: Sequence[Source], console: Console) -> None:
-    """What is missing or was put right in reading; what could not be is an error."""
-    if study.missing:
-        plural = "s" if len(study.missing) > 1 else ""
-        console.note(f"{study.name}: without the optional channel{plural} {', '.join(study.missing)}")
-    for series in (source.series for source in sources if source.series is not None):
-        for finding in series.findings:
-            console.note(f"{study.name}: {finding}")
+class _Work:
+    """The stages of one study: the console is told by the thread that segments, the record belongs to the writer."""
+
+    def __init__(
+        self, model: Model, settings: SegmentSettings, record: Record, console: Console, study_count: int
+    ) -> None:
+        self._model, self._settings, self._record, self._console = model, settings, record, console
+        self._study_count = study_count
+        self._done = 0
+        self._predicting = predict_settings(model, settings)
+
+    def share_memory(self) -> None:
+        """From now on other studies are in memory beside the one that is segmented."""
+        limit = self._settings.max_memory_bytes or held_bytes() + round(FREE_SHARE * free_bytes())
+        self._predicting = replace(self._predicting, max_memory_bytes=limit)
+
+    def before(self, study: Study) -> list[ExportedFile] | Failure | None:
+        """What is known of a study without reading it; None if it is to be segmented."""
+        out, settings = self._record.out, self._settings
+        if self._record.is_of_another(study, self._origin(study)):
+            what = f"{out} holds the result of another input named {study.name}"
+            return self.told(study, VolsegError(f"{study.paths[0]}: {what}; choose another --out, or give --force"))
+        if self._record.holds(study, settings.formats):
+            self._console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
+            return self.told(study, [])
+        return None
+
+    def open(self, study: Study) -> list[Opened]:
+        settings = self._settings
+        return open_study(study, self._model.plan, series=settings.series, resample_uneven=settings.resample_uneven)
+
+    def read(self, study: Study, images: list[Opened]) -> list[Source]:
+        return [image.read() for image in images]
+
+    def room(self, sources: list[Source], writing: _Segmented | None) -> int | None:
+        """What may be read beside: a study like this one, if this one fits into what is left then.
+
+        The plan of this one counts what reading and writing may take, whether or not they have taken it yet.
+        """
+        like_this = reading_bytes([Opened(Path(), s.image.geometry, s.series) for s in sources])
+        held = held_bytes() - sum(source.image.voxels.nbytes for source in sources)
+        beside = held + like_this + (0 if writing is None else _writing_bytes(writing))
+        shared = replace(self._predicting, held_bytes=beside)
+        self._predicting = replace(self._predicting, held_bytes=None)
+        try:
+            explain(self._model, sources[0].image.geometry, settings=shared, device=device_of(self._model))
+        except PlanError:
+            return None
+        except VolsegError:
+            return like_this  # `segment` says why.
+        self._predicting = shared
+        return like_this
+
+    def segment(self, study: Study, sources: list[Source]) -> _Segmented:
+        self._tell_findings(study, sources)
+        found = predict(
+            self._model,
+            _in_their_places(self._model, study, sources),
+            settings=self._predicting,
+            device=device_of(self._model),
+            on_window=self._windows_of(study),
+        )
+        return _Segmented(found, sources[0])
+
+    def write(self, study: Study, made: _Segmented) -> list[ExportedFile]:
+        settings, out = self._settings, self._record.out
+        options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
+        files = export(
+            made.segmentation,
+            formats=settings.formats,
+            out=out,
+            name=study.name,
+            source=made.source,
+            options=options,
+        )
+        self._record.add(study, [file.format for file in files], self._origin(study))
+        if settings.confidentiality is None:
+            record_sources(out, study.name, study.paths)
+        return files
+
+    def told(self, study: Study, outcome: list[ExportedFile] | VolsegError) -> list[ExportedFile] | Failure:
+        """What became of a study, after the console has heard that it is over."""
+        self._done += 1
+        self._console.progress("segmenting", self._done, self._study_count, study.name)
+        if not isinstance(outcome, VolsegError):
+            return outcome
+        return _failure(study, outcome)
+
+    def _tell_findings(self, study: Study, sources: Sequence[Source]) -> None:
+        """What is missing or was put right in reading; what could not be is an error."""
+        if study.missing:
+            plural = "s" if len(study.missing) > 1 else ""
+            names = ", ".join(study.missing)
+            self._console.note(f"{study.name}: without the optional channel{plural} {names}")
+        for series in (source.series for source in sources if source.series is not None):
+            for finding in series.findings:
+                self._console.note(f"{study.name}: {finding}")
+
+    def _windows_of(self, study: Study) -> Progress:
+        """Tells of a study's windows within the line or bar of all studies, which a long one would keep silent."""
+
+        def tell(window: int, windows: int) -> None:
+            detail = f"{study.name}, window {window} of {windows}"
+            self._console.progress("segmenting", self._done, self._study_count, detail)
+
+        return tell
+
+    def _origin(self, study: Study) -> str:
+        return origin_of(study, series=self._settings.series, resample_uneven=self._settings.resample_uneven)
 
 
-def _segment(
-    model: Model, study: Study, sources: Sequence[Source], out: Path, *, settings: SegmentSettings, on_window: Progress
-) -> list[ExportedFile]:
-    device = next(model.bundles[0].network.parameters()).device
-    volumes = _in_their_places(model, study, sources)
-    segmentation = predict(
-        model, volumes, settings=PredictSettings(bool(settings.mirror)), device=device, on_window=on_window
-    )
-    options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
-    return export(segmentation, formats=settings.formats, out=out, name=study.name, source=sources[0], options=options)
+def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
+    made = {
+        "mirror": model.mirror if settings.mirror is None else settings.mirror,
+        "deidentified": settings.confidentiality is not None,
+        "smoothing": settings.smoothing,
+        "tile_step": settings.tile_step or model.tile_step,
+        "backend": settings.backend,
+    }
+    usual = {"mirror": False, "deidentified": False, "smoothing": 0, "tile_step": model.tile_step, "backend": "torch"}
+    return open_record(out, [b.digest for b in model.bundles], made, usual=usual, force=settings.force)
 
 
-def _windows_of(study: Study, done: int, total: int, console: Console) -> Progress:
-    """Tells of the windows of a study within the line or bar of all studies, which a long one would keep silent."""
+def predict_settings(model: Model, settings: SegmentSettings) -> PredictSettings:
+    """What of the settings concerns the network."""
+    mirror = model.mirror if settings.mirror is None else settings.mirror
+    return PredictSettings(mirror, settings.max_memory_bytes, settings.tile_step)
 
-    def tell(window: int, windows: int) -> None:
-        console.progress("segmenting", done, total, f"{study.name}, window {window} of {windows}")
 
-    return tell
+def device_of(model: Model) -> torch.device:
+    """Where the network's weights are; the CPU for one that a backend runs."""
+    weights = next(model.bundles[0].network.parameters(), None)
+    return torch.device("cpu") if weights is None else weights.device
+
+
+def _failure(study: Study, error: VolsegError) -> Failure:
+    # What only the voxels tell is told without a path by `predict`, which knows none.
+    known = any(str(path) in str(error) for path in study.paths)
+    return Failure(study.name, str(error) if known else f"{study.paths[0]}: {error}")
+
+
+def _writing_bytes(made: _Segmented) -> int:
+    return WRITING_BYTES * math.prod(made.segmentation.geometry.shape)
 
 
 def _in_their_places(model: Model, study: Study, sources: Sequence[Source]) -> list[Volume | None]:
@@ -142,34 +266,6 @@ def _in_their_places(model: Model, study: Study, sources: Sequence[Source]) -> l
         if channel.name in study.missing:
             volumes.insert(number, None)
     return volumes
-
-
-def _study_source(path: Path, settings: SegmentSettings) -> Source:
-    series = None if settings.series == EVERY_SERIES else settings.series
-    try:
-        return read_source(path, series=series, resample_uneven=settings.resample_uneven)
-    except SeveralSeries as several:
-        raise SeveralSeries(f"{several}; or give --series {EVERY_SERIES} to segment each") from None
-
-
-def read_source(path: Path, *, series: str | None, resample_uneven: bool = False) -> Source:
-    """The image at a path, and its DICOM series where it is one.
-
-    Raises:
-        VolumeError: see `transforms.load.read_volume`.
-    """
-    if not path.is_dir() and (not path.exists() or not is_dicom(path)):
-        return Source(read_volume(path))
-    voxels, geometry, chosen = read_series(path, series=series, resample_uneven=resample_uneven)
-    return Source(Volume(voxels, geometry, chosen.modality or None, chosen.background), chosen)
-
-
-def _source_of(series: DicomSeries) -> Source:
-    if series.problems or series.geometry is None:
-        faults = "; ".join(str(problem) for problem in series.problems)
-        raise DicomError(f"not readable: {faults}")
-    volume = Volume(read_voxels(series), series.geometry, series.modality or None, series.background)
-    return Source(volume, series)
 
 
 def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
@@ -185,49 +281,3 @@ def schema_for(labels: Path, given: Path | None) -> LabelSchema | None:
         return LabelSchema.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return load_dataset(path).manifest.labels
-
-
-def _open_record(out: Path, model: Model, made: dict[str, bool | int], *, force: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "model": [b.digest for b in model.bundles],
-        **made,
-        "studies": {},
-        "origins": {},
-        "missing": {},
-    }
-    path = out / RECORD
-    if not path.exists():
-        return record
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise TypeError
-    except (OSError, ValueError, TypeError):
-        before = {}
-    if force:
-        return record
-    same_setting = all(before.get(name, False) == value for name, value in made.items())
-    if before.get("model") != record["model"] or not same_setting:
-        raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
-    return {**record, **{part: dict(before.get(part, {})) for part in ("studies", "origins", "missing")}}
-
-
-def _origin(study: Study, settings: SegmentSettings) -> str:
-    """A digest of what a study is read from, so that inputs of one name are told apart; paths may name patients."""
-    files = [path.stat() if path.is_file() else None for path in study.paths]
-    return sha256_of_json(
-        {
-            "paths": [str(path.resolve()) for path in study.paths],
-            "files": [found and [found.st_size, found.st_mtime_ns] for found in files],
-            "series": study.series.series_uid if study.series else settings.series,
-            "stack": study.series.stack_number if study.series else None,
-            "resample_uneven": settings.resample_uneven,
-        }
-    )
-
-
-def _is_kept(record: dict[str, Any], study: Study, out: Path, formats: Sequence[str]) -> bool:
-    """Recorded, and not taken away since."""
-    if not set(formats) <= set(record["studies"].get(study.name, [])):
-        return False
-    return all((out / f"{study.name}{FORMATS[name].suffix}").exists() for name in formats)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.console import Console
 from pipeline.errors import VolumeError
@@ -15,9 +16,10 @@ from pipeline.files import safe_name
 from pipeline.manifest import Channel, Dataset, load_dataset
 from pipeline.manifest_formats import VOLUME_SUFFIXES, volume_stem
 from pipeline.plan import ChannelPlan
-from transforms.dicom import DicomSeries, choose_series
-from transforms.dicom_header import is_dicom
-from transforms.dicom_index import index_folder
+from transforms.dicom_magic import is_dicom
+
+if TYPE_CHECKING:
+    from transforms.dicom import DicomSeries
 
 EVERY_SERIES = "all"
 """In place of one series' number or identifier: each image volume of a DICOM tree is a study."""
@@ -111,6 +113,9 @@ def _every_series(path: Path, wanted: Wanted, console: Console) -> list[Study]:
             f"{path}: --series {EVERY_SERIES} takes each series for a study, the model wants {len(wanted.channels)} "
             "channels in one; give a manifest that says which belong together"
         )
+    from transforms.dicom import choose_series
+    from transforms.dicom_index import index_folder
+
     listed = index_folder(
         path,
         resample_uneven=wanted.resample_uneven,

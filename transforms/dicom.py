@@ -18,7 +18,7 @@ from transforms.dicom_uneven import fill_planes
 from transforms.errors import DicomError
 from transforms.geometry import Geometry
 
-__all__ = ["DicomSeries", "Finding", "choose_series", "index_series", "read_series"]
+__all__ = ["DicomSeries", "Finding", "choose_series", "index_series", "open_series", "read_series", "read_voxels"]
 
 
 def read_series(
@@ -38,12 +38,24 @@ def read_series(
     Raises:
         DicomError: no or several series fit, or the one that does cannot be read right; the fault is named.
     """
+    chosen, geometry = open_series(folder, series=series, resample_uneven=resample_uneven)
+    return read_voxels(chosen), geometry, chosen
+
+
+def open_series(
+    folder: Path, *, series: str | None = None, resample_uneven: bool = False
+) -> tuple[DicomSeries, Geometry]:
+    """One series and its grid, by the headers alone; the voxels are `read_voxels`'s. Arguments as in `read_series`.
+
+    Raises:
+        DicomError: see `read_series`; what only the pixels tell is not seen.
+    """
     chosen = choose_series(index_series(folder, resample_uneven=resample_uneven), series=series, folder=folder)
     if chosen.problems or chosen.geometry is None:
         faults = "; ".join(str(problem) for problem in chosen.problems)
         kind = chosen.modality or "unnamed"
         raise DicomError(f"{folder}: {kind} series '{chosen.description}' is not readable: {faults}")
-    return read_voxels(chosen), chosen.geometry, chosen
+    return chosen, chosen.geometry
 
 
 def read_voxels(series: DicomSeries) -> npt.NDArray[np.float32]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 
@@ -22,6 +20,8 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import data_element_generator
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
+
+from transforms.quiet_warnings import quiet_warnings
 
 Triple = tuple[float, float, float]
 Text = tuple[str, ...]
@@ -54,16 +54,8 @@ _CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
 _ENCODINGS = {"ISO_IR 192": "utf-8", "ISO_IR 100": "latin-1"}
 _BINARY = {"FD": "d", "FL": "f", "US": "H", "SS": "h", "UL": "I", "SL": "i"}
 
-
-@contextmanager
-def quiet_pydicom() -> Iterator[None]:
-    """Keep pydicom's remarks on sloppy files from the user; the gate judges what matters by itself.
-
-    Warning filters belong to the whole process: enter this in the thread that starts others, never in those.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+quiet_pydicom = quiet_warnings
+"""Keep pydicom's remarks on sloppy files from the user; the gate judges what matters by itself."""
 
 
 @cache

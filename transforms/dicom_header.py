@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import struct
 import sys
 import zlib
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from pydicom.uid import (
 from transforms.dicom_elements import PARSE_FAULTS, Elements, Text, quiet_pydicom, tag_of
 from transforms.dicom_fragments import ByteFile, PixelData, find_pixels
 from transforms.dicom_frames import HEADER_TAGS, Frame, Plane, read_frames
+from transforms.dicom_magic import PREAMBLE, is_dicom
 from transforms.dicom_scan import scan
 from transforms.errors import DicomError
 
@@ -52,13 +52,10 @@ NATIVE_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.
 MOST_INFLATED = 2**26
 """A deflated file's header must lie in so many bytes of what it unpacks to."""
 
-_PREAMBLE = 128
 # The meta information, with the transfer syntax in it, comes first.
 _FIRST_BYTES = 1024
 _MOST_META = 1 << 16
 _KEY_LENGTH = 12
-# A file without a preamble begins with one of these groups' first elements, and those are short.
-_LAST_FIRST_ELEMENT, _LAST_FIRST_LENGTH = 0x0070, 1024
 _TAGS = [
     tag_of(keyword)
     for keyword in (
@@ -121,17 +118,6 @@ class Header:
     thickness_mm: float | None
     kinds: tuple[tuple[str, bytes], ...]
     frame: int | None = None
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether the first bytes are those of a DICOM file, with or without its 128-byte preamble.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        head = file.read(_PREAMBLE + 4)
-    return head[_PREAMBLE:] == b"DICM" or _starts_with_element(head[:8])
 
 
 def read_headers(path: Path, *, salt: bytes) -> tuple[Header, ...]:
@@ -219,10 +205,10 @@ def _parsed(file: BinaryIO, size: int) -> _Object:
 
 
 def _deflated(file: BinaryIO) -> _Object:
-    file.seek(_PREAMBLE + 4)
+    file.seek(PREAMBLE + 4)
     meta = read_dataset(BytesIO(file.read(_MOST_META)), False, True, stop_when=_is_beyond_meta)
     # Preamble and magic, then the group length (12 bytes), which counts the rest of the meta information.
-    start = _PREAMBLE + 4 + 12 + int(meta.FileMetaInformationGroupLength)
+    start = PREAMBLE + 4 + 12 + int(meta.FileMetaInformationGroupLength)
     unpacked = inflated(file, start, MOST_INFLATED)
     buffer = BytesIO(unpacked)
     dataset = read_dataset(buffer, False, True, stop_when=_is_pixel_data, specific_tags=list(_TAGS))
@@ -324,14 +310,3 @@ def _padding(elements: Elements) -> tuple[int, int] | None:
     has_range = bool(elements.raw("PixelPaddingRangeLimit")[0])
     limit = elements.integer("PixelPaddingRangeLimit", signed=signed) if has_range else value
     return min(value, limit), max(value, limit)
-
-
-def _starts_with_element(head: bytes) -> bool:
-    """Whether bytes without a preamble begin with an element of group 2 or 8, in either byte order."""
-    if len(head) < 8:
-        return False
-    explicit = head[4:6].isalpha() and head[4:6].isupper()
-    group, element, length = struct.unpack("<HHI", head)
-    little = group in (2, 8) and element <= _LAST_FIRST_ELEMENT and (explicit or length <= _LAST_FIRST_LENGTH)
-    group, element = struct.unpack(">HH", head[:4])
-    return little or (group in (2, 8) and element <= _LAST_FIRST_ELEMENT and explicit)

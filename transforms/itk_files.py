@@ -19,6 +19,7 @@ import SimpleITK as sitk
 
 from transforms.errors import VolumeError
 from transforms.geometry import Geometry
+from transforms.process_wide import shared
 from transforms.sanity import finite_float32, integral_labels, refuse_oversize, refuse_short_file, usable_grid
 
 _HEADER_LIMIT = 1 << 16
@@ -91,14 +92,8 @@ def read_itk(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geo
             infinite voxels, labels that are not whole.
     """
     header = _header(path)
-    _refuse_odd_axes(header, path)
-    _refuse_unplaced(header, path)
+    reader = _informed(header, path)
     present = _bytes_of_voxels(header, path)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO(header.image_io)
-    reader.SetFileName(str(path))
-    with _quiet_itk(path):
-        reader.ReadImageInformation()
     shape = _shape(reader, path)
     needed = int(np.prod(shape, dtype=np.int64)) * _BYTES[reader.GetPixelID()]
     refuse_short_file(needed, present, path, packed=header.packed)
@@ -106,6 +101,28 @@ def read_itk(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geo
         image = reader.Execute()
     voxels = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
     return (integral_labels if labels else finite_float32)(voxels, path), _geometry(image, shape, path)
+
+
+def read_itk_grid(path: Path) -> Geometry:
+    """The grid of the voxels, by the header alone.
+
+    Raises:
+        VolumeError: see `read_itk`; what only the voxels tell is not seen.
+    """
+    reader = _informed(_header(path), path)
+    return _geometry(reader, _shape(reader, path), path)
+
+
+def _informed(header: _Header, path: Path) -> sitk.ImageFileReader:
+    """A reader that has read what stands before the voxels."""
+    _refuse_odd_axes(header, path)
+    _refuse_unplaced(header, path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(header.image_io)
+    reader.SetFileName(str(path))
+    with _quiet_itk(path):
+        reader.ReadImageInformation()
+    return reader
 
 
 def _is_meta(head: bytes) -> bool:
@@ -185,7 +202,7 @@ def _bytes_of_voxels(header: _Header, path: Path) -> int:
     return present
 
 
-def _geometry(image: sitk.Image, shape: tuple[int, int, int], path: Path) -> Geometry:
+def _geometry(image: sitk.Image | sitk.ImageFileReader, shape: tuple[int, int, int], path: Path) -> Geometry:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
@@ -198,12 +215,22 @@ def _geometry(image: sitk.Image, shape: tuple[int, int, int], path: Path) -> Geo
 @contextmanager
 def _quiet_itk(path: Path) -> Iterator[None]:
     """Keep ITK's warnings from the terminal, and its many-line errors to their last line."""
+    with _warnings_off():
+        try:
+            yield
+        except RuntimeError as fault:
+            lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+            raise VolumeError(f"{path}: cannot be read: {lines[-1]}; fetch or convert the file again") from None
+
+
+@contextmanager
+def _off() -> Iterator[None]:
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         yield
-    except RuntimeError as fault:
-        lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-        raise VolumeError(f"{path}: cannot be read: {lines[-1]}; fetch or convert the file again") from None
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+_warnings_off = shared(_off)

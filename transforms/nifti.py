@@ -83,6 +83,20 @@ def read_nifti(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], G
     return (integral_labels if labels else finite_float32)(measured, path), geometry
 
 
+def read_nifti_grid(path: Path) -> Geometry:
+    """The grid of the voxels, by the header alone.
+
+    Raises:
+        VolumeError: see `read_nifti`; what only the voxels tell is not seen.
+    """
+    try:
+        with _stream(path) as file:
+            header = _header(file, path)
+    except _DAMAGED:
+        raise VolumeError(f"{path}: the gzip data is cut short or damaged; fetch the file again") from None
+    return _geometry(header, _shape(header, path), path)
+
+
 def _stream(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if is_gzip(path) else path.open("rb")
 

@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy.typing as npt
 
+from transforms.dicom_magic import is_dicom
 from transforms.errors import DicomError, VolumeError
 from transforms.geometry import Geometry
 
-_Read = Callable[..., tuple[npt.NDArray[Any], Geometry]]
+
+@dataclass(frozen=True)
+class _Reader:
+    read: Callable[..., tuple[npt.NDArray[Any], Geometry]]
+    read_grid: Callable[[Path], Geometry]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +54,19 @@ def read_volume(path: Path, *, series: str | None = None, resample_uneven: bool 
     reader = None if path.is_dir() else _reader_of(path)
     if reader is None:
         return _read_dicom(path, series, resample_uneven)
-    voxels, geometry = reader(path)
+    voxels, geometry = reader.read(path)
     return Volume(voxels, geometry, None, float(voxels.min()))
+
+
+def read_grid(path: Path) -> Geometry | None:
+    """The grid of a NIfTI, NRRD or MetaImage file by its header alone; None for DICOM, which its index tells.
+
+    Raises:
+        VolumeError: see `read_volume`; what only the voxels tell is not seen.
+    """
+    path = Path(path)
+    reader = None if path.is_dir() else _reader_of(path)
+    return None if reader is None else reader.read_grid(path)
 
 
 def read_label(path: Path) -> Volume:
@@ -65,7 +81,7 @@ def read_label(path: Path) -> Volume:
     reader = None if path.is_dir() else _reader_of(path)
     if reader is None:
         raise DicomError(f"{path}: labels are not read from DICOM; convert them to NIfTI or NRRD on the image's grid")
-    voxels, geometry = reader(path, labels=True)
+    voxels, geometry = reader.read(path, labels=True)
     return Volume(voxels, geometry, None, 0.0)
 
 
@@ -76,24 +92,29 @@ def _read_dicom(path: Path, series: str | None, resample_uneven: bool) -> Volume
     return Volume(voxels, geometry, found.modality or None, found.background)
 
 
-def _reader_of(path: Path) -> _Read | None:
+def _reader_of(path: Path) -> _Reader | None:
     """The reader for a file's content; None for DICOM."""
-    from transforms.dicom_header import is_dicom
-    from transforms.itk_files import is_itk, read_itk
-    from transforms.nifti import is_gzip, is_nifti, read_nifti
-
     if not path.exists():
         raise VolumeError(f"{path}: no such file or folder")
     try:
         if path.stat().st_size == 0:
             raise VolumeError(f"{path}: the file is empty; fetch it again")
-        # What is packed by gzip is read as NIfTI, so that a stream cut short is called that.
-        if is_nifti(path) or is_gzip(path):
-            return read_nifti
-        if is_itk(path):
-            return read_itk
-        if is_dicom(path):
-            return None
+        return _by_content(path)
     except OSError as fault:
         raise VolumeError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+
+
+def _by_content(path: Path) -> _Reader | None:
+    """As `_reader_of`; libraries of formats that the file is not are left alone, since importing them takes time."""
+    from transforms.nifti import is_gzip, is_nifti, read_nifti, read_nifti_grid
+
+    # What is packed by gzip is read as NIfTI, so that a stream cut short is called that.
+    if is_nifti(path) or is_gzip(path):
+        return _Reader(read_nifti, read_nifti_grid)
+    from transforms.itk_files import is_itk, read_itk, read_itk_grid
+
+    if is_itk(path):
+        return _Reader(read_itk, read_itk_grid)
+    if is_dicom(path):
+        return None
     raise VolumeError(f"{path}: neither NIfTI, NRRD, MetaImage nor DICOM by its content")

@@ -6,7 +6,6 @@ planes are seen from the patient's left. Lengths are to scale in each plane, wha
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from scipy.ndimage import zoom
 from pipeline.segmentation import Segmentation
 from transforms.geometry import Geometry
 from transforms.labels import Label
+from transforms.quiet_warnings import quiet_warnings
 from transforms.resample import move
 from transforms.volume import Volume
 
@@ -102,9 +102,8 @@ def write_overlay(
 ) -> None:
     """Write the picture of `draw_overlay` as a PNG."""
     figure = draw_overlay(segmentation, image, reference=reference)
-    with warnings.catch_warnings():
-        # A label name in a script that the font lacks is drawn as boxes.
-        warnings.simplefilter("ignore", UserWarning)
+    # A label name in a script that the font lacks is drawn as boxes.
+    with quiet_warnings():
         figure.savefig(target, format="png", dpi=_DPI)
 
 

@@ -22,7 +22,8 @@ from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.plan import ChannelPlan
 from pipeline.predict import Model
-from pipeline.segment import SegmentSettings, read_source, schema_for, segment_studies
+from pipeline.segment import SegmentSettings, schema_for, segment_studies
+from pipeline.sources import read_source
 from pipeline.studies import Study, Wanted, find_studies
 from transforms.volume import read_label
 
@@ -177,7 +178,7 @@ class TestSegmenting:
     def test_a_long_study_is_told_of_window_by_window(
         self, model: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     ) -> None:
-        """In a pipe, with every line due at once; two bundles are two rounds of windows."""
+        """In a pipe, with every line due at once; a window that two bundles see is one."""
         monkeypatch.setattr("pipeline.cli_console.QUIET_S", -1.0)
         monkeypatch.setattr("pipeline.cli_console.LINE_EVERY_S", -1.0)
         twice = Model(model.bundles * 2)
@@ -188,7 +189,6 @@ class TestSegmenting:
         name = "hippocampus_001"
         assert lines[:-1] == [f"segmenting: 0 of 1, {name}, window {n + 1} of {count}" for n in range(count)]
         assert lines[-1] == f"segmenting: 1 of 1, {name}"
-        assert count % 2 == 0
         assert count > 0
 
     def test_one_bad_file_is_set_aside_and_named(self, model: Model, images: Path, tmp_path: Path) -> None:
