@@ -26,6 +26,9 @@ from transforms.resample import move, resize
 SAME_SIDE = 1e-6
 """Voxel sides that differ by less than this part are as long as each other; files hold them in single precision."""
 
+SINGLE = 2.0**-24
+"""Part by which a number is off in single precision, in which NIfTI has spacings and the directions times these."""
+
 Spacing = tuple[float, float, float]
 Triple = tuple[int, int, int]
 
@@ -138,10 +141,23 @@ def body_of(channels: Tensor) -> Tensor:
 
 def resized_shape(box: Geometry, spacing_mm: Spacing) -> Triple:
     """Whole voxels of about `spacing_mm` along each side of a box, halves to even, at least one."""
-    i, j, k = (
-        max(1, round(own / wanted * n)) for own, wanted, n in zip(box.spacing_mm, spacing_mm, box.shape, strict=True)
-    )
+    own_mm = [written_mm(mm) for mm in box.spacing_mm]
+    i, j, k = (max(1, round(own / wanted * n)) for own, wanted, n in zip(own_mm, spacing_mm, box.shape, strict=True))
     return i, j, k
+
+
+def written_mm(spacing_mm: float) -> float:
+    """The spacing that a file's header says, of which the length of an axis in its affine is off by a rounding.
+
+    4.5 mm along an oblique axis of a NIfTI may come out as 4.5000001, and 11 such slices as 17 of 3 mm, not as 16.
+    """
+    for digits in (6, 7, 8):
+        decimal = float(f"{spacing_mm:.{digits}g}")
+        if abs(decimal - spacing_mm) <= 1e-12 * spacing_mm:
+            return decimal
+        if abs(decimal - spacing_mm) <= 1.1 * SINGLE * spacing_mm:
+            return float(np.float32(decimal))
+    return spacing_mm
 
 
 def axis_across(how: Resizing, from_mm: Spacing, to_mm: Spacing) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -133,3 +135,38 @@ def test_an_empty_window_is_refused(wrong: dict[str, float]) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValidationError, match="'window', 'zscore', 'inside'"):
         Normalisation(kind="minmax")
+
+
+def test_inside_by_hand() -> None:
+    """Mean 5 and deviation 2 of the eight inside; what is outside stays as it is."""
+    voxels, inside = line(2, 4, 4, 4, 5, 5, 7, 9, 0), torch.arange(9).reshape(9, 1, 1) < 8
+    found = normalise(voxels, Normalisation(kind="inside"), inside=inside)
+    assert found.flatten().tolist() == pytest.approx([-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2, 0])
+
+
+def test_inside_needs_a_body() -> None:
+    with pytest.raises(ValueError, match="needs its mask"):
+        normalise(line(1, 2), Normalisation(kind="inside"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("unit", [0, 0.4, 1]), ("byte", [0, 0.2, 0.5]), ("none", [0, 51, 127.5])]
+)
+def test_other_makers_ranges_by_hand(kind: Literal["unit", "byte", "none"], expected: list[float]) -> None:
+    voxels = line(0, 51, 127.5)
+    found = normalise(voxels, Normalisation(kind=kind))
+    assert found.flatten().tolist() == pytest.approx(expected)
+    found.zero_()
+    assert voxels.max() == 127.5
+
+
+@pytest.mark.parametrize("values", [(-1, 5), (0, 256)])
+def test_what_is_no_byte_is_refused(values: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="bytes"):
+        normalise(line(*values), Normalisation(kind="byte"))
+
+
+@pytest.mark.parametrize("kind", ["unit", "inside"])
+def test_a_constant_volume_has_no_range_of_its_own(kind: Literal["unit", "inside"]) -> None:
+    with pytest.raises(ValueError, match="one value everywhere"):
+        normalise(line(3, 3, 3), Normalisation(kind=kind), inside=torch.ones(3, 1, 1, dtype=torch.bool))

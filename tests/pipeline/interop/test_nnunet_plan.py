@@ -1,0 +1,161 @@
+"""nnU-Net's plans followed step by step, against what its own code made of the same volumes (make_steps.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import PlanError
+from pipeline.interop.nnunet_plan import (
+    CONVENTIONS,
+    axes_of_nnunet,
+    configuration_of,
+    plan_of_nnunet,
+    schema_of_nnunet,
+)
+from transforms.geometry import Geometry
+from transforms.placing import Placed, place, put_back
+from transforms.resample import move_argmax, move_regions
+
+FOLDER = Path(__file__).parents[2] / "data" / "nnunet"
+STEPS = np.load(FOLDER / "steps.npz")
+TOLD: dict[str, Any] = json.loads(str(STEPS["told"]))
+
+
+def documents(name: str = "slices_double") -> tuple[dict[str, Any], dict[str, Any], str]:
+    _, plans, dataset, configuration = json.loads(json.dumps(TOLD[name]))
+    return plans, dataset, configuration
+
+
+def stored(name: str, part: str) -> np.ndarray:
+    """An array of the study itself, k, j, i, as i, j, k."""
+    return STEPS[f"{name}.{part}"].swapaxes(-1, -3).copy()
+
+
+def of_the_network(name: str, part: str) -> np.ndarray:
+    """An array on nnU-Net's grid, its axes as the file's."""
+    axes = axes_of_nnunet(TOLD[name][1])
+    return STEPS[f"{name}.{part}"].transpose(0, *(1 + axes.index(axis) for axis in range(3))).copy()
+
+
+def placed_study(name: str) -> tuple[Placed, Geometry]:
+    plans, dataset, configuration = documents(name)
+    fields = plan_of_nnunet(plans, dataset, configuration)
+    channels = torch.from_numpy(stored(name, "channels").astype(np.float32))
+    k, j, i = TOLD[name][0]
+    source = Geometry((channels.shape[1], channels.shape[2], channels.shape[3]), np.diag([-i, -j, k, 1.0]))
+    placed = place(
+        channels,
+        source,
+        fields["placing"],
+        axis_codes=fields["axis_codes"],
+        spacing_mm=fields["spacing_mm"],
+        normalisations=[channel.normalisation for channel in fields["channels"]],
+    )
+    return placed, source
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_preprocessing_is_nnunets_own(name: str) -> None:
+    placed, _ = placed_study(name)
+    expected = of_the_network(name, "image")
+    assert placed.image.shape == expected.shape
+    assert np.abs(placed.image.numpy() - expected).max() < 2e-6 * max(10.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_labels_from_its_logits_are_nnunets_own(name: str) -> None:
+    placed, source = placed_study(name)
+    schema = schema_of_nnunet(TOLD[name][2])
+    logits = torch.from_numpy(of_the_network(name, "logits").astype(np.float32))
+    if schema.regions:
+        # A region is there where its logit is above 0.
+        found = move_regions(logits + 0.5, schema.painted_classes, placed.grid, placed.field)
+    else:
+        found = move_argmax(logits, placed.grid, placed.field)
+    label_map = schema.ids_from_classes(put_back(found, placed.field, placed.box, source)[0].numpy())
+    assert (label_map == stored(name, "labels")).all()
+
+
+def test_a_plan_by_hand() -> None:
+    """Its network's axes are those of the file in the order k, i, j; slices follow each other along k."""
+    plans, dataset, configuration = documents("last_axis_slices")
+    assert plans["transpose_forward"] == [2, 0, 1]
+    assert axes_of_nnunet(plans) == (0, 2, 1)
+    found = plan_of_nnunet(plans, dataset, configuration)
+    assert found["spacing_mm"] == (4.0, 1.0, 1.0)
+    assert found["patch_shape"] == (4, 8, 12)
+    assert found["slice_axis"] is None
+    assert found["inference"] == CONVENTIONS
+    assert [channel.modality for channel in found["channels"]] == ["CT", "MR"]
+    assert [channel.normalisation.kind for channel in found["channels"]] == ["inside", "zscore"]
+
+
+def test_a_flat_plan_by_hand() -> None:
+    """The network's axes in the plane are k and i; the slices stay as they are along j."""
+    plans, dataset, configuration = documents("flat_turned")
+    found = plan_of_nnunet(plans, dataset, configuration)
+    assert (found["slice_axis"], found["placing"].kept_axis) == (1, 1)
+    assert found["patch_shape"] == (8, 1, 12)
+    assert (found["spacing_mm"][0], found["spacing_mm"][2]) == (1.2, 1.1)
+
+
+def test_what_a_configuration_inherits() -> None:
+    plans, _, configuration = documents()
+    plans["configurations"]["mine"] = {"inherits_from": configuration, "batch_size": 9}
+    assert configuration_of(plans, "mine")["batch_size"] == 9
+    assert configuration_of(plans, "mine")["patch_size"] == plans["configurations"][configuration]["patch_size"]
+
+
+def test_readers_that_reorient() -> None:
+    plans, dataset, configuration = documents()
+    assert not plan_of_nnunet(plans, dataset, configuration)["placing"].reorients
+    plans["image_reader_writer"] = "NibabelIOWithReorient"
+    assert plan_of_nnunet(plans, dataset, configuration)["placing"].reorients
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"plans.image_reader_writer": "Tiff3DIO"}, "Tiff3DIO"),
+    ({"plans.label_manager": "MyManager"}, "MyManager"),
+    ({"plans.my_key": 1}, "my_key"),
+    ({"plans.transpose_forward": [0, 1, 1]}, "transpose_forward"),
+    ({"chosen.previous_stage": "3d_lowres"}, "3d_lowres.*cascade"),
+    ({"chosen.preprocessor_name": "MyPreprocessor"}, "MyPreprocessor"),
+    ({"chosen.resampling_fn_data": "my_resampling"}, "my_resampling"),
+    ({"chosen.resampling_fn_data_kwargs": {"order": 2}}, "order is 2"),
+    ({"chosen.resampling_fn_data_kwargs": {"sigma": 2}}, "sigma"),
+    ({"chosen.resampling_fn_probabilities_kwargs": {"order": 3}}, "expected order 1"),
+    ({"chosen.normalization_schemes": ["MyNormalization", "ZScoreNormalization"]}, "MyNormalization"),
+    ({"chosen.normalization_schemes": ["ZScoreNormalization"]}, "1 normalization_schemes for 2 channels"),
+    ({"chosen.patch_size": [8]}, "patch_size"),
+    ({"chosen.spacing": "fine"}, "spacing"),
+    ({"chosen.augmentation": "strong"}, "augmentation"),
+    ({"chosen.inherits_from": "nothing"}, "'nothing'"),
+    ({"dataset.channel_names": {"1": "CT", "2": "MR"}}, "channel_names"),
+    ({"dataset.labels": {"background": 0, "one": 1, "three": 3}}, "without gaps"),
+    ({"dataset.labels": [1, 2]}, "labels"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), REFUSED)
+def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    plans, dataset, configuration = documents()
+    places = {"plans": plans, "chosen": plans["configurations"][configuration], "dataset": dataset}
+    for key, value in changes.items():
+        place_of, _, name = key.partition(".")
+        places[place_of][name] = value
+    with pytest.raises(PlanError, match=named) as caught:
+        plan_of_nnunet(plans, dataset, configuration)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_window_for_a_ct() -> None:
+    plans, dataset, configuration = documents("slices_double")
+    plans["foreground_intensity_properties_per_channel"] = {}
+    with pytest.raises(PlanError, match="CTNormalization"):
+        plan_of_nnunet(plans, dataset, configuration)
