@@ -38,8 +38,9 @@ def segment_image(
     layout = layout_on(members, grid, field)
     restorer = SlabRestorer(grid, field, layout.axis, painted=_painted(schema), above=_above(members))
     classes = torch.zeros(field.shape, dtype=class_dtype(schema))
+    turned = _turns(members)
     for _, slab in stream_windows(members, image, layout, pace=pace, on_tile=on_tile):
-        restorer.add(slab, classes)
+        restorer.add(_probabilities(slab, schema) if turned else slab, classes)
         del slab  # else it would be held while the next windows are worked on
     return classes
 
@@ -61,4 +62,14 @@ def _painted(schema: LabelSchema) -> tuple[int, ...] | None:
 
 def _above(members: Sequence[Member]) -> float:
     """What a region's score is over where it is more likely than not."""
-    return 0.0 if members[0].settings.conventions.blend == "logits" else 0.5
+    return 0.0 if members[0].settings.conventions.blend == "logits" and not _turns(members) else 0.5
+
+
+def _turns(members: Sequence[Member]) -> bool:
+    """Whether blended logits become probabilities before they are interpolated."""
+    conventions = members[0].settings.conventions
+    return conventions.blend == "logits" and conventions.restores == "probabilities"
+
+
+def _probabilities(logits: Tensor, schema: LabelSchema) -> Tensor:
+    return logits.sigmoid() if schema.regions else logits.softmax(dim=0)

@@ -93,13 +93,15 @@ class ChannelPlan(Frozen):
 class InferenceConventions(Frozen):
     """How tiles become a result; a model from elsewhere keeps its maker's ways.
 
-    Overlapping tiles, mirrored passes and folds are averaged as `blend` says, tiles with the `weights` of
+    Overlapping tiles, mirrored passes and folds are averaged as `blend` says, and interpolated back as what they then
+    are, or as the `probabilities` that averaged logits amount to (`restores`). Tiles count with the `weights` of
     `transforms.patches`, or `even` ones. `tiles` are spread evenly, or follow each other at a fixed distance, the last
     one moved back to end with the volume. Volumes smaller than a tile are padded with each channel's own minimum or
     with zeros. A tile may be longer than the patch by `longest_window` where that spares tiles.
     """
 
     blend: Literal["probabilities", "logits"] = "probabilities"
+    restores: Literal["blended", "probabilities"] = "blended"
     weights: Literal["centred", "nnunet", "even"] = "centred"
     tiles: Literal["spread", "stepped"] = "spread"
     padding: Literal["minimum", "zero"] = "minimum"

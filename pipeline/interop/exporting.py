@@ -65,5 +65,16 @@ def _to_torchscript(model: Path, out: Path, *, force: bool) -> list[str]:
     return export_torchscript(one_bundle(model), out, force=force)
 
 
-EXPORTERS: dict[str, Exporter] = {"nnunet": _to_nnunet, "onnx": _to_onnx, "torchscript": _to_torchscript}
+def _to_monai(model: Path, out: Path, *, force: bool) -> list[str]:
+    from pipeline.interop.monai_export import export_monai
+
+    return export_monai(model, out, force=force)
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "nnunet": _to_nnunet,
+    "monai": _to_monai,
+    "onnx": _to_onnx,
+    "torchscript": _to_torchscript,
+}
 """Each imports what it needs when it is called."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -29,6 +30,9 @@ NETWORK_KEYS = ("network_def", "network", "net")
 INFERER_KEYS = ("inferer", "evaluator#inferer")
 BEFORE_KEYS, AFTER_KEYS = ("preprocessing", "pre_transforms"), ("postprocessing", "post_transforms")
 WEIGHTS = "models/model.pt"
+WRAPPED = "$torch.nn.Sequential(@network_def, torch.nn.Softmax(dim=1)).to(@device)"
+"""What `bundle export --to monai` writes of a model that blends probabilities."""
+
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "network")
 """Under which a checkpoint holds the weights beside other things."""
 
@@ -68,11 +72,13 @@ def import_monai(folder: Path, out: Path, *, choices: ImportChoices | None = Non
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; a MONAI bundle is a folder with configs/ and models/")
     config, metadata = read_monai_config(folder, said.overrides), read_metadata(folder)
-    network = network_of(config)
+    network, blend = network_of(config), _blend(config)
     outputs = outputs_of(_transforms(config, AFTER_KEYS), config.source, frozenset(said.left_out))
     schema, order = schema_of_outputs(metadata, outputs, said.nested)
     network = network.model_copy(update={"output_order": order})
     plan = _plan(config, metadata, network, frozenset(said.left_out), outputs)
+    ways = plan.inference.model_copy(update={"blend": blend})
+    plan = plan.model_copy(update={"inference": ways})
     _check_counts(network, plan, schema.output_count, metadata)
     module = filled_monai(network, read_weights(weights_file(folder, config)))
     facts = BundleFacts(
@@ -112,6 +118,24 @@ def network_of(config: MonaiConfig) -> MonaiNetwork:
         return MonaiNetwork(name=name, arguments=arguments)
     except ValidationError as error:
         raise BundleError(f"{config.source}: {key}: {error.errors()[0]['msg']}") from error
+
+
+def _blend(config: MonaiConfig) -> Literal["logits", "probabilities"]:
+    """What tiles are averaged of: the network's outputs as they are, or the probabilities that they are made into.
+
+    Raises:
+        BundleError: what is called with the tiles is code that is not known.
+    """
+    said = config.shallow("network") if config.has("network_def") and config.has("network") else "@network_def"
+    plain = re.sub(r"\s", "", said) if isinstance(said, str) else ""
+    if re.fullmatch(r"\$?@network_def(\.to\(@device\))?(\.eval\(\))?", plain):
+        return "logits"
+    if plain == re.sub(r"\s", "", WRAPPED):
+        return "probabilities"
+    raise BundleError(
+        f"{config.source}: network is code, '{str(said)[:60]}', which is not run; if it is the network of network_def "
+        "as it is, give --set 'network=\"@network_def\"'"
+    )
 
 
 def weights_file(folder: Path, config: MonaiConfig) -> Path:
@@ -271,6 +295,7 @@ def _plan(
         patch_gflop=0.0,
         inference=InferenceConventions(
             blend="logits",
+            restores="probabilities",
             weights="centred" if inferer["mode"] == "gaussian" else "even",
             tiles="stepped",
             padding="zero",

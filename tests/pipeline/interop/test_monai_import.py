@@ -101,11 +101,11 @@ def tiny() -> torch.nn.Module:
     torch.manual_seed(1)
     network = nets.UNet(**{k: v for k, v in UNET.items() if not k.startswith("_")})
     folder = Path(__file__).parents[2] / "data/hippocampus"
-    image, label = (read(folder / kind / "hippocampus_001.nii.gz").voxels[:32, :48, :32]
+    image, label = (read(folder / kind / "hippocampus_001.nii.gz").voxels[2:26, 12:44, 4:28]
                     for kind, read in (("images", read_volume), ("labels", read_label)))  # fmt: skip
     batch, target = torch.tensor(image)[None, None] / 300, torch.tensor(label, dtype=torch.long)[None]
-    optimiser = torch.optim.Adam(network.parameters(), lr=0.02)
-    for _ in range(30):
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.04)
+    for _ in range(15):
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(network(batch), target, torch.tensor([0.2, 1.0, 1.0])).backward()
         optimiser.step()
@@ -169,8 +169,8 @@ def test_the_result_is_that_of_monai(tmp_path: Path, study: Path, mode: str, roi
     expected = run_by_monai(folder, study)
     assert found.label_map.shape == expected.shape
     assert len(np.unique(expected)) == 3
-    # MONAI makes probabilities of the blended logits before it interpolates them back; ours are interpolated as logits.
-    assert float(np.mean(found.label_map == expected)) > 0.995
+    # What is left is where two probabilities are equal but for rounding.
+    assert float(np.mean(found.label_map == expected)) > 0.9995
 
 
 def run_by_monai(folder: Path, study: Path) -> np.ndarray:
@@ -248,6 +248,7 @@ def test_other_networks(tmp_path: Path, name: str, arguments: dict[str, Any]) ->
         ("network_def#_target_", "scripts.net.Mine", "the network scripts.net.Mine is not known, and code of a bundle"),
         ("network_def#_target_", "os.UNet", "the network os.UNet is not known"),
         ("network_def", "$monai.networks.nets.UNet()", "no network (looked for network_def"),
+        ("network", "$my.wrap(@network_def)", "network is code, '$my.wrap(@network_def)', which is not run; if it is"),
         ("network_def#channels", "$[4] + [8, 16]", "network_def#channels is code, '$[4] + [8, 16]', which is not run"),
         ("network_def#channels", "$(lambda: 1)()", "is code"),
         ("network_def#depth", 3, "network 'UNet' of this MONAI has no argument 'depth'"),
