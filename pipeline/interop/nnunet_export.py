@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bundle import CONFIG, ModelBundle, find_bundles, load_bundle
-from pipeline.errors import ExportError
+from pipeline.errors import ExportError, RunError
 from pipeline.files import atomic_folder, write_json
 from pipeline.interop.nnunet_checkpoint import read_checkpoint
 from pipeline.interop.nnunet_folder import ALL, CHECKPOINTS, DATASET, PLANS, open_trained
@@ -53,9 +53,11 @@ def export_nnunet(model: Path, out: Path, *, force: bool) -> list[str]:
     Raises:
         ExportError: nnU-Net has no words for the model, or what was written did not read back the same.
         BundleError: `model` is no bundle, or damaged.
-        RunError: `out` exists and `force` was not given, or cannot be written.
+        RunError: `out` exists and `force` was not given, or is something else, or cannot be written.
     """
     paths = find_bundles(model)
+    if out.exists() and not (out / PLANS).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(f"{out}: not a trained nnU-Net model, and not to be replaced; give another name")
     folds = []
     with atomic_folder(out, force=force) as temporary:
         for path in paths:

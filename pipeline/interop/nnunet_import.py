@@ -110,9 +110,8 @@ def _spec(trained: TrainedFolder, checkpoint: NnunetCheckpoint) -> UNetSpec:
 
 def _mirror_axes(trained: TrainedFolder, checkpoint: NnunetCheckpoint) -> tuple[int, ...]:
     """Ours of the volume, from those of nnU-Net's network, which in 2D has no axis across slices."""
-    files = axes_of_nnunet(trained.plans)
     chosen = configuration_of(trained.plans, checkpoint.configuration)
-    files = files[3 - len(chosen["patch_size"]) :]
+    files = axes_of_nnunet(trained.plans)[3 - len(chosen["patch_size"]) :]
     if any(axis not in range(len(files)) for axis in checkpoint.mirror_axes):
         raise BundleError(f"{trained.path}: mirror axes {checkpoint.mirror_axes} of a network of {len(files)} axes")
     return tuple(sorted(files[axis] for axis in checkpoint.mirror_axes))

@@ -21,8 +21,15 @@ from pipeline.interop.nnunet_import import import_nnunet
 
 DATA = Path(__file__).parents[2] / "data" / "nnunet"
 CHECKPOINT = "checkpoint_final.pth"
-AXES = {"plain_3d": (2, 1, 0), "plain_2d": (1, 2, 0), "resenc_3d": (0, 2, 1)}
-"""For each axis of nnU-Net's network that of the file, worked out by hand from transpose_forward."""
+NAMES = ("plain_3d", "plain_2d", "resenc_3d")
+TRANSPOSED = [
+    ("plain_3d", [0, 1, 2], (2, 1, 0)),
+    ("plain_3d", [1, 0, 2], (1, 2, 0)),
+    ("plain_2d", [1, 0, 2], (1, 2, 0)),
+    ("plain_2d", [2, 0, 1], (0, 2, 1)),
+    ("resenc_3d", [2, 0, 1], (0, 2, 1)),
+]
+"""transpose_forward, and for each axis of nnU-Net's network that of the file, worked out by hand."""
 
 
 def copied(name: str, target: Path, *, folds: tuple[str, ...] = ("0",)) -> Path:
@@ -43,22 +50,27 @@ def edited(folder: Path, name: str, change: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", sorted(AXES))
-def test_a_bundle_gives_nnunets_logits_for_volumes_as_files_store_them(name: str, tmp_path: Path) -> None:
-    (path,) = import_nnunet(DATA / name, tmp_path / "bundle")
+@pytest.mark.parametrize(("name", "transpose", "files"), TRANSPOSED)
+def test_a_bundle_gives_nnunets_logits_for_volumes_as_files_store_them(
+    name: str, transpose: list[int], files: tuple[int, ...], tmp_path: Path
+) -> None:
+    def turn(plans: dict[str, object]) -> None:
+        plans["transpose_forward"] = transpose
+
+    (path,) = import_nnunet(edited(copied(name, tmp_path / "source"), "plans.json", turn), tmp_path / "bundle")
     bundle, check = load_bundle(path), np.load(DATA / name / "network_check.npz")
     image, logits = (torch.from_numpy(check[key]) for key in ("image", "logits"))
     if name == "plain_2d":
         image, logits = image[:, None], logits[:, None]
-    files = AXES[name]
     order = (0, *(1 + files.index(axis) for axis in range(3)))
     image, logits = image.permute(order), logits.permute(order)
     assert bundle.plan.patch_shape == tuple(image.shape[1:])
     with torch.no_grad():
         found = bundle.network(image[None].contiguous())[0]
     assert torch.allclose(found, logits, rtol=0, atol=1e-5)
-    assert bundle.plan.mirror_axes == ((0, 2) if name == "plain_2d" else (0, 1, 2))
-    assert bundle.plan.slice_axis == (1 if name == "plain_2d" else None)
+    slice_axis = files[0] if name == "plain_2d" else None
+    assert bundle.plan.slice_axis == slice_axis
+    assert bundle.plan.mirror_axes == tuple(axis for axis in range(3) if axis != slice_axis)
 
 
 def test_what_a_bundle_says_of_its_origin(tmp_path: Path) -> None:
@@ -116,9 +128,12 @@ def test_nothing_but_bundles_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists already"):
         import_nnunet(DATA / "plain_2d", tmp_path / "bundle")
     import_nnunet(DATA / "plain_2d", tmp_path / "bundle", force=True)
+    with pytest.raises(RunError, match="not to be replaced"):
+        export_model(tmp_path / "bundle", tmp_path / "precious", to="nnunet", force=True)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("name", sorted(AXES))
+@pytest.mark.parametrize("name", NAMES)
 def test_an_imported_model_goes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     source = copied(name, tmp_path / "source", folds=("0", "1"))
     import_nnunet(source, tmp_path / "run")
