@@ -13,6 +13,7 @@ Arrays in, numbers out. NaN stands for "not defined": a distance to a surface th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,8 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 _CODES = 256
+_NEAR_VOXELS = 120
+"""Size of the ball around an element that is searched step by step; what two good readers differ by lies within."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ class SurfaceDistances:
         """
         if not self._is_defined:
             return float("nan")
-        sums = sum(float(distances @ areas) for distances, areas in (self._prediction, self._reference))
+        sums = sum(float((distances * areas).sum()) for distances, areas in (self._prediction, self._reference))
         return sums / float(self.prediction_areas_mm2.sum() + self.reference_areas_mm2.sum())
 
     @property
@@ -173,22 +176,49 @@ def _nearest_mm(
 ) -> Floats:
     """From each cube's centre to the nearest of the others; 0 for those that are among them.
 
-    A tree of the surface beats a distance transform of the box: it is asked only where the surfaces lie apart.
+    Asked only where the surfaces lie: first the near places around each cube, in the order of their distances, then
+    a tree for what has no neighbour there. Both beat a distance transform of the box.
     """
     if not (cubes.size and others.size):
         return np.full(cubes.size, np.inf)
+    steps, steps_mm = _near_steps(*spacing_mm.tolist())
+    margin = np.abs(steps).max(axis=0)
+    padded = tuple(int(n) for n in np.array(shape) + 2 * margin)
+    places, other_places = _places(cubes, shape), _places(others, shape)
+    is_other = np.zeros(math.prod(padded), dtype=np.bool_)
+    is_other[np.ravel_multi_index(tuple((other_places + margin).T), padded)] = True
     distances_mm = np.zeros(cubes.size)
-    is_other = np.zeros(np.prod(shape), dtype=np.bool_)
-    is_other[others] = True
-    apart = np.flatnonzero(~is_other[cubes])
-    if apart.size:
-        places, other_places = _places(cubes[apart], shape), _places(others, shape)
-        tree = KDTree(other_places * spacing_mm, balanced_tree=False, compact_nodes=False)
-        _, nearest = tree.query(places * spacing_mm)
-        # From whole steps, so that a tolerance of one voxel holds what is one voxel away.
-        steps_mm = (places - other_places[nearest]) * spacing_mm
-        distances_mm[apart] = np.sqrt(np.einsum("ij,ij->i", steps_mm, steps_mm))
+    left, at = np.arange(cubes.size), np.ravel_multi_index(tuple((places + margin).T), padded)
+    strides = np.array([padded[1] * padded[2], padded[2], 1])
+    for step, step_mm in zip((steps @ strides).tolist(), steps_mm.tolist(), strict=True):
+        is_far = ~is_other[at + step]
+        distances_mm[left] = step_mm
+        left, at = left[is_far], at[is_far]
+        if not left.size:
+            return distances_mm
+    distances_mm[left] = _far_mm(places[left], other_places, spacing_mm)
     return distances_mm
+
+
+def _far_mm(places: npt.NDArray[np.intp], others: npt.NDArray[np.intp], spacing_mm: Floats) -> Floats:
+    tree = KDTree(others * spacing_mm, leafsize=16, balanced_tree=False, compact_nodes=False)
+    _, nearest = tree.query(places * spacing_mm)
+    # From whole steps, so that a tolerance of a few voxels holds what is as many voxels away.
+    steps_mm = (places - others[nearest]) * spacing_mm
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", steps_mm, steps_mm)))
+
+
+@lru_cache(maxsize=32)
+def _near_steps(i_mm: float, j_mm: float, k_mm: float) -> tuple[npt.NDArray[np.intp], Floats]:
+    """All steps (S, 3) from a voxel to those within a ball of `_NEAR_VOXELS`, nearest first, and their lengths (S,)."""
+    spacing_mm = np.array([i_mm, j_mm, k_mm])
+    limit_mm = float((0.75 / math.pi * _NEAR_VOXELS * spacing_mm.prod()) ** (1 / 3))
+    reach = [int(limit_mm / side_mm) for side_mm in spacing_mm]
+    steps = np.stack(np.meshgrid(*[np.arange(-n, n + 1) for n in reach], indexing="ij"), axis=-1).reshape(-1, 3)
+    lengths_mm = np.sqrt(((steps * spacing_mm) ** 2).sum(axis=1))
+    order = np.argsort(lengths_mm, kind="stable")
+    order = order[lengths_mm[order] <= limit_mm]
+    return steps[order], lengths_mm[order]
 
 
 def _places(cubes: npt.NDArray[np.intp], shape: tuple[int, ...]) -> npt.NDArray[np.intp]:

@@ -78,6 +78,19 @@ def test_as_brute_force(seed: int, spacing_mm: tuple[float, float, float]) -> No
     assert found.hausdorff_mm() == pytest.approx(max(between.min(axis=0).max(), between.min(axis=1).max()))
 
 
+@pytest.mark.parametrize("spacing_mm", [CUBIC, FLAT, (0.4, 0.4, 6.0)])
+def test_as_brute_force_near_and_far(spacing_mm: tuple[float, float, float]) -> None:
+    """Single voxels, some in and some out of the ball that is searched step by step."""
+    rng = np.random.default_rng(8)
+    ours, theirs = rng.random((2, 16, 14, 12)) > 0.997
+    found = surface_distances(ours, theirs, spacing_mm)
+    between = cdist(np.array(sorted(cubes(ours))) * spacing_mm, np.array(sorted(cubes(theirs))) * spacing_mm)
+    assert np.allclose(found.to_reference_mm, between.min(axis=1), rtol=1e-12)
+    assert np.allclose(found.to_prediction_mm, between.min(axis=0), rtol=1e-12)
+    limit_mm = (0.75 / math.pi * 120 * math.prod(spacing_mm)) ** (1 / 3)
+    assert found.to_reference_mm.min() < limit_mm < found.to_reference_mm.max()
+
+
 def test_areas_of_a_ball_and_a_stretched_one() -> None:
     grid = np.stack(np.meshgrid(*[np.arange(41) - 20] * 3, indexing="ij"))
     ball = np.linalg.norm(grid, axis=0) <= 15
