@@ -120,6 +120,7 @@ def _adopted(request: Request) -> Dataset:
 
 def _from_bids(request: Request) -> Dataset:
     from pipeline.manifest_bids import LabelRule, build_bids, image_kinds, unlisted_subjects
+    from pipeline.manifest_formats import named
 
     if not request.modalities:
         known = ", ".join(f"{suffix} ({count})" for suffix, count in image_kinds(request.images).items()) or "none"
@@ -135,9 +136,9 @@ def _from_bids(request: Request) -> Dataset:
         patients=request.patients,
     )
     without_folder, unlisted = unlisted_subjects(request.images)
-    for what, subjects in (("without a folder", without_folder), ("with a folder that it does not list", unlisted)):
+    for what, subjects in (("listed without a folder", without_folder), ("a folder, but not listed", unlisted)):
         if subjects:
-            print(f"participants.tsv: {len(subjects)} subjects {what}: {', '.join(subjects[:20])}")
+            print(f"participants.tsv: {what}: {named(subjects)}")
     return dataset
 
 

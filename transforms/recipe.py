@@ -20,6 +20,7 @@ from transforms.recipe_spec import (
     Stretch,
 )
 from transforms.resample import move
+from transforms.spline import Order
 
 SAME_SIDE_MM = 1e-3
 """A voxel's side that differs from the wanted one by no more stays as it is (MONAI, utils/misc.py, AFFINE_TOL)."""
@@ -38,7 +39,7 @@ def follow(steps: Sequence[Step], image: Tensor, source: Geometry) -> tuple[Tens
         else:
             target = next_grid(step, grid)
         if target is not grid:
-            order = 0 if isinstance(step, Respace) and step.interpolation == "nearest" else 1
+            order: Order = 0 if isinstance(step, Respace) and step.interpolation == "nearest" else 1
             image, grid = move(image, grid, target, order=order), target
         else:
             image = _change(image, step)

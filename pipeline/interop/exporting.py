@@ -68,7 +68,7 @@ def _to_torchscript(model: Path, out: Path, *, force: bool) -> list[str]:
 def _to_monai(model: Path, out: Path, *, force: bool) -> list[str]:
     from pipeline.interop.monai_export import export_monai
 
-    return export_monai(model, out, force=force)
+    return export_monai(one_bundle(model), out, force=force)
 
 
 EXPORTERS: dict[str, Exporter] = {

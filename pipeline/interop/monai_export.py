@@ -17,7 +17,6 @@ from torch import nn
 from pipeline.bundle import ModelBundle, load_bundle
 from pipeline.errors import ExportError
 from pipeline.files import atomic_folder, write_json, write_text
-from pipeline.interop.exporting import one_bundle
 from pipeline.interop.monai_layout import (
     after_network,
     before_network,
@@ -38,11 +37,11 @@ def export_monai(model: Path, out: Path, *, force: bool) -> list[str]:
     """Write the bundle `model` as the MONAI bundle `out`, a folder; the lines to tell of it.
 
     Raises:
-        BundleError: `model` is none, or several.
+        BundleError: `model` is none.
         ExportError: its preprocessing cannot be said with MONAI's transforms, or what was written gives another output.
         RunError: `out` exists and `force` was not given, or cannot be written.
     """
-    bundle = load_bundle(one_bundle(model))
+    bundle = load_bundle(model)
     named = monai_network(bundle.plan)
     config = _config(bundle, named)
     with atomic_folder(out, force=force) as folder:
@@ -68,7 +67,7 @@ def _write_network(bundle: ModelBundle, named: MonaiNetwork | None, folder: Path
     if named is None:
         with quiet_recording():
             torch.jit.save(recorded(bundle), folder / SCRIPT)
-            network = torch.jit.load(folder / SCRIPT, map_location="cpu")
+            network = torch.jit.load(folder / SCRIPT, map_location="cpu")  # type: ignore[no-untyped-call]
     else:
         torch.save(bundle.network.state_dict(), folder / STATE)
         network = filled_monai(named, torch.load(folder / STATE, map_location="cpu", weights_only=True))
