@@ -237,6 +237,7 @@ def evaluate(
     references: Annotated[Path, typer.Argument(metavar="REF", help="A label map, a folder, or a manifest.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row a case and label.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with figures and every case.")] = None,
     root: Root = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Score what is there.")] = False,
     tolerances: Annotated[
@@ -252,7 +253,7 @@ def evaluate(
     """Dice, surface distances and volumes per case and label, with worst cases and bootstrap 95 % intervals."""
     from pipeline.cli_evaluate import Wishes, evaluate_paths
 
-    wishes = Wishes(json_file, csv_file, tolerances or (), lesions or (), allow_missing)
+    wishes = Wishes(json_file, csv_file, html_file, tolerances or (), lesions or (), allow_missing)
     if not evaluate_paths(predictions, references, root, wishes=wishes, console=_console()):
         raise typer.Exit(1)
 

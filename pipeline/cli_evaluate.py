@@ -22,6 +22,7 @@ class Wishes:
 
     json_file: Path | None = None
     csv_file: Path | None = None
+    html_file: Path | None = None
     tolerances: Sequence[str] = ()
     lesions: Sequence[str] = ()
     allow_missing: bool = False
@@ -47,6 +48,10 @@ def evaluate_paths(
         write_json(wishes.json_file, report.to_json())
     if wishes.csv_file:
         write_text(wishes.csv_file, report.to_csv())
+    if wishes.html_file:
+        from pipeline.report_page import RunFacts, write_report_page
+
+        write_report_page(wishes.html_file, report, RunFacts(predictions.name))
     show_report(str(predictions), report)
     for failure in report.failures:
         console.note(f"not scored: {failure.case_id}: {failure.reason}")
@@ -79,6 +84,8 @@ def show_report(title: str, report: Report) -> None:
     for table in tables(report):
         show_table(f"{table.title}, {title}" if table.title == "Dice" else table.title, table.rows)
         print()
+    for case in report.explanations:
+        print(f"{case.case_id}: {case.sentence}; look at its header and label table before the model")
 
 
 def _millimetres(text: str, number: str) -> float:

@@ -25,7 +25,8 @@ from pipeline.history import HISTORY, read_history
 from pipeline.manifest import Case, Dataset
 from pipeline.predict import Model, PredictSettings, predict
 from pipeline.provenance import provenance_tags
-from pipeline.report import CaseFailure, CaseScores, Report, dice_distribution, learning_curves
+from pipeline.report import dice_distribution, learning_curves
+from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
     DONE,
@@ -149,11 +150,14 @@ def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
     """Every case scored by the model that never saw it, all folds together."""
     cases: list[CaseScores] = []
     failures: list[CaseFailure] = []
+    explanations: list[CaseExplanation] = []
     for fold in folds:
         report = Report.from_json(json.loads((run.fold_folder(fold) / REPORT_JSON).read_bytes()))
         cases += report.cases
         failures += report.failures
-    return summarise(cases, settings=run.config.evaluate, failures=failures)
+        explanations += report.explanations
+    whole = summarise(cases, settings=run.config.evaluate, failures=failures)
+    return whole.model_copy(update={"explanations": tuple(explanations)})
 
 
 class _Observer:

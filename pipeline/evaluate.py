@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
+from pipeline.bad_cases import bad_cases, explain_case
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError, GeometryMismatch, VolsegError, VolumeError
 from pipeline.manifest import Dataset
@@ -26,7 +27,7 @@ from pipeline.references import (
     match_by_name,
     references_of_dataset,
 )
-from pipeline.report_values import CaseFailure, CaseScores, LabelScore, Report
+from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, LabelScore, Report
 from pipeline.scores import CaseMeasures, label_scores, measure_ids, name_of_id, region_scores
 from pipeline.summary import some, summarise
 from transforms.labels import LabelSchema, schema_from_names
@@ -93,13 +94,14 @@ def evaluate_files(
     if schema is None:
         schema = _schema_of_found_ids(measured)
         _check_labels(settings, schema)
-    return summarise(
+    report = summarise(
         [_case_scores(case, schema) for case in measured],
         settings=settings,
         failures=failures,
         missing_predictions=missing,
         extra_predictions=extra,
     )
+    return report.model_copy(update={"explanations": _explanations(report, pairs, schema)})
 
 
 Pair = tuple[Path, Reference]
@@ -177,6 +179,20 @@ def _measure_case(pair: Pair, schema: LabelSchema | None, settings: EvaluateConf
         return _MeasuredCase(reference, figures)
     except VolsegError as error:
         return error
+
+
+def _explanations(report: Report, pairs: Sequence[Pair], schema: LabelSchema) -> tuple[CaseExplanation, ...]:
+    """Bad cases are read once more: they are few."""
+    of_case = {reference.case_id: (path, reference) for path, reference in pairs}
+    found = ((case_id, _explained(of_case[case_id], schema)) for case_id in bad_cases(report.cases))
+    return tuple(CaseExplanation(case_id=i, sentence=sentence) for i, sentence in found if sentence is not None)
+
+
+def _explained(pair: Pair, schema: LabelSchema) -> str | None:
+    path, reference = pair
+    predicted, expected = read_label(path), read_label(reference.path)
+    ids = expected.voxels if reference.annotation is None else reference.annotation.ids(expected.voxels)
+    return explain_case(predicted, replace(expected, voxels=ids), schema)
 
 
 def _case_scores(case: _MeasuredCase, schema: LabelSchema) -> CaseScores:

@@ -105,6 +105,15 @@ class CaseFailure(BaseModel):
     reason: str
 
 
+class CaseExplanation(BaseModel):
+    """A bad case, and what of its header or label table would explain it (see `header_faults`)."""
+
+    model_config = _VALUE
+
+    case_id: str
+    sentence: str
+
+
 class CaseDice(BaseModel):
     """A case among the worst."""
 
@@ -223,7 +232,8 @@ class Report(BaseModel):
     """Everything that an evaluation found.
 
     `failures` are cases that could not be scored, `missing_predictions` references that had no prediction,
-    `extra_predictions` predictions that had no reference; none of them is part of any figure.
+    `extra_predictions` predictions that had no reference; none of them is part of any figure. `explanations` are of
+    bad cases that a header or a label table may have made so.
     """
 
     model_config = _VALUE
@@ -237,6 +247,7 @@ class Report(BaseModel):
     failures: tuple[CaseFailure, ...] = ()
     missing_predictions: tuple[str, ...] = ()
     extra_predictions: tuple[str, ...] = ()
+    explanations: tuple[CaseExplanation, ...] = ()
 
     @property
     def summaries(self) -> tuple[LabelSummary, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -21,25 +21,22 @@ def write_report_page(
     run: RunFacts,
     *,
     pictures: Sequence[Picture] = (),
-    explanations: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the page of an evaluation or a cross-validation.
-
-    `explanations` are sentences by case id, as `header_faults.explain` finds them. Case ids are shown, patients' never.
+    """Write the page of an evaluation or a cross-validation. Case ids are shown, patients' never.
 
     Raises:
         RunError: the file cannot be written.
     """
-    write_text(target, page(report, run, pictures=pictures, explanations=explanations or {}))
+    write_text(target, page(report, run, pictures=pictures))
 
 
-def page(report: Report, run: RunFacts, *, pictures: Sequence[Picture] = (), explanations: Mapping[str, str]) -> str:
+def page(report: Report, run: RunFacts, *, pictures: Sequence[Picture] = ()) -> str:
     """The HTML text; the same for the same values."""
     parts = [
         ("figures", "Figures", sections.figures(report)),
         ("cases", "Every case", sections.distributions(report)),
         ("pictures", "Worst, median and best", sections.pictures(pictures)),
-        ("worst", "Cases to look at first", sections.worst_cases(report, explanations)),
+        ("worst", "Cases to look at first", sections.worst_cases(report)),
         ("volumes", "Agreement of volumes", sections.volumes(report)),
         ("curves", "Learning curves", sections.curves(run)),
         ("plan", "The plan, and why", sections.plan(run)),

@@ -66,14 +66,14 @@ def pictures(shown: Sequence[Picture]) -> str:
     )
 
 
-def worst_cases(report: Report, explanations: Mapping[str, str]) -> str:
+def worst_cases(report: Report) -> str:
     """The cases to look at first, and what explains them where something does."""
     rows = [{"case": c.case_id, "mean Dice": c.dice} for c in report.overall.worst]
     body = table(rows)
     told = "".join(
-        f'<p class="warning"><b>{escape(case_id)}</b>: {escape(sentence)}. Look at its header and its label table '
+        f'<p class="warning"><b>{escape(e.case_id)}</b>: {escape(e.sentence)}. Look at its header and its label table '
         "before the model.</p>"
-        for case_id, sentence in explanations.items()
+        for e in report.explanations
     )
     return body + told
 

@@ -14,7 +14,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.evaluate import summarise
 from pipeline.report_page import Picture, RunFacts, read_run_facts, write_report_page
 from pipeline.report_page.charts import Line, Point, Scale, Strip, line_chart, scatter_chart, strip_chart, ticks
-from pipeline.report_values import CaseScores, LabelScore, Report
+from pipeline.report_values import CaseExplanation, CaseScores, LabelScore, Report
 
 VOID = {"meta", "img"}
 
@@ -99,7 +99,8 @@ class TestPage:
             assert f'<section id="{link}">' in text
 
     def test_names_are_text_and_patients_are_not_there(self, run_folder: Path) -> None:
-        text = written(run_folder, report(patient="DOE^JOHN"), explanations={"case_7": "its axes <are> wrong"})
+        why = CaseExplanation(case_id="case_7", sentence="its axes <are> wrong")
+        text = written(run_folder, report(patient="DOE^JOHN").model_copy(update={"explanations": (why,)}))
         assert "<b>kidney</b>" not in text
         assert "left &lt;b&gt;kidney&lt;/b&gt;" in text
         assert "its axes &lt;are&gt; wrong" in text
