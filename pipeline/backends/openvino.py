@@ -45,7 +45,7 @@ def openvino_network(
             tiles of one size alone.
         ExportError: the logits are not the bundle's.
     """
-    openvino = _silent_openvino()
+    openvino = silent_openvino()
     _require_fit(bundle, device, precision)
     properties = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -59,7 +59,7 @@ def openvino_network(
     return network
 
 
-def _silent_openvino() -> Any:
+def silent_openvino() -> Any:
     """The package, without its telemetry.
 
     Unless told otherwise on each machine, it tells a server of every import and conversion, by a package of its own
