@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -235,10 +236,11 @@ def _inferer(config: MonaiConfig) -> dict[str, Any]:
     said: dict[str, Any] = {**_INFERER_DEFAULTS, **_INFERER_KNOWN, **config.resolve(plain, key)}
     for name in sorted(said.keys() - _INFERER_DEFAULTS.keys() - {"roi_size"}):
         if name not in _INFERER_KNOWN or said[name] != _INFERER_KNOWN[name]:
-            expected = f", expected {_INFERER_KNOWN[name]!r}" if name in _INFERER_KNOWN else ""
+            known = name in _INFERER_KNOWN
+            way = f"; --set '{key}#{name}={json.dumps(_INFERER_KNOWN[name])}' takes another" if known else ""
             raise BundleError(
-                f"{config.source}: {key}#{name} {said[name]!r} is not understood{expected}; with --set {key}#{name}="
-                "VALUE (JSON) another one can be tried, which changes the result at the borders"
+                f"{config.source}: {key}#{name} {said[name]!r} is not understood{way}"
+                f"{', which changes results at the borders' if known else ''}"
             )
     if said["mode"] not in ("constant", "gaussian") or said["sigma_scale"] != 0.125:
         raise BundleError(f"{config.source}: {key}: expected mode constant, or gaussian with a sigma_scale of 0.125")
