@@ -55,6 +55,24 @@ AnySeries = Annotated[
 ResampleUneven = Annotated[
     bool, typer.Option("--resample-uneven", help="Interpolate DICOM slices with uneven gaps instead of refusing them.")
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="As 6GB: what may be held in all; default: 80 % of what is free. Results are the same.",
+    ),
+]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Say what memory each study will take, and stop: nothing is segmented.")
+]
+Backend = Annotated[
+    str, typer.Option("--backend", metavar="NAME", help="What runs the network; a name that is none lists them.")
+]
+Step = Annotated[
+    float | None,
+    typer.Option("--step", min=0.1, max=1.0, help="Distance of windows, of a window's side; default: the model's."),
+]
 Smooth = Annotated[int, typer.Option("--smooth", metavar="ROUNDS", min=0, help="Rounds of smoothing of meshes.")]
 Deidentify = Annotated[
     bool, typer.Option("--deidentify", help="Remove the patient's identity from the results (PS3.15 basic profile).")
@@ -187,24 +205,10 @@ def predict(
     deidentify_source: DeidentifySource = False,
     key: KeyFile = None,
     smooth: Smooth = 0,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--max-memory",
-            metavar="SIZE",
-            help="As 6GB: what may be held in all; default: 80 % of what is free. Results are the same.",
-        ),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say what memory each study will take, and stop: nothing is segmented.")
-    ] = False,
-    backend: Annotated[
-        str, typer.Option("--backend", metavar="NAME", help="What runs the network; a name that is none lists them.")
-    ] = "torch",
-    step: Annotated[
-        float | None,
-        typer.Option("--step", min=0.1, max=1.0, help="Distance of windows, of a window's side; default: the model's."),
-    ] = None,
+    max_memory: MaxMemory = None,
+    explain: Explain = False,
+    backend: Backend = "torch",
+    step: Step = None,
 ) -> None:
     """Segment volumes, or a study of an archive; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
