@@ -486,17 +486,3 @@ class TestSettings:
             evaluate_files(label_map, label_map, SCHEMA, settings=EvaluateConfig(**settings))
         with pytest.raises(ConfigError, match="the labels are label 1"):
             evaluate_files(label_map, label_map, settings=EvaluateConfig(**settings))
-
-
-class TestExplanations:
-    def test_a_mirrored_case_among_good_ones_is_explained(self, tmp_path: Path) -> None:
-        organ = np.zeros((12, 10, 8), np.uint8)
-        organ[1:4, 2:8, 2:6] = 1
-        organ[7:9, 2:5, 2:6] = 2
-        for name in ("a", "b", "c"):
-            write_label(tmp_path / "found" / f"{name}.nii.gz", np.flip(organ, 0) if name == "b" else organ)
-            write_label(tmp_path / "wanted" / f"{name}.nii.gz", organ)
-        report = evaluate_files(tmp_path / "found", tmp_path / "wanted", SCHEMA, settings=SETTINGS)
-        assert [e.case_id for e in report.explanations] == ["b"]
-        assert report.explanations[0].sentence.endswith("if it is mirrored left to right")
-        assert Report.from_json(report.to_json()) == report

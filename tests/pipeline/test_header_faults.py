@@ -4,13 +4,19 @@ excused."""
 from __future__ import annotations
 
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pipeline.evaluate import evaluate_files
 from pipeline.header_faults import Explanation, explain
+from pipeline.report_values import Report
+from transforms.labels import schema_from_names
+
+from .test_evaluate import write_label
 
 Array = npt.NDArray[Any]
 NAMES = {1: "kidney right", 2: "kidney left", 3: "liver"}
@@ -116,3 +122,14 @@ def test_large_volumes_are_thinned_in_the_search_and_scored_in_full() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a prediction of \(2, 2, 2\) against a reference of \(2, 2, 3\)"):
         explain(np.zeros((2, 2, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), names=NAMES)
+
+
+def test_a_mirrored_case_among_good_ones_is_explained_in_the_report(tmp_path: Path) -> None:
+    schema = schema_from_names(NAMES)
+    for name in ("a", "b", "c"):
+        write_label(tmp_path / "found" / f"{name}.nii.gz", np.flip(patient(), 0) if name == "b" else patient())
+        write_label(tmp_path / "wanted" / f"{name}.nii.gz", patient())
+    report = evaluate_files(tmp_path / "found", tmp_path / "wanted", schema)
+    assert [e.case_id for e in report.explanations] == ["b"]
+    assert report.explanations[0].sentence.endswith("if it is mirrored left to right")
+    assert Report.from_json(report.to_json()) == report
