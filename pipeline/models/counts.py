@@ -151,7 +151,8 @@ def _encoder_stage(spec: UNetSpec, index: int, shape: Shape) -> _Stage:
         shape = tuple(side // s for side, s in zip(shape, stride, strict=True))
         other_bytes = channels * math.prod(shape) * (FLOAT_BYTES + POOL_INDEX_BYTES)
         stride = (1,) * spec.dimensions
-    kinds, stem = [spec.block] * spec.encoder_blocks[index], []
+    kinds: list[str] = [spec.block] * spec.encoder_blocks[index]
+    stem: list[_Convolution] = []
     if index == 0 and spec.stem_channels:
         stem, _ = _plain_block(spec, 0, channels=channels, shape=shape, stride=stride, out_channels=spec.stem_channels)
         channels, shape = spec.stem_channels, stem[0].shape
