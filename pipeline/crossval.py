@@ -69,7 +69,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         report = out_of_fold_report(run, finished)
         _write_report(run.folder, report)
         dice_distribution(report, run.folder / "dice.png")
-        tracker.metrics(_headline(report), step=0)
+        tracker.metrics(_tracked(report), step=0)
         for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
         _track_page(tracker, write_run_page(run, run.folder, report))
@@ -231,7 +231,7 @@ def _part(run: Run, fold: int, case_ids: Sequence[str]) -> Dataset:
 def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker: Tracker) -> None:
     folder = run.fold_folder(fold)
     learning_curves(read_history(folder / HISTORY), folder / "curves.png")
-    tracker.metrics(_headline(report), step=result.steps)
+    tracker.metrics(_tracked(report), step=result.steps)
     for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
         tracker.artifact(folder / name)
     _track_page(tracker, write_run_page(run, folder, report))
@@ -255,6 +255,17 @@ def _headline(report: Report) -> dict[str, float]:
         "out_of_fold_dice/mean": report.overall.mean
     }
     return {k: v for k, v in rows.items() if v is not None}
+
+
+def _tracked(report: Report) -> dict[str, float]:
+    """The headline, with the surface figures by label and overall."""
+    rows: dict[str, float | None] = {}
+    for name in ("surface_dice", "hausdorff_95_mm"):
+        for summary in report.summaries:
+            found = summary.figure(name)
+            rows[f"out_of_fold_{name}/{summary.label}"] = None if found is None else found.mean
+        rows |= {f"out_of_fold_{name}/mean": f.mean for f in report.overall.figures if f.name == name}
+    return _headline(report) | {k: v for k, v in rows.items() if v is not None}
 
 
 def _write_report(folder: Path, report: Report) -> None:

@@ -89,11 +89,11 @@ def evaluate_files(
     pairs = [(found[name], wanted[name]) for name in sorted(found.keys() & wanted.keys())]
     _check_names(predictions, pairs, missing, extra, allow_missing=allow_missing)
     if schema:
-        _check_labels(settings, schema)
+        require_labels(settings, schema)
     measured, failures = _measure_all(pairs, schema, settings, progress)
     if schema is None:
         schema = _schema_of_found_ids(measured)
-        _check_labels(settings, schema)
+        require_labels(settings, schema)
     report = summarise(
         [_case_scores(case, schema) for case in measured],
         settings=settings,
@@ -123,8 +123,12 @@ def _check_names(
         )
 
 
-def _check_labels(settings: EvaluateConfig, schema: LabelSchema) -> None:
-    """A name that fits no label would change nothing, silently."""
+def require_labels(settings: EvaluateConfig, schema: LabelSchema) -> None:
+    """Refuse a tolerance or lesions of a name that fits no label: they would change nothing, silently.
+
+    Raises:
+        ConfigError: as said.
+    """
     known = [*schema.names, *(region.name for region in schema.regions)]
     for key, names in (("tolerances_mm", settings.tolerances_mm or {}), ("lesions", settings.lesions)):
         if unknown := [name for name in names if name not in known]:

@@ -20,6 +20,7 @@ from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase, dataset_digest, prepare_cases
 from pipeline.device import Hardware, budget_of, choose_hardware
 from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
+from pipeline.evaluate import require_labels
 from pipeline.failures import Failure, describe_failures
 from pipeline.files import remove_leftovers, sha256_of_json, write_json, write_text
 from pipeline.fingerprint import Measuring
@@ -106,6 +107,7 @@ def open_run(config: Config, folder: Path, console: Console, *, wanted: Sequence
         _require_same_dataset(dataset, folder)
         folds = read_folds(folder / FOLDS)
         _require_folds(folds, wanted)
+        require_labels(config.evaluate, dataset.manifest.labels)
         return Run(folder, config, dataset, folds, read_plan(folder / PLAN), choose_hardware(config.train))
     return _set_up(config, folder, console, wanted=wanted)
 
@@ -222,6 +224,7 @@ def read_done(folder: Path) -> dict[str, Any]:
 
 
 def _set_up(config: Config, folder: Path, console: Console, *, wanted: Sequence[int]) -> Run:
+    require_labels(config.evaluate, load_dataset(config.data.manifest, config.data.root).manifest.labels)
     dataset, report, fingerprint, plan = plan_dataset(config, console)
     errors = [f for f in report.faults if f.severity == "error"]
     set_aside = [f for f in errors if f.case_id is not None]

@@ -166,10 +166,11 @@ class TestOpening:
         [
             ("train", {"precision": "fp16", "device": "cpu"}, "train.precision: fp16 is for GPUs"),
             ("network", {"name": "u-net"}, "network 'u-net' is not known: did you mean 'unet'"),
+            ("evaluate", {"lesions": ["Hippo"]}, r"evaluate\.lesions: Hippo is no label; the labels are Anterior"),
         ],
     )
     def test_a_choice_that_is_none_is_told_before_any_case_is_read(
-        self, home: Path, section: str, values: dict[str, str], says: str
+        self, home: Path, section: str, values: dict[str, Any], says: str
     ) -> None:
         class Reading(Silence):
             def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
