@@ -13,6 +13,7 @@ from pipeline.memory_plan import Demand
 from pipeline.models.cost import WORKSPACE_FACTOR, kept_bytes, weight_count
 from pipeline.network_memory import answer_bytes
 from pipeline.outputs import class_dtype
+from pipeline.plan import Plan
 from pipeline.tile_scores import CHUNK_VALUES, Member, mirror_passes
 from pipeline.tiling import Layout, Triple
 from transforms.geometry import Geometry
@@ -22,11 +23,11 @@ FLOAT_BYTES = 4
 FOREIGN_CHANNELS = 512
 """For each voxel of a window, what a network from MONAI is taken to hold that cannot be run without values."""
 
-PREPARING_COPIES = 3
-"""Volumes of float32 on the study's grid, beside the study, that preprocessing holds at its peak."""
+PREPARING_SPARE = 0.5
+"""Volumes of float32 on the study's grid for masks and slabs, beside channels put together and channels normalised."""
 
-PLACING_COPIES = 4
-"""The same where axes and resizing are another framework's."""
+FOREIGN_COPIES = 4
+"""The same in all, for each channel, where the steps are another framework's."""
 
 CODE_BYTES = 16
 """Of a finished voxel: which class wins, its score, and what compares them."""
@@ -68,7 +69,6 @@ def demand_of(
     """
     plan, outputs = bundles[0].plan, bundles[0].schema.output_count
     volume, grid = math.prod(source.shape), math.prod(layout.shape)
-    copies = PREPARING_COPIES if plan.placing is None and plan.recipe is None else PLACING_COPIES
     image = FLOAT_BYTES * len(plan.channels) * grid
     store = store_of(outputs, plan.inference.blend)
     plane = math.prod(n for axis, n in enumerate(layout.shape) if axis != layout.axis)
@@ -79,7 +79,7 @@ def demand_of(
     return Demand(
         process=LIBRARY_BYTES,
         study=0,
-        preparing=FLOAT_BYTES * copies * len(plan.channels) * volume,
+        preparing=round(FLOAT_BYTES * _preparing_volumes(plan) * volume),
         image=image,
         network=_network(bundles, members, layout, exactly=exactly) if on_host else 0,
         live=live_bytes(outputs, layout, store) if on_host else 0,
@@ -87,6 +87,15 @@ def demand_of(
         restoring=MIXED_VOLUMES * FLOAT_BYTES * outputs * plane if on_host else 0,
         label_map=volume * class_dtype(bundles[0].schema).itemsize,
     )
+
+
+def _preparing_volumes(plan: Plan) -> float:
+    """Of float32 on the study's grid, beside the study and the image that comes of it, at the peak."""
+    channels = len(plan.channels)
+    if plan.placing is not None or plan.recipe is not None:
+        return FOREIGN_COPIES * channels
+    # A single channel is not put together with others.
+    return (2 if channels > 1 else 1) * channels + PREPARING_SPARE
 
 
 def _network(bundles: Sequence[ModelBundle], members: Sequence[Member], layout: Layout, *, exactly: bool) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def prepare(plan: Plan, channels: Sequence[Volume | None]) -> Prepared:
     """
     there = [volume for volume in channels if volume is not None]
     source = there[0].geometry
-    stacked = torch.from_numpy(np.stack([v.voxels for v in there]).astype(np.float32, copy=False))
+    stacked = _stacked([volume.voxels for volume in there])
     if plan.placing is not None:
         return _placed(plan, plan.placing, stacked, source)
     if plan.recipe is not None:
@@ -63,6 +65,14 @@ def prepare(plan: Plan, channels: Sequence[Volume | None]) -> Prepared:
     except ValueError as error:
         raise VolumeError(str(error)) from error
     return Prepared(image, grid, source, source)
+
+
+def _stacked(channels: Sequence[npt.NDArray[Any]]) -> Tensor:
+    """(C, I, J, K) float32; a single channel that is float32 already is not copied, and must not be written to."""
+    first = channels[0]
+    if len(channels) == 1 and first.dtype == np.float32 and first.flags.writeable and min(first.strides) > 0:
+        return torch.from_numpy(first)[None]
+    return torch.from_numpy(np.stack(channels, dtype=np.float32, casting="unsafe"))
 
 
 def grid_of(plan: Plan, source: Geometry) -> Geometry:
