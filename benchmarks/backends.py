@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backends import with_backend
-from pipeline.backends.onednn import OneDnnConvolutions
 from pipeline.bundle import ModelBundle, find_bundles, load_bundle
 from pipeline.interop.network_graph import example_of, quiet_recording
 from pipeline.interop.onnx_export import onnx_model, onnx_run
+from pipeline.onednn import OneDnnConvolutions
 from pipeline.predict import Model, PredictSettings, predict
 from pipeline.preparing import prepare
 from transforms.volume import Volume, read_volume

@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGEST_UNFOLDED = 20_480
-"""PyTorch unfolds the input of a convolution over one volume whose channels times first two sides are no more."""
+"""Without oneDNN, PyTorch unfolds the input of a convolution over one volume whose channels times first two sides are
+no more."""
 
 
 def answer_bytes(network: nn.Module, shape: Sequence[int]) -> int | None:
@@ -71,6 +72,7 @@ def _workspace(args: Any, result: Any) -> int:
     image, weight = args[0], args[1]
     if math.prod(weight.shape[2:]) == 1:
         return int(result.numel() * result.element_size()) // 2
-    if image.ndim == 5 and math.prod(image.shape[:4]) <= LARGEST_UNFOLDED and len(image) == 1:
+    small = image.ndim == 5 and math.prod(image.shape[:4]) <= LARGEST_UNFOLDED and len(image) == 1
+    if small and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return int(result.element_size() * result[0, 0].numel() * math.prod(weight.shape[1:]))
     return int(image.numel() * image.element_size() + result.numel() * result.element_size())

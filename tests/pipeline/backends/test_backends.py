@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from pipeline.backends import BACKENDS, with_backend
-from pipeline.backends.onednn import OneDnnConvolutions
 from pipeline.bundle import load_bundle
 from pipeline.device import cpu_has_bf16
 from pipeline.errors import ConfigError
 from pipeline.interop.network_graph import difference, example_of
+from pipeline.onednn import OneDnnConvolutions
 from pipeline.plan import Plan
 from tests.pipeline.interop.network_choices import CHOICES, bundle_of
 
