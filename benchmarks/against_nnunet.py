@@ -1,7 +1,7 @@
 """An imported nnU-Net model, from files to files: volseg's command against nnU-Net's own, in turns.
 
     python benchmarks/against_nnunet.py TRAINED_MODEL IMAGES --nnunet-python PYTHON [--cases 20] [--rounds 5]
-        [--in-plane 512] [--alter-plans] [--device cpu] [--work FOLDER]
+        [--mirroring on off] [--in-plane 512] [--alter-plans] [--device cpu] [--work FOLDER]
 
 TRAINED_MODEL is nnU-Net's folder (plans.json, dataset.json, fold_*), of one channel; PYTHON is that of an environment
 with nnunetv2. IMAGES holds volumes (NIfTI), of which the first `--cases` are taken. volseg imports the model once,
@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nnunet-python", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mirroring", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--in-plane", type=int)
     parser.add_argument("--alter-plans", action="store_true")
     parser.add_argument("--device", default="cpu")
@@ -71,8 +72,8 @@ def main() -> None:
         names = copy_images(asked, inputs)
         model = prepare_model(asked, work, [inputs / f"{name}_0000.nii.gz" for name in names])
         bundle = import_model(model, work / "bundle")
-        for mirror in (True, False):
-            compare(asked, work, (model, bundle), mirror=mirror)
+        for mirroring in asked.mirroring:
+            compare(asked, work, (model, bundle), mirror=mirroring == "on")
 
 
 def copy_images(asked: argparse.Namespace, inputs: Path) -> list[str]:
