@@ -44,9 +44,9 @@ BATCH_VOXELS = 1 << 21
 
 
 def batch_of(layout: Layout, device: torch.device) -> int:
-    """Windows in a batch, by model and device alone: other batches give other last bits (PyTorch picks other kernels).
+    """Windows in a batch, by model and device alone: a GPU picks another kernel, and rounding, for another batch.
 
-    On a CPU one at a time is as fast as several.
+    On a CPU the bits are the same for any batch, and one at a time is as fast as several.
     """
     if device.type == "cpu":
         return 1

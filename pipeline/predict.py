@@ -13,7 +13,6 @@ from pipeline.demand import batch_of, demand_of
 from pipeline.errors import BundleError, GeometryMismatch, PlanError, VolumeError
 from pipeline.free_memory import free_bytes, held_bytes
 from pipeline.memory_plan import MemoryPlan, plan_memory
-from pipeline.onednn import OneDnnConvolutions
 from pipeline.outputs import layout_on, segment_image
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.preparing import grid_of, prepare, put_back
@@ -122,7 +121,7 @@ def predict(
     prepared = prepare(model.plan, channels)
     image, grids = prepared.image.to(device), (prepared.grid, prepared.field)
     pace = Pace(planned.batch, planned.slab_planes, settings.skip_empty)
-    with torch.inference_mode(), OneDnnConvolutions():
+    with torch.inference_mode():
         found = segment_image(members_of(model, settings), image, grids, model.schema, pace=pace, on_tile=on_window)
         classes = put_back(found[None], prepared, source)[0].numpy()
     return Segmentation(model.schema.ids_from_classes(classes), source, model.schema, model.algorithm)

@@ -10,6 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from pipeline.onednn import OneDnnConvolutions
 from pipeline.tiling import WindowSettings
 
 Network = Callable[[Tensor], Tensor]
@@ -33,13 +34,13 @@ def score_tiles(members: Sequence[Member], tiles: Tensor) -> Iterator[tuple[int,
     """
     passes = [(member, axes) for member in members for axes in mirror_passes(member.settings.mirror_axes)]
     if len(passes) == 1:
-        logits = passes[0][0].network(tiles)
+        logits = _answer(passes[0][0].network, tiles)
         for tile, low, high in _pieces(logits):
             yield tile, low, _activated(logits[tile, :, low:high], passes[0][0].settings)
         return
     total: Tensor | None = None
     for member, axes in passes:
-        logits = member.network(tiles.flip([a + 2 for a in axes]))
+        logits = _answer(member.network, tiles.flip([a + 2 for a in axes]))
         if total is None:
             total = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
         share = 1.0 / (len(members) * len(mirror_passes(member.settings.mirror_axes)))
@@ -49,6 +50,11 @@ def score_tiles(members: Sequence[Member], tiles: Tensor) -> Iterator[tuple[int,
     if total is not None:
         for tile, low, high in _pieces(total):
             yield tile, low, total[tile, :, low:high]
+
+
+def _answer(network: Network, tiles: Tensor) -> Tensor:
+    with OneDnnConvolutions():
+        return network(tiles)
 
 
 def mirror_passes(axes: Sequence[int]) -> list[tuple[int, ...]]:

@@ -96,10 +96,6 @@ class TestNetwork:
         pointwise = torch.nn.Conv3d(64, 8, 1, bias=False)
         assert answer_bytes(pointwise, (1, 64, 32, 32, 32)) == (64 + 8 + 4) * 32**3 * 4
 
-    def test_a_single_small_volume_is_unfolded(self) -> None:
-        convolution = torch.nn.Conv3d(1, 4, 3, padding=1, bias=False)
-        assert answer_bytes(convolution, (1, 1, 32, 32, 32)) == (1 + 4 + 27) * 32**3 * 4
-
     def test_what_asks_for_values_cannot_be_counted(self) -> None:
         class Asking(torch.nn.Module):
             def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.live_scores import FIXED_POINT, MOST_FLOAT32_OUTPUTS, LiveScores, store_of
+from pipeline.models.registry import build_network
+from pipeline.models.spec import UNetSpec
 from pipeline.outputs import segment_image
 from pipeline.plan import InferenceConventions
 from pipeline.tiling import WindowSettings, lay_out
@@ -84,20 +86,22 @@ def test_slabs_of_any_size_are_the_same_bits(shape: Triple, outputs: int) -> Non
         assert torch.equal(found, whole)
 
 
-def test_a_batch_of_windows_is_the_same_for_a_network_without_kernels_of_its_own() -> None:
-    """Which window goes with which is no matter to the engine; PyTorch's convolutions are another (see below)."""
-    members = [Member(lambda image: torch.cat([image, -image, image.square()], dim=1), settings())]
-    image = volume((20, 21, 22))
-    whole, _ = streamed(members, image)
-    for batch in (2, 5, 100):
-        assert torch.equal(streamed(members, image, Pace(batch=batch))[0], whole)
-
-
-def test_convolutions_of_a_batch_differ_by_no_more_than_rounding() -> None:
-    """PyTorch takes other kernels for one window than for several, which is why the batch is no setting."""
-    members = [Member(network(), settings())]
-    one, several = (streamed(members, volume((20, 21, 22)), Pace(batch=n))[0] for n in (1, 4))
-    torch.testing.assert_close(one, several, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_a_batch_of_windows_gives_the_same_bits(block: str) -> None:
+    spec = UNetSpec(
+        out_channels=3,
+        features=(4, 8),
+        strides=((1, 1, 1), (2, 2, 2)),
+        kernel_shapes=((3, 3, 3),) * 2,
+        encoder_blocks=(2, 2),
+        decoder_blocks=(2,),
+        block=block,  # type: ignore[arg-type]
+    )
+    net = build_network("unet", spec, (8, 8, 8), generator=torch.Generator().manual_seed(0)).eval()
+    with torch.inference_mode():
+        whole, _ = streamed([Member(net, settings())], volume((20, 21, 22)))
+        for batch in (2, 5, 100):
+            assert torch.equal(streamed([Member(net, settings())], volume((20, 21, 22)), Pace(batch=batch))[0], whole)
 
 
 @pytest.mark.parametrize("patches", [((8, 8, 8), (8, 8, 8)), ((8, 8, 8), (12, 6, 10)), ((8, 8, 8), (20, 20, 20))])

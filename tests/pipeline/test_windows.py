@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.onednn import OneDnnConvolutions
 from pipeline.windows import WindowSettings, mirror_passes, predict_windows, window_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,7 +136,7 @@ class TestWindowShape:
     def test_one_tile_is_what_the_network_says(self) -> None:
         network = torch.nn.Conv3d(1, 3, 3, padding=1)
         image = volume((12, 12, 12))
-        with torch.inference_mode():
+        with torch.inference_mode(), OneDnnConvolutions():
             assert torch.equal(predict_windows(network, image, settings()), network(image[None])[0].softmax(dim=0))
 
 
