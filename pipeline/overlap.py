@@ -63,8 +63,8 @@ def one_at_a_time(
 
 
 def overlapped(
-    items: Sequence[Item], stages: Stages[Item, Any, Any, Any, Done]
-) -> Iterator[tuple[Item, Done | VolsegError]]:
+    items: Sequence[Item], stages: Stages[Item, Opened, Read, Made, Done]
+) -> Generator[tuple[Item, Done | VolsegError], None, None]:
     """As `one_at_a_time`, with stages of successive items beside each other.
 
     Close the iterator, or let it end: what is being written by then is finished, nothing else is begun.
@@ -164,7 +164,8 @@ class _Run(Generic[Item, Opened, Read, Made, Done]):
         """What has been written, or is when this is over."""
         while self._ending:
             item, _, future = self._ending.popleft()
-            yield item, _outcome(future)
+            outcome = _outcome(future)
+            yield item, outcome
 
 
 def _outcome(future: Future[Done]) -> Done | VolsegError:

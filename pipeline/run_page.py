@@ -63,8 +63,7 @@ def draw_case(run: Run, case: CaseScores, target: Path) -> bool:
     reference = replace(drawn, voxels=run.dataset.annotation(entry).ids(drawn.voxels))
     algorithm = Model((load_bundle(fold / "bundle"),)).algorithm
     found, expected = (
-        Segmentation(v.voxels, v.geometry, run.dataset.manifest.labels, algorithm)
-        for v in (prediction, reference)
+        Segmentation(v.voxels, v.geometry, run.dataset.manifest.labels, algorithm) for v in (prediction, reference)
     )
     write_overlay(target, found, image, reference=expected)
     return True

@@ -82,7 +82,8 @@ def segment_studies(
         outcomes |= {study.name: work.told(study, outcome) for study, outcome in one_at_a_time(wanted, stages)}
     else:
         work.share_memory()
-        with quiet_warnings(), closing(overlapped(wanted, stages)) as ending:
+        stream = overlapped(wanted, stages)
+        with quiet_warnings(), closing(stream) as ending:
             outcomes |= {study.name: work.told(study, outcome) for study, outcome in ending}
     results = list(outcomes.values())
     files = [file for result in results if isinstance(result, list) for file in result]
@@ -226,14 +227,20 @@ class _Work:
 
 
 def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
-    made = {
+    made: dict[str, bool | int | float | str] = {
         "mirror": model.mirror if settings.mirror is None else settings.mirror,
         "deidentified": settings.confidentiality is not None,
         "smoothing": settings.smoothing,
         "tile_step": settings.tile_step or model.tile_step,
         "backend": settings.backend,
     }
-    usual = {"mirror": False, "deidentified": False, "smoothing": 0, "tile_step": model.tile_step, "backend": "torch"}
+    usual: dict[str, bool | int | float | str] = {
+        "mirror": False,
+        "deidentified": False,
+        "smoothing": 0,
+        "tile_step": model.tile_step,
+        "backend": "torch",
+    }
     return open_record(out, [b.digest for b in model.bundles], made, usual=usual, force=settings.force)
 
 

@@ -204,8 +204,8 @@ def _bytes_of_voxels(header: _Header, path: Path) -> int:
 
 def _geometry(image: sitk.Image | sitk.ImageFileReader, shape: tuple[int, int, int], path: Path) -> Geometry:
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())  # type: ignore[no-untyped-call]
+    affine[:3, 3] = image.GetOrigin()  # type: ignore[no-untyped-call]
     try:
         return usable_grid(Geometry.from_lps(shape, affine))
     except ValueError as fault:

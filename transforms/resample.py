@@ -161,7 +161,7 @@ def _leans_back(source: Geometry, target: Geometry) -> bool:
 
 def _restored(scores: Tensor, restorer: SlabRestorer, target: Geometry, dtype: torch.dtype) -> Tensor:
     classes = torch.empty((1, *target.shape), dtype=dtype, device=scores.device)
-    for slab in scores.split(_SLAB_PLANES, dim=restorer.axis + 1):
+    for slab in torch.split(scores, _SLAB_PLANES, dim=restorer.axis + 1):
         restorer.add(slab, classes[0])
     return classes
 

@@ -55,7 +55,7 @@ class AxisWeights:
     @property
     def is_selection(self) -> bool:
         """Whether every target voxel is a source voxel, or outside: nothing is to be weighed."""
-        return self.taps.shape[1] == 1
+        return bool(self.taps.shape[1] == 1)
 
     @cached_property
     def is_identity(self) -> bool:
@@ -143,7 +143,7 @@ def linear_taps(source_count: int, target_count: int, scale: float, offset: floa
 @lru_cache(maxsize=64)
 def resized_weights(source_count: int, target_count: int, order: Order, ends: Ends) -> AxisWeights:
     """Weights for `target_count` voxels over the same stretch as the `source_count`: t at (t + 0.5) n / m - 0.5."""
-    positions = (np.arange(target_count) + 0.5) * (source_count / target_count) - 0.5
+    positions: Floats = (np.arange(target_count, dtype=np.float64) + 0.5) * (source_count / target_count) - 0.5
     if target_count == source_count:
         band = _nearest(np.arange(source_count), source_count)
     elif order == 0:

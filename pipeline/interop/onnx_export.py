@@ -37,7 +37,7 @@ FATAL = 4
 
 
 def export_onnx(folder: Path, out: Path, *, force: bool) -> list[str]:
-    """Write the network of the bundle `folder` to `out` (.onnx) and its card beside it (.onnx.json); what to tell of it.
+    """Write the network of the bundle `folder` to `out` (.onnx), its card beside it (.onnx.json); what to tell of it.
 
     The file is run by ONNX Runtime and compared with the bundle before it takes its name.
 
