@@ -16,7 +16,7 @@ Facts = tuple[str, list[dict[str, Any]]]
 
 SHOWN_CHOICES = (
     "dimensions", "block", "normalisation", "skip", "upsampling", "bottleneck", "deep_supervision", "drop_path",
-    "weight_standardisation",
+    "weight_standardisation", "stem_channels", "decoder_block",
 )  # fmt: skip
 """Of a network's choices, those that are told where they are not the usual ones."""
 
@@ -54,7 +54,7 @@ def _bundle(path: Path) -> Facts:
         **({"regions": ", ".join(region.name for region in bundle.schema.regions)} if bundle.schema.regions else {}),
         "network": _network(plan),
         "parameters": f"{sum(p.numel() for p in bundle.network.parameters()):,}",
-        "spacing (mm, RAS axes)": " x ".join(f"{s:g}" for s in plan.spacing_mm),
+        f"spacing (mm, {_axes(plan)})": " x ".join(f"{s:g}" for s in plan.spacing_mm),
         "patch": " x ".join(map(str, plan.patch_shape)),
         **{f"made with {k}": str(v) for k, v in index.provenance.items()},
         "weights sha256": bundle.digest,
@@ -71,6 +71,12 @@ def _network(plan: Plan) -> str:
     said = {name: getattr(plan.unet, name) for name in SHOWN_CHOICES}
     unusual = [f"{n.replace('_', ' ')} {v}" for n, v in said.items() if v != usual[n].default]
     return ", ".join([plan.network, "features " + " ".join(map(str, plan.unet.features)), *unusual])
+
+
+def _axes(plan: Plan) -> str:
+    """Which axes the sizes of a model are along."""
+    stored = plan.placing is not None and not plan.placing.reorients
+    return "axes as stored" if stored else f"{plan.axis_codes} axes"
 
 
 def _run(path: Path) -> Facts:
