@@ -40,6 +40,11 @@ from transforms.steps import RandDropChannelsd
 PREPROCESSING_MODULES = (
     "geometry",
     "resample",
+    "separable",
+    "spline",
+    "shear",
+    "restore",
+    "cells",
     "load",
     "volume",
     "nifti",

@@ -24,7 +24,7 @@ from .conftest import ROOT, Outcome, World, environment
 
 HEAVY = ("highdicom", "lightning_fabric", "matplotlib", "mlflow", "monai", "nibabel", "scipy", "SimpleITK", "torch")
 COMMANDS = ("manifest", "dicom", "check", "plan", "train", "crossval", "predict", "evaluate", "export", "view", "info",
-            "config", "pacs")  # fmt: skip
+            "config", "pacs", "import", "bundle", "compare", "report", "runs")  # fmt: skip
 Call = Callable[..., Outcome]
 
 
@@ -61,9 +61,13 @@ print("loaded:", *sorted(set({HEAVY}) & set(sys.modules)))
 
     def test_every_option_of_every_subcommand_is_explained(self) -> None:
         group: Any = typer.main.get_command(app)
-        nested = [group.commands[name].commands for name in ("manifest", "dicom", "pacs")]
-        commands = {**group.commands, **nested[0], **nested[1], **nested[2]}
-        assert set(commands) == {*COMMANDS, "build", "ls", "echo", "find", "fetch", "send"}
+        commands = dict(group.commands)
+        for name in ("manifest", "dicom", "pacs", "import", "bundle"):
+            # `bundle export` is not `export`.
+            commands |= {f"{name} {inner}": command for inner, command in group.commands[name].commands.items()}
+        nested = ("manifest build", "dicom ls", "pacs echo", "pacs find", "pacs fetch", "pacs send",
+                  "import nnunet", "import monai", "bundle export")  # fmt: skip
+        assert set(commands) == {*COMMANDS, *nested}
         for name, found in commands.items():
             assert found.help, name
             for parameter in found.params:
