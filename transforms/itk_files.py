@@ -92,8 +92,11 @@ def read_itk(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geo
             infinite voxels, labels that are not whole.
     """
     header = _header(path)
-    reader = _informed(header, path)
+    _refuse_odd_axes(header, path)
+    _refuse_unplaced(header, path)
+    # Before ITK opens the file, whose message about voxels that are missing is its own.
     present = _bytes_of_voxels(header, path)
+    reader = _informed(header, path)
     shape = _shape(reader, path)
     needed = int(np.prod(shape, dtype=np.int64)) * _BYTES[reader.GetPixelID()]
     refuse_short_file(needed, present, path, packed=header.packed)
@@ -109,14 +112,15 @@ def read_itk_grid(path: Path) -> Geometry:
     Raises:
         VolumeError: see `read_itk`; what only the voxels tell is not seen.
     """
-    reader = _informed(_header(path), path)
+    header = _header(path)
+    _refuse_odd_axes(header, path)
+    _refuse_unplaced(header, path)
+    reader = _informed(header, path)
     return _geometry(reader, _shape(reader, path), path)
 
 
 def _informed(header: _Header, path: Path) -> sitk.ImageFileReader:
     """A reader that has read what stands before the voxels."""
-    _refuse_odd_axes(header, path)
-    _refuse_unplaced(header, path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(header.image_io)
     reader.SetFileName(str(path))
