@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RunError, VolsegError
-from pipeline.overlap import IN_FLIGHT, Stages, one_at_a_time, overlapped
+from pipeline.overlap import IN_FLIGHT, SWITCH_S, Stages, one_at_a_time, overlapped
 
 LONG_S = 20.0
 """Longer than anything here takes; a stage that waits so long waits for what never comes."""
@@ -231,6 +232,19 @@ def test_an_interrupt_lets_what_is_being_written_end_and_begins_nothing() -> Non
     assert "write 1 ends" in story.told
     assert not [what for what in story.told if what.startswith(("write 2", "work 3", "read 4", "read 5"))]
     assert threads() == []
+
+
+def test_threads_make_way_sooner_while_there_are_any() -> None:
+    before, seen = sys.getswitchinterval(), []
+    plain = stages_of(Story())
+
+    def work(item: int, value: Value) -> Value:
+        seen.append(sys.getswitchinterval())
+        return plain.work(item, value)
+
+    outcomes(overlapped, ITEMS[:1], replace(plain, work=work))
+    assert seen == [pytest.approx(SWITCH_S)]
+    assert sys.getswitchinterval() == before > SWITCH_S
 
 
 def test_who_stops_asking_stops_the_work() -> None:
