@@ -143,7 +143,7 @@ def _planned(
     model: Model, source: Geometry, settings: PredictSettings, device: torch.device, *, held: int, study: int
 ) -> MemoryPlan:
     """For `held` bytes of the process without the study, and those of the study."""
-    members = members_of(model, settings)
+    members, first_held = members_of(model, settings), _first_held(held)
     try:
         grid = grid_of(model.plan, source)
     except ValueError as error:
@@ -154,12 +154,24 @@ def _planned(
 
     def planned(*, exactly: bool) -> MemoryPlan:
         asked = demand_of(model.bundles, members, layout, source, device=device, exactly=exactly)
-        return plan_memory(replace(asked, process=held + asked.process, study=study), limit_bytes=limit, batch=batch)
+        # What an earlier plan or prediction brought into the process is not still to come.
+        to_come = max(0, asked.process - max(0, held - first_held))
+        return plan_memory(replace(asked, process=held + to_come, study=study), limit_bytes=limit, batch=batch)
 
     try:
         return planned(exactly=False)
     except PlanError:
         return planned(exactly=True)
+
+
+_FIRST_HELD: list[int] = []
+
+
+def _first_held(held: int) -> int:
+    """What this process held when the first plan was made in it."""
+    if not _FIRST_HELD:
+        _FIRST_HELD.append(held)
+    return _FIRST_HELD[0]
 
 
 def members_of(model: Model, settings: PredictSettings) -> list[Member]:
