@@ -12,6 +12,9 @@ from transforms.spline import LinearTaps
 _CHUNK = 1 << 17
 """Scores that are interpolated at a time: they stay in a core's cache."""
 
+_FEW = 1 << 15
+"""Voxels up to which PyTorch's own search for the highest is faster than one class after another."""
+
 _MARGIN = 1e-5
 """Of the largest score: far more than float32 loses, by which a class must fall short to be left out."""
 
@@ -145,13 +148,12 @@ def codes_of(scores: Tensor, above: float | None) -> Tensor:
     The class that wins, the first of equals; or, of regions, the last whose score is over `above` plus 1, 0 for none.
     """
     dtype = torch.uint8 if len(scores) < 255 else torch.int16
+    if above is None and (scores.is_cuda or scores[0].numel() <= _FEW):
+        return scores.max(dim=0)[1].to(dtype)
     codes = torch.zeros(scores.shape[1:], dtype=dtype, device=scores.device)
-    if above is not None:
-        for number, score in enumerate(scores, start=1):
-            codes.masked_fill_(score > above, number)
-        return codes
-    best = scores[0].clone()
-    for number, score in enumerate(scores[1:], start=1):
-        codes.masked_fill_(score > best, number)
-        torch.maximum(best, score, out=best)
+    best = scores[0].clone() if above is None else scores.new_full((), above)
+    for number, score in enumerate(scores[1:] if above is None else scores, start=1):
+        # Numbers only grow, so that the highest is the last that was better.
+        codes = torch.maximum(codes, (score > best).to(dtype).mul_(number))
+        best = torch.maximum(best, score) if above is None else best
     return codes

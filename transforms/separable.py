@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,16 +12,14 @@ from transforms.spline import AxisWeights
 
 Weights = tuple[AxisWeights, AxisWeights, AxisWeights]
 
-SPARE_SHARE = 0.05
-"""Of the bytes that go in and come out, what the work in between may take; as much again is left to allocators."""
+SPARE_SHARE = 0.04
+"""Of the bytes that go in and come out, what a slab may take; as much again is left to what is done within it."""
 
 MOST_PLANES, LEAST_PLANES = 32, 4
 """Target planes in a slab: more share the prefilter's reach, fewer fit in caches."""
 
-BLOCK = 32
-"""Target voxels of an axis that are worked out together from the source voxels they reach."""
-
-_CHUNK_BYTES = 2 << 20
+CHUNK_SHARE, MOST_CHUNK_BYTES = 0.004, 1 << 20
+"""What is worked out at a time within a slab, of the same bytes; and so that it stays in a core's cache."""
 
 
 @torch.no_grad()
@@ -31,12 +30,17 @@ def interpolate(voxels: Tensor, weights: Weights, *, fill: float = 0.0, dtype: t
     """
     shape = [w.target_count for w in weights]
     moved = torch.empty((len(voxels), *shape), dtype=dtype, device=voxels.device)
-    planes = _planes_of_slab(voxels[:1], moved[:1])
+    in_and_out = sum(v[0].numel() * v.element_size() for v in (voxels, moved)) if len(voxels) else 0
+    largest_plane = 4 * max(math.prod(voxels.shape[2:]), math.prod(shape[1:]))
+    planes = max(LEAST_PLANES, min(MOST_PLANES, int(SPARE_SHARE * in_and_out / largest_plane)))
+    chunk = min(MOST_CHUNK_BYTES, int(CHUNK_SHARE * in_and_out))
+    room = torch.empty((planes, *voxels.shape[2:]), device=voxels.device)
     for source, target in zip(voxels, moved, strict=True):
         for start in range(0, shape[0], planes):
             stop = min(start + planes, shape[0])
-            slab = _along_first(source, weights[0], start, stop)
-            _finish(slab, weights, target[start:stop])
+            slab = room[: stop - start]
+            _along_first(source, weights[0], start, slab, chunk=chunk)
+            _finish(slab, weights, target[start:stop], chunk=chunk)
     for axis, w in enumerate(weights):
         if len(w.outside):
             moved.index_fill_(axis + 1, torch.from_numpy(w.outside).to(moved.device), fill)
@@ -50,69 +54,61 @@ def as_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool:
         return values > 0.5
     limits = torch.iinfo(dtype)
-    return values.round().double().clamp_(limits.min, limits.max).to(dtype)
+    # Float32 holds the limits of up to 16 bits.
+    rounded = values.round() if limits.bits <= 16 else values.double().round_()
+    return rounded.clamp_(limits.min, limits.max).to(dtype)
 
 
-def _planes_of_slab(source: Tensor, target: Tensor) -> int:
-    spare = SPARE_SHARE * (source.numel() * source.element_size() + target.numel() * target.element_size())
-    plane = 4 * max(source[0, 0].numel(), target[0, 0].numel())
-    return max(LEAST_PLANES, min(MOST_PLANES, int(spare / plane)))
-
-
-def _along_first(source: Tensor, weights: AxisWeights, start: int, stop: int) -> Tensor:
-    """Target planes [start, stop) of (I, J, K), not yet interpolated within: float32."""
+def _along_first(source: Tensor, weights: AxisWeights, start: int, slab: Tensor, *, chunk: int) -> None:
+    """Target planes from `start` on of (I, J, K), not yet interpolated within."""
+    stop = start + len(slab)
     if weights.is_selection:
-        chosen = torch.from_numpy(weights.first[start:stop]).to(source.device)
-        return source.index_select(0, chosen).to(torch.float32).contiguous()
+        for into, number in zip(slab, weights.first[start:stop].tolist(), strict=True):
+            into.copy_(source[number])
+        return
     low, high = weights.span(start, stop)
     matrix = weights.block(start, stop).to(source.device)
-    slab = torch.empty((stop - start, *source.shape[1:]), device=source.device)
-    for rows in _row_chunks(source[low:high]):
+    for rows in _parts(source.shape[1], chunk // (4 * (high - low) * source.shape[2])):
         columns = source[low:high, rows].to(torch.float32).reshape(high - low, -1)
-        torch.mm(matrix, columns, out=slab[:, rows].view(stop - start, -1))
-    return slab
+        torch.mm(matrix, columns, out=slab[:, rows].view(len(slab), -1))
 
 
-def _row_chunks(planes: Tensor) -> Iterator[slice]:
-    """Rows of (planes, J, K) that are converted and weighed at a time; all of them where nothing is converted."""
-    rows = planes.shape[1]
-    step = max(1, _CHUNK_BYTES // max(1, 4 * planes.shape[0] * planes.shape[2]))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def _parts(count: int, step: int) -> Iterator[slice]:
+    """`step` of `count` at a time, at least one."""
+    step = max(1, step)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
-def _finish(slab: Tensor, weights: Weights, target: Tensor) -> None:
+def _finish(slab: Tensor, weights: Weights, target: Tensor, *, chunk: int) -> None:
     """Planes (n, J, K) float32 into planes (n, J', K') of the target, the axis that shrinks more first."""
-    if weights[1].growth <= weights[2].growth:
-        found = _along_last(_along_middle(slab, weights[1]), weights[2])
-    else:
-        found = _along_middle(_along_last(slab, weights[2]), weights[1])
-    target.copy_(found if target.dtype == torch.float32 else as_dtype(found, target.dtype))
+    steps = [(1, weights[1]), (2, weights[2])]
+    steps = sorted((step for step in steps if not step[1].is_identity), key=lambda step: step[1].growth)
+    for numbers in _parts(len(slab), chunk // (4 * max(slab[0].numel(), target[0].numel()))):
+        planes = slab[numbers]
+        for axis, w in steps:
+            direct = (axis, w) == steps[-1] and target.dtype == torch.float32
+            planes = _along(planes, axis, w, target[numbers] if direct else None)
+        if planes.data_ptr() != target[numbers].data_ptr():
+            target[numbers] = as_dtype(planes, target.dtype)
 
 
-def _along_middle(planes: Tensor, weights: AxisWeights) -> Tensor:
-    if weights.is_identity:
-        return planes
+def _along(planes: Tensor, axis: int, weights: AxisWeights, into: Tensor | None) -> Tensor:
+    """Planes (n, J, K) interpolated along J or K (axis 1 or 2)."""
+    if into is None:
+        shape = [*planes.shape[:axis], weights.target_count, *planes.shape[axis + 1 :]]
+        into = torch.empty(shape, device=planes.device)
     if weights.is_selection:
-        return planes.index_select(1, torch.from_numpy(weights.first).to(planes.device))
-    moved = torch.empty((len(planes), weights.target_count, planes.shape[2]), device=planes.device)
-    for start in range(0, weights.target_count, BLOCK):
-        stop = min(start + BLOCK, weights.target_count)
-        low, high = weights.span(start, stop)
-        matrix = weights.block(start, stop).to(planes.device).expand(len(planes), -1, -1)
-        torch.bmm(matrix, planes[:, low:high], out=moved[:, start:stop])
-    return moved
+        chosen = torch.from_numpy(weights.first).to(planes.device)
+        return torch.index_select(planes, axis, chosen, out=into)
+    for targets, sources, block in weights.blocks:
+        matrix = block.to(planes.device)
+        if axis == 1:
+            torch.bmm(matrix.expand(len(planes), -1, -1), planes[:, sources], out=into[:, targets])
+        else:
+            torch.mm(_rows(planes)[:, sources], matrix.T, out=_rows(into)[:, targets])
+    return into
 
 
-def _along_last(planes: Tensor, weights: AxisWeights) -> Tensor:
-    if weights.is_identity:
-        return planes
-    if weights.is_selection:
-        return planes.index_select(2, torch.from_numpy(weights.first).to(planes.device))
-    rows = planes.view(-1, planes.shape[2])
-    moved = torch.empty((len(rows), weights.target_count), device=planes.device)
-    for start in range(0, weights.target_count, BLOCK):
-        stop = min(start + BLOCK, weights.target_count)
-        low, high = weights.span(start, stop)
-        torch.mm(rows[:, low:high], weights.block(start, stop).to(planes.device).T, out=moved[:, start:stop])
-    return moved.view(*planes.shape[:2], -1)
+def _rows(planes: Tensor) -> Tensor:
+    return planes.view(-1, planes.shape[2])

@@ -23,6 +23,9 @@ ROUNDING = 1e-6
 PREFILTER_REACH = 14
 """Voxels beyond which the cubic prefilter is left out: it decays by 0.268 a voxel, so that 1e-8 is lost."""
 
+BLOCK = 32
+"""Target voxels of an axis that are worked out together from the source voxels they reach."""
+
 _POLE = np.sqrt(3.0) - 2.0
 
 Floats = npt.NDArray[np.float64]
@@ -75,6 +78,15 @@ class AxisWeights:
         matrix = np.zeros((stop - start, high - low), np.float32)
         matrix[rows, self.first[start:stop, None] - low + np.arange(self.taps.shape[1])] = self.taps[start:stop]
         return torch.from_numpy(matrix)
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, slice, Tensor]]:
+        """The whole axis in parts: targets, the source voxels they come from, and their weights."""
+        parts = []
+        for start in range(0, self.target_count, BLOCK):
+            stop = min(start + BLOCK, self.target_count)
+            parts.append((slice(start, stop), slice(*self.span(start, stop)), self.block(start, stop)))
+        return parts
 
     def dense(self) -> Tensor:
         """All weights as one (target, source) matrix, float32."""
