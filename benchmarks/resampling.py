@@ -70,9 +70,8 @@ def score_planes(classes: int, shape: tuple[int, int, int], first: int, count: i
     random = torch.Generator().manual_seed(0)
     sides = torch.tensor(shape, dtype=torch.float32)
     centres = (torch.rand((classes - 1, 3), generator=random) * 0.7 + 0.15) * sides
-    k, i, j = torch.meshgrid(
-        torch.arange(first, first + count).float(), torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij"
-    )
+    steps = [torch.arange(n, dtype=torch.float32) for n in (count, shape[0], shape[1])]
+    k, i, j = torch.meshgrid(steps[0] + first, steps[1], steps[2], indexing="ij")
     scores = torch.empty((classes, *k.shape))
     for number, (x, y, z) in enumerate(centres, start=1):
         scores[number] = ((i - x) ** 2 + (j - y) ** 2 + (k - z) ** 2) / -40

@@ -12,7 +12,7 @@ from transforms.spline import AxisWeights
 
 Weights = tuple[AxisWeights, AxisWeights, AxisWeights]
 
-SPARE_SHARE = 0.04
+SPARE_SHARE = 0.03
 """Of the bytes that go in and come out, what a slab may take; as much again is left to what is done within it."""
 
 MOST_PLANES, LEAST_PLANES = 32, 4
