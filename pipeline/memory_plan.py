@@ -115,5 +115,5 @@ def plan_memory(demand: Demand, *, limit_bytes: int, batch: int) -> MemoryPlan:
 
 
 def shown(size: int) -> str:
-    """In GB (1e9 bytes)."""
-    return f"{size / 1e9:.2f} GB"
+    """In GB (1e9 bytes), or in MB where that would be hundredths."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
