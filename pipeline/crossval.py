@@ -16,7 +16,7 @@ from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase
 from pipeline.device import describe
 from pipeline.errors import RunError, VolsegError, describe_fault
-from pipeline.evaluate import SCHEMA_FILE, evaluate_files, summarise
+from pipeline.evaluate import evaluate_files
 from pipeline.export import Source, export
 from pipeline.failures import Failure
 from pipeline.files import write_json, write_text
@@ -25,6 +25,7 @@ from pipeline.history import HISTORY, read_history
 from pipeline.manifest import Case, Dataset
 from pipeline.predict import Model, PredictSettings, predict
 from pipeline.provenance import provenance_tags
+from pipeline.references import SCHEMA_FILE
 from pipeline.report import dice_distribution, learning_curves
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
 from pipeline.run_page import write_run_page
@@ -39,6 +40,7 @@ from pipeline.runs import (
     tell_set_aside,
     track_data,
 )
+from pipeline.summary import summarise
 from pipeline.task import TrainingResult, TrainingTask
 from pipeline.tracking import Tracker, null_tracker
 from pipeline.train import train

@@ -20,21 +20,16 @@ from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError, GeometryMismatch, VolsegError, VolumeError
 from pipeline.manifest import Dataset
 from pipeline.references import (
-    SCHEMA_FILE,
     Reference,
     dataset_at,
     known_schema,
     match_by_name,
-    references_of_dataset,
 )
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, LabelScore, Report
 from pipeline.scores import CaseMeasures, label_scores, measure_ids, name_of_id, region_scores
 from pipeline.summary import some, summarise
 from transforms.labels import LabelSchema, schema_from_names
 from transforms.volume import read_label
-
-# What other stages and the tests ask of an evaluation, wherever it is written.
-__all__ = ["SCHEMA_FILE", "Reference", "evaluate_files", "references_of_dataset", "score_case", "summarise"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of cases done and the number of all cases."""

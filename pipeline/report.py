@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import RunError
 from pipeline.files import atomic_path
-from pipeline.report_values import CaseFailure, CaseScores, Interval, LabelScore, LabelSummary, Report
+from pipeline.report_values import Interval, LabelSummary, Report
 from transforms.labels import PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-
-# The values that the stages and their tests ask for together with the pictures.
-__all__ = ["CaseFailure", "CaseScores", "LabelScore", "Report", "dice_distribution", "learning_curves"]
 
 _COLOURS = tuple(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (PALETTE[i] for i in (4, 5, 2, 6, 0, 1, 7)))
 """Of the palette, those that a thin line on white shows; the order keeps neighbours apart in lightness."""

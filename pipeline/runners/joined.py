@@ -24,7 +24,7 @@ from pipeline.crossval import help_train, train_fold
 from pipeline.device import Hardware
 from pipeline.errors import ConfigError, RunError, VolsegError, describe_fault
 from pipeline.processes import first_process_first, open_fabric
-from pipeline.report import Report
+from pipeline.report_values import Report
 from pipeline.runners.job import make_cache
 from pipeline.runs import Run, open_run_tracker
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from pipeline.errors import GeometryMismatch, ManifestError, VolumeError
-from pipeline.evaluate import SCHEMA_FILE
 from pipeline.manifest import load_dataset
+from pipeline.references import SCHEMA_FILE
 from pipeline.results import Result
 from transforms.dicom_header import is_dicom
 from transforms.geometry import Geometry

@@ -12,8 +12,8 @@ import pytest
 from pipeline.compare import Comparison, compare, holm, signed_rank_p
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
-from pipeline.evaluate import summarise
 from pipeline.report_values import CaseScores, LabelScore, Report
+from pipeline.summary import summarise
 
 SETTINGS = EvaluateConfig(bootstrap_samples=500)
 

@@ -14,9 +14,11 @@ import SimpleITK as sitk
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError, GeometryMismatch, ManifestError, VolumeError
-from pipeline.evaluate import evaluate_files, references_of_dataset, score_case, summarise
+from pipeline.evaluate import evaluate_files, score_case
 from pipeline.manifest import Case, Channel, Dataset, Manifest
-from pipeline.report import CaseScores, LabelScore, Report
+from pipeline.references import references_of_dataset
+from pipeline.report_values import CaseScores, LabelScore, Report
+from pipeline.summary import summarise
 from transforms.labels import LabelSchema, schema_from_names
 
 SCHEMA = schema_from_names({1: "Anterior", 2: "Posterior"})

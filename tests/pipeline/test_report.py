@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
-from pipeline.evaluate import summarise
-from pipeline.report import CaseScores, LabelScore, Report, dice_distribution, learning_curves
+from pipeline.report import dice_distribution, learning_curves
+from pipeline.report_values import CaseScores, LabelScore, Report
+from pipeline.summary import summarise
 
 BLUE, VERMILION, GREEN = (0, 114, 178), (213, 94, 0), (0, 158, 115)
 

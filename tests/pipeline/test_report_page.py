@@ -11,10 +11,10 @@ import pytest
 
 from pipeline.bad_cases import bad_cases
 from pipeline.config import EvaluateConfig
-from pipeline.evaluate import summarise
 from pipeline.report_page import Picture, RunFacts, read_run_facts, write_report_page
 from pipeline.report_page.charts import Line, Point, Scale, Strip, line_chart, scatter_chart, strip_chart, ticks
 from pipeline.report_values import CaseExplanation, CaseScores, LabelScore, Report
+from pipeline.summary import summarise
 
 VOID = {"meta", "img"}
 

@@ -14,8 +14,9 @@ import pytest
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate_files
 from pipeline.manifest import Dataset, parse_manifest
-from pipeline.report import Report, dice_distribution
+from pipeline.report import dice_distribution
 from pipeline.report_tables import tables
+from pipeline.report_values import Report
 from pipeline.scores import CaseMeasures, dice_of_classes, label_scores, measure_ids, region_scores
 from transforms.labels import LabelSchema, Region, schema_from_names
 

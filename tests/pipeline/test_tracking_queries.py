@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError, RunError
-from pipeline.evaluate import summarise
 from pipeline.report_values import CaseScores, LabelScore
+from pipeline.summary import summarise
 from pipeline.tracking import embedded_store, open_tracker
 from pipeline.tracking.queries import list_runs, read_run_json
 
