@@ -30,7 +30,9 @@ from pipeline.report import dice_distribution, learning_curves
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
+    BUNDLE,
     DONE,
+    VALIDATION,
     Run,
     open_run_tracker,
     public_yaml,
@@ -46,7 +48,7 @@ from pipeline.tracking import Tracker, null_tracker
 from pipeline.train import train
 from transforms.volume import read_volume
 
-BUNDLE, VALIDATION, REPORT_JSON, REPORT_CSV = "bundle", "validation", "report.json", "report.csv"
+REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
 
 
 FoldRunner = Callable[[Run, Sequence[int], Console], Mapping[int, Exception]]

@@ -11,7 +11,7 @@ from pipeline.export.overlay import write_overlay
 from pipeline.predict import Model
 from pipeline.report_page import Picture, read_run_facts, write_report_page
 from pipeline.report_values import CaseScores, Report
-from pipeline.runs import Run
+from pipeline.runs import BUNDLE, VALIDATION, Run
 from pipeline.segmentation import Segmentation
 from transforms.volume import read_label, read_volume
 
@@ -59,9 +59,9 @@ def draw_case(run: Run, case: CaseScores, target: Path) -> bool:
         return False
     fold = run.fold_folder(case.fold)
     image = read_volume(run.dataset.image_paths(entry)[0])
-    prediction, drawn = read_label(fold / "validation" / f"{case.case_id}.nii.gz"), read_label(label_path)
+    prediction, drawn = read_label(fold / VALIDATION / f"{case.case_id}.nii.gz"), read_label(label_path)
     reference = replace(drawn, voxels=run.dataset.annotation(entry).ids(drawn.voxels))
-    algorithm = Model((load_bundle(fold / "bundle"),)).algorithm
+    algorithm = Model((load_bundle(fold / BUNDLE),)).algorithm
     found, expected = (
         Segmentation(v.voxels, v.geometry, run.dataset.manifest.labels, algorithm) for v in (prediction, reference)
     )

@@ -43,6 +43,9 @@ CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
     "done.json",
 )
 
+BUNDLE, VALIDATION = "bundle", "validation"
+"""In a fold's folder: its model, and its predictions of the cases held out."""
+
 CHECK_WORKERS = 2
 
 SET_UP_S = 60.0
