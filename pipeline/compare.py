@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import report_values
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
 from pipeline.metrics import percentile_interval, resampled_means
@@ -30,13 +31,8 @@ TIE = 1e-9
 
 MOST_CHANGED = 5
 
-FIGURES: Mapping[str, bool] = {
-    "dice": True,
-    "surface_dice": True,
-    "hausdorff_95_mm": False,
-    "average_distance_mm": False,
-    "sensitivity": True,
-    "precision": True,
+FIGURES: Mapping[str, bool] = {"dice": True} | {
+    figure.name: figure.worst == "lowest" for figure in report_values.FIGURES if figure.worst != "farthest from 0"
 }
 """What can be compared, and whether more of it is better."""
 
