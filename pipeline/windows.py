@@ -114,7 +114,8 @@ class _RowWeights:
         self.shape = [stop - first if a == layout.axis else n for a, n in enumerate(layout.shape)]
         self.coverage = torch.zeros(self.shape)
         for other in layout.rows:
-            if other.members == row.members:
+            other_first, other_stop = layout.planes(other)
+            if other.members == row.members and other_first < stop and first < other_stop:
                 for start in other.starts:
                     window, volume = self._overlap(start)
                     self.coverage[volume] += self.profile[window]
