@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,8 +117,7 @@ def predict(
     check_input(model.plan, channels)
     there = [volume for volume in channels if volume is not None]
     source, study = there[0].geometry, sum(volume.voxels.nbytes for volume in there)
-    held = held_bytes() - study if settings.held_bytes is None else settings.held_bytes
-    planned = _planned(model, source, settings, device, held=held, study=study)
+    planned = _planned(model, source, settings, device, study=study, is_there=True)
     prepared = prepare(model.plan, channels)
     image, grids = prepared.image.to(device), (prepared.grid, prepared.field)
     pace = Pace(planned.batch, planned.slab_planes, settings.skip_empty)
@@ -135,15 +135,17 @@ def explain(model: Model, source: Geometry, *, settings: PredictSettings, device
         VolumeError: the grid cannot be brought to the model's axes.
     """
     study = VOXEL_BYTES * len(model.plan.channels) * math.prod(source.shape)
-    held = held_bytes() if settings.held_bytes is None else settings.held_bytes
-    return _planned(model, source, settings, device, held=held, study=study)
+    return _planned(model, source, settings, device, study=study, is_there=False)
 
 
 def _planned(
-    model: Model, source: Geometry, settings: PredictSettings, device: torch.device, *, held: int, study: int
+    model: Model, source: Geometry, settings: PredictSettings, device: torch.device, *, study: int, is_there: bool
 ) -> MemoryPlan:
-    """For `held` bytes of the process without the study, and those of the study."""
-    members, first_held = members_of(model, settings), _first_held(held)
+    """For a study of so many bytes, which the process holds already or not."""
+    held, come = settings.held_bytes, 0
+    if held is None:
+        held, come = held_bytes() - (study if is_there else 0), _PLANNING.brought
+    members = members_of(model, settings)
     try:
         grid = grid_of(model.plan, source)
     except ValueError as error:
@@ -153,10 +155,10 @@ def _planned(
     batch = batch_of(layout, device)
 
     def planned(*, exactly: bool) -> MemoryPlan:
-        asked = demand_of(model.bundles, members, layout, source, device=device, exactly=exactly)
-        # What an earlier plan or prediction brought into the process is not still to come.
-        to_come = max(0, asked.process - max(0, held - first_held))
-        return plan_memory(replace(asked, process=held + to_come, study=study), limit_bytes=limit, batch=batch)
+        with _PLANNING.counted():
+            asked = demand_of(model.bundles, members, layout, source, device=device, exactly=exactly)
+        process = held + max(0, asked.process - come)
+        return plan_memory(replace(asked, process=process, study=study), limit_bytes=limit, batch=batch)
 
     try:
         return planned(exactly=False)
@@ -164,14 +166,21 @@ def _planned(
         return planned(exactly=True)
 
 
-_FIRST_HELD: list[int] = []
+class _Planning:
+    """What making plans has brought into this process: a part of what a first prediction brings, not to be counted
+    once more by the plans that follow."""
+
+    def __init__(self) -> None:
+        self.brought = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        before = held_bytes()
+        yield
+        self.brought += max(0, held_bytes() - before)
 
 
-def _first_held(held: int) -> int:
-    """What this process held when the first plan was made in it."""
-    if not _FIRST_HELD:
-        _FIRST_HELD.append(held)
-    return _FIRST_HELD[0]
+_PLANNING = _Planning()
 
 
 def members_of(model: Model, settings: PredictSettings) -> list[Member]:
