@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 
 import numpy as np
 import torch
@@ -21,8 +22,14 @@ from pipeline.planner import advice_when_too_large
 from pipeline.processes import any_of, whole_batch_only, without_exchange
 from pipeline.task import TrainingState, TrainingTask
 
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
-"""How PyTorch's allocators, the system and C++ say so in a RuntimeError."""
+OUT_OF_MEMORY = re.compile(
+    "out of memory|DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc|could not (create|execute) a primitive$"
+)
+"""How PyTorch's allocators, the system and C++ say so in a RuntimeError.
+
+The last is oneDNN, which gives no reason: it found no memory for its code or its scratchpad, or the tensors are larger
+than it can index (https://github.com/pytorch/pytorch/issues/89104). Smaller parts are the answer to each.
+"""
 
 
 def gradients_that_fit(
@@ -114,4 +121,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for what a GPU's and a CPU's allocators raise."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

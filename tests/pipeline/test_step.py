@@ -157,6 +157,8 @@ class TestInParts:
             update(task, fabric, state, loss, batch, RATE)
         assert not is_out_of_memory(ValueError("out of memory"))
         assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+        assert is_out_of_memory(RuntimeError("could not create a primitive"))
+        assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
 
 
 class TestNotFinite:
