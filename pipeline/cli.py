@@ -45,6 +45,12 @@ CheckpointEvery = Annotated[
     float | None,
     typer.Option("--checkpoint-every", metavar="MINUTES", help="Time between checkpoints; train.checkpoint_minutes."),
 ]
+InspectEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--inspect-every", metavar="UPDATES", min=1, help="Figures of every level of the network; train.inspect_every."
+    ),
+]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")]
 FORMAT_HELP = "DICOM: seg, labelmap, rtstruct, sr, capture; nifti, nrrd (3D Slicer), stl, gltf, overlay (PNG)."
 Formats = Annotated[str, typer.Option("--as", metavar="FORMAT,...", help=FORMAT_HELP)]
@@ -136,6 +142,7 @@ def train(
     fold: Annotated[int, typer.Option("--fold", min=0, help="The fold to hold out.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
     checkpoint_every: CheckpointEvery = None,
+    inspect_every: InspectEvery = None,
     out: RunFolder = None,
     sets: Sets = None,
     devices: Annotated[
@@ -146,7 +153,7 @@ def train(
     """Train on all folds but one, then predict and score the one held out."""
     from pipeline.cli_stages import train_one_fold
 
-    train_one_fold(_load(config, _with(sets, checkpoint_every)), out, fold=fold, resume=resume,
+    train_one_fold(_load(config, _with(sets, checkpoint_every, inspect_every)), out, fold=fold, resume=resume,
                    devices=(devices, nodes), console=_console())  # fmt: skip
 
 
@@ -155,6 +162,7 @@ def crossval(
     config: ConfigFile,
     folds: Annotated[str | None, typer.Option("--folds", metavar="0,1,...", help="Which folds; default: all.")] = None,
     checkpoint_every: CheckpointEvery = None,
+    inspect_every: InspectEvery = None,
     out: RunFolder = None,
     sets: Sets = None,
     parallel: Annotated[
@@ -177,7 +185,8 @@ def crossval(
     if address and runner is not Runner.ray:
         raise typer.BadParameter("only with --runner ray", param_hint="--address")
     where, wanted = Where(runner.value, parallel, threads, address), _numbers(folds)
-    run_folds(_load(config, _with(sets, checkpoint_every)), out, folds=wanted, where=where, console=_console())
+    wanted_config = _load(config, _with(sets, checkpoint_every, inspect_every))
+    run_folds(wanted_config, out, folds=wanted, where=where, console=_console())
 
 
 @app.command()
@@ -386,9 +395,10 @@ def _load(config: Path, sets: Sequence[str] | None) -> Config:
     return load_config(config, sets or ())
 
 
-def _with(sets: Sequence[str] | None, checkpoint_every: float | None) -> list[str]:
-    """The option is a config value under a name of its own."""
-    return [*(sets or ()), *([] if checkpoint_every is None else [f"train.checkpoint_minutes={checkpoint_every}"])]
+def _with(sets: Sequence[str] | None, checkpoint_every: float | None, inspect_every: int | None) -> list[str]:
+    """The options are config values under names of their own."""
+    named = {"checkpoint_minutes": checkpoint_every, "inspect_every": inspect_every}
+    return [*(sets or ()), *(f"train.{key}={value}" for key, value in named.items() if value is not None)]
 
 
 def _names(text: str) -> list[str]:

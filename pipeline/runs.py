@@ -286,7 +286,7 @@ def _require_same_config(config: Config, folder: Path) -> None:
     except ConfigError as error:
         raise RunError(f"{folder}: holds a run that this version cannot read; choose another --out") from error
     now = flatten(config)
-    places = ("runs", "data.", "tracking.", "train.device", "train.checkpoint_minutes")
+    places = ("runs", "data.", "tracking.", "train.device", "train.checkpoint_minutes", "train.inspect_every")
     changed = [k for k in now if before.get(k) != now[k] and not k.startswith(places)]
     if changed:
         key = changed[0]

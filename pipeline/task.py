@@ -60,6 +60,7 @@ class TrainingTask:
                         "checkpoint_minutes",
                         "validations",
                         "validation_cases",
+                        "inspect_every",
                         "device",
                         "workers",
                     },
