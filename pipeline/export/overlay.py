@@ -12,62 +12,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.patheffects import withStroke
-from scipy.ndimage import zoom
 
+from pipeline.export.planes import (
+    BACKGROUND,
+    FAINT,
+    FONT,
+    TEXT,
+    VIEW,
+    VIEWS,
+    Array,
+    View,
+    draw_marks,
+    grey_window,
+    outline,
+    turned,
+)
 from pipeline.segmentation import Segmentation
-from transforms.geometry import Geometry
 from transforms.labels import Label
 from transforms.quiet_warnings import quiet_warnings
-from transforms.resample import move
 from transforms.volume import Volume
 
-Array = npt.NDArray[Any]
 Box = tuple[slice, slice, slice]
 Rectangle = tuple[float, float, float, float]
-
-VIEW = "LPI"
-"""Array axes of all three planes: they run to the patient's left, back and feet."""
-
-WINDOW_PERCENTILES, EMPTY_PART = (1.0, 99.0), 0.03
-"""The grey values of what is shown that become black and white; the lowest part of their range does not count."""
 
 MARGIN_MM, MARGIN_PART = 15.0, 0.35
 """What is shown around the labels: at least so many mm, and this part of their longest side."""
 
-_BACKGROUND, _TEXT, _FAINT = "#0d1117", "#f0f3f6", "#9aa4af"
-_FONT = "DejaVu Sans"
 _DPI = 160
 _WIDTH_IN, _LEGEND_IN, _EDGE_IN, _GAP_IN, _HEADER_IN, _FOOTER_IN = 12.0, 2.55, 0.25, 0.14, 0.42, 0.45
 _PANEL_HEIGHT_IN = (2.4, 4.6)
 _LEGEND_ROW_IN = 0.34
-_FINER = 4
 _MM3_PER_ML = 1000.0
-
-
-@dataclass(frozen=True)
-class _View:
-    """One plane: the axes of `VIEW` that run across, down and through it, and what its four edges are."""
-
-    name: str
-    across: int
-    down: int
-    through: int
-    left_right_top_bottom: str
-
-
-_VIEWS = (
-    _View("Axial", 0, 1, 2, "RLAP"),
-    _View("Coronal", 0, 2, 1, "RLSI"),
-    _View("Sagittal", 1, 2, 0, "APSI"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +64,7 @@ class _Scene:
 class _Plane:
     """A view's slice: (rows, columns) arrays, row 0 on top, and the sides of a pixel across and down."""
 
-    view: _View
+    view: View
     image: Array
     labels: Array
     reference: Array | None
@@ -123,14 +103,14 @@ def draw_overlay(segmentation: Segmentation, image: Volume, *, reference: Segmen
         if difference:
             raise ValueError(f"a picture needs one grid, found {difference}")
     scene = _scene(segmentation, image, reference)
-    planes = [_plane(view, scene) for view in _VIEWS]
+    planes = [_plane(view, scene) for view in VIEWS]
     figure, boxes = _canvas([plane.size_mm[0] / plane.size_mm[1] for plane in planes])
-    window = _window(planes)
+    window = grey_window(np.concatenate([plane.image.ravel() for plane in planes]))
     for plane, box in zip(planes, boxes[:-1], strict=True):
         axes = figure.add_axes(box)
         _draw_image(axes, plane, window)
         _draw_labels(axes, plane, segmentation.schema.labels)
-        _draw_marks(axes, plane)
+        draw_marks(axes, plane.view, plane.size_mm)
     _draw_legend(figure, boxes[-1], segmentation, has_reference=reference is not None)
     _draw_notes(figure, segmentation)
     return figure
@@ -138,27 +118,17 @@ def draw_overlay(segmentation: Segmentation, image: Volume, *, reference: Segmen
 
 def _scene(segmentation: Segmentation, image: Volume, reference: Segmentation | None) -> _Scene:
     geometry = segmentation.geometry
-    labels = _turned(segmentation.label_map, geometry)
-    expected = None if reference is None else _turned(reference.label_map, geometry)
+    labels = turned(segmentation.label_map, geometry)
+    expected = None if reference is None else turned(reference.label_map, geometry)
     lowest = float(image.voxels.min())
     spacing_mm = geometry.orthogonal().oriented(VIEW).spacing_mm
     box = _box(labels.astype(bool) if expected is None else (labels != 0) | (expected != 0), spacing_mm)
     return _Scene(
-        image=_turned(image.voxels, geometry, fill=lowest)[box],
+        image=turned(image.voxels, geometry, fill=lowest)[box],
         labels=labels[box],
         reference=None if expected is None else expected[box],
         spacing_mm=spacing_mm,
     )
-
-
-def _turned(voxels: Array, geometry: Geometry, *, fill: float = 0.0) -> Array:
-    """Voxels with their axes along `VIEW`: permuted and flipped; only the slices of a sheared grid are shifted."""
-    if geometry.is_sheared:
-        stored = torch.from_numpy(voxels)[None]
-        return move(stored, geometry, geometry.orthogonal().oriented(VIEW), order=0, fill=fill)[0].numpy()
-    axes = geometry.axis_map(geometry.oriented(VIEW))
-    flips = tuple(t for t, scale in enumerate(axes.scales) if scale < 0)
-    return np.asarray(np.flip(voxels.transpose(axes.source_axes), flips))
 
 
 def _box(labelled: Array, spacing_mm: Sequence[float]) -> Box:
@@ -175,7 +145,7 @@ def _box(labelled: Array, spacing_mm: Sequence[float]) -> Box:
     return i, j, k
 
 
-def _plane(view: _View, scene: _Scene) -> _Plane:
+def _plane(view: View, scene: _Scene) -> _Plane:
     searched = scene.labels if scene.labels.any() or scene.reference is None else scene.reference
     areas = np.count_nonzero(searched, axis=(view.across, view.down))
     index = int(areas.argmax()) if areas.any() else len(areas) // 2
@@ -192,22 +162,13 @@ def _plane(view: _View, scene: _Scene) -> _Plane:
     )
 
 
-def _window(planes: Sequence[_Plane]) -> tuple[float, float]:
-    """The grey values that become black and white. Air and what was not measured would only flatten the rest."""
-    values = np.concatenate([plane.image.ravel() for plane in planes])
-    lowest, highest = float(values.min()), float(values.max())
-    inside = values[values > lowest + EMPTY_PART * (highest - lowest)]
-    low, high = (float(v) for v in np.percentile(inside if inside.size else values, WINDOW_PERCENTILES))
-    return low, max(high, low + 1e-6)
-
-
 def _canvas(aspects: Sequence[float]) -> tuple[Figure, list[Rectangle]]:
     """A figure whose panels have one height, and the boxes of the panels and, last, of the legend."""
     around_in = 2 * _EDGE_IN + _LEGEND_IN + (len(aspects) + 1) * _GAP_IN
     panel_in = float(np.clip((_WIDTH_IN - around_in) / sum(aspects), *_PANEL_HEIGHT_IN))
     widths_in = [panel_in * aspect for aspect in aspects]
     width_in, height_in = around_in + sum(widths_in), _HEADER_IN + panel_in + _FOOTER_IN
-    figure = Figure(figsize=(width_in, height_in), facecolor=_BACKGROUND)
+    figure = Figure(figsize=(width_in, height_in), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     boxes: list[Rectangle] = []
     left_in = _EDGE_IN
@@ -231,53 +192,13 @@ def _draw_labels(axes: Axes, plane: _Plane, labels: Sequence[Label]) -> None:
     for label in labels:
         colour = _colour(label)
         if (plane.labels == label.id).any():
-            outline = _outline(plane.labels == label.id, plane.pixel_mm)
-            axes.contourf(*outline, levels=[0.5, 2.0], colors=[colour], alpha=0.35)
-            axes.contour(*outline, levels=[0.5], colors=[colour], linewidths=1.8)
+            edge = outline(plane.labels == label.id, plane.pixel_mm)
+            axes.contourf(*edge, levels=[0.5, 2.0], colors=[colour], alpha=0.35)
+            axes.contour(*edge, levels=[0.5], colors=[colour], linewidths=1.8)
     for label in labels:
         if plane.reference is not None and (plane.reference == label.id).any():
-            outline = _outline(plane.reference == label.id, plane.pixel_mm)
-            axes.contour(*outline, levels=[0.5], colors=["white"], linewidths=1.3, linestyles=[(0, (3.5, 2.0))])
-
-
-def _outline(mask: Array, pixel_mm: tuple[float, float]) -> tuple[Array, Array, Array]:
-    """Positions in mm, and the mask on a finer grid; its level 0.5 runs along the pixels' edges."""
-    rows, columns = (slice(max(int(a.min()) - 2, 0), int(a.max()) + 3) for a in np.nonzero(mask))
-    # The rim of zeros closes contours at the picture's edge.
-    padded = np.pad(mask[rows, columns].astype(np.float32), 1)
-    share = zoom(padded, _FINER, order=1, mode="nearest", grid_mode=True)
-    down, across = ((np.arange(n) + 0.5) / _FINER - 1 for n in share.shape)
-    return (across + columns.start) * pixel_mm[0], (down + rows.start) * pixel_mm[1], share
-
-
-def _draw_marks(axes: Axes, plane: _Plane) -> None:
-    """The plane's name, the patient's sides at its edges, and a scale."""
-    _write(axes, plane.view.name, (0, 1), (1, 6), fontsize=11, ha="left", va="bottom")
-    places = (((0, 0.5), (9, 0)), ((1, 0.5), (-9, 0)), ((0.5, 1), (0, -10)), ((0.5, 0), (0, 10)))
-    for letter, (place, shift_pt) in zip(plane.view.left_right_top_bottom, places, strict=True):
-        _write(axes, letter, place, shift_pt, fontsize=11, fontweight="bold")
-    width_mm, height_mm = plane.size_mm
-    lengths_mm = [m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5)]
-    length_mm = max((n for n in lengths_mm if n <= width_mm / 3.5), default=lengths_mm[0])
-    left_mm, y_mm = 0.05 * width_mm, 0.95 * height_mm
-    line = Line2D([left_mm, left_mm + length_mm], [y_mm, y_mm], color=_TEXT, linewidth=2.2, solid_capstyle="butt")
-    line.set_path_effects([withStroke(linewidth=4.0, foreground="#00000099")])
-    axes.add_line(line)
-    place = ((left_mm + length_mm / 2) / width_mm, 1 - y_mm / height_mm)
-    _write(axes, f"{length_mm:g} mm", place, (0, 4), fontsize=8.5, va="bottom")
-
-
-def _write(axes: Axes, text: str, place: tuple[float, float], shift_pt: tuple[float, float], **style: Any) -> None:
-    """Text at a place in parts of the panel, moved by some points, with a dark rim that keeps it readable."""
-    written = axes.annotate(
-        text,
-        place,
-        xytext=shift_pt,
-        xycoords="axes fraction",
-        textcoords="offset points",
-        **{"ha": "center", "va": "center", "color": _TEXT, "fontfamily": _FONT, **style},
-    )
-    written.set_path_effects([withStroke(linewidth=2.4, foreground="#000000b0")])
+            edge = outline(plane.reference == label.id, plane.pixel_mm)
+            axes.contour(*edge, levels=[0.5], colors=["white"], linewidths=1.3, linestyles=[(0, (3.5, 2.0))])
 
 
 def _draw_legend(figure: Figure, box: Rectangle, segmentation: Segmentation, *, has_reference: bool) -> None:
@@ -295,7 +216,7 @@ def _draw_legend(figure: Figure, box: Rectangle, segmentation: Segmentation, *, 
         volume_ml = voxels * segmentation.geometry.voxel_volume_mm3 / _MM3_PER_ML
         _draw_row(axes, (row + 0.5) * row_pt, label, volume_ml)
     y_pt = (len(shown) + 0.5) * row_pt
-    style: dict[str, Any] = {"color": _FAINT, "fontsize": 9.5, "fontfamily": _FONT, "va": "center"}
+    style: dict[str, Any] = {"color": FAINT, "fontsize": 9.5, "fontfamily": FONT, "va": "center"}
     if len(shown) < len(labels):
         axes.text(24, y_pt, f"and {len(labels) - len(shown)} more", **style)
         y_pt += row_pt
@@ -308,9 +229,9 @@ def _draw_row(axes: Axes, y_pt: float, label: Label, volume_ml: float) -> None:
     swatch = FancyBboxPatch((3, y_pt - 4), 10, 8, boxstyle="round,pad=1.5", linewidth=1.4)
     swatch.set(facecolor=(*_colour(label), 0.45), edgecolor=_colour(label))
     axes.add_patch(swatch)
-    colour = _TEXT if volume_ml > 0 else _FAINT
+    colour = TEXT if volume_ml > 0 else FAINT
     name = label.name if len(label.name) <= 21 else label.name[:20] + "…"
-    style: dict[str, Any] = {"color": colour, "fontsize": 10, "fontfamily": _FONT, "va": "center"}
+    style: dict[str, Any] = {"color": colour, "fontsize": 10, "fontfamily": FONT, "va": "center"}
     # Names are text, not mathematics between dollar signs.
     axes.text(24, y_pt, name, parse_math=False, **style)
     axes.text(axes.get_xlim()[1], y_pt, _volume(volume_ml), ha="right", **style)
@@ -327,7 +248,7 @@ def _volume(volume_ml: float) -> str:
 def _draw_notes(figure: Figure, segmentation: Segmentation) -> None:
     width_in, height_in = figure.get_size_inches()
     y = 0.45 * _FOOTER_IN / height_in
-    style: dict[str, Any] = {"color": _FAINT, "fontsize": 8.5, "fontfamily": _FONT, "va": "center"}
+    style: dict[str, Any] = {"color": FAINT, "fontsize": 8.5, "fontfamily": FONT, "va": "center"}
     left, right = _EDGE_IN / width_in, 1 - _EDGE_IN / width_in
     figure.text(left, y, "Radiological convention: the patient's right is on the left of the picture", **style)
     maker = f"{segmentation.algorithm.name} {segmentation.algorithm.version}".strip()
