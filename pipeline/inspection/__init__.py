@@ -1,0 +1,1 @@
+"""How features flow through a trained U-Net: figures of each level, what each part contributes, how far it sees."""
