@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from pipeline.bundle import ModelBundle
+from pipeline.confidence import MOVING_BYTES, WORK_PLANES, Asked, figure_for, gathered_bytes
 from pipeline.live_scores import live_bytes, store_of
 from pipeline.memory_plan import Demand
 from pipeline.models.cost import WORKSPACE_FACTOR, kept_bytes, weight_count
@@ -86,6 +88,26 @@ def demand_of(
         slab_plane=slab_plane if on_host else 0,
         restoring=MIXED_VOLUMES * FLOAT_BYTES * outputs * plane if on_host else 0,
         label_map=volume * class_dtype(bundles[0].schema).itemsize,
+    )
+
+
+def with_confidence(
+    demand: Demand, members: Sequence[Member], layout: Layout, source: Geometry, *, asked: Asked, output_count: int
+) -> Demand:
+    """The same, with what is gathered beside the labels."""
+    # One channel more of what is averaged, in a window and in the ring, and a piece of logarithms and of the figure.
+    figure = figure_for(members, asked) is not None and demand.network > 0
+    window = max(math.prod(row.window) for row in layout.rows)
+    network = FLOAT_BYTES * (window + 2 * CHUNK_VALUES) if figure else 0
+    live = FLOAT_BYTES * math.prod(layout.live_shape) if figure else 0
+    plane = math.prod(n for axis, n in enumerate(layout.shape) if axis != layout.axis)
+    return replace(
+        demand,
+        network=demand.network + network,
+        live=demand.live + live,
+        restoring=demand.restoring + WORK_PLANES * FLOAT_BYTES * output_count * plane,
+        gathered=gathered_bytes(members, asked, math.prod(layout.shape), output_count),
+        moving=MOVING_BYTES * math.prod(source.shape) if asked.maps else 0,
     )
 
 

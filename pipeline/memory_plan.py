@@ -69,7 +69,8 @@ class Demand:
 
     `process` is held already, without the study's own voxels. `network` is for one batch of windows with the answer,
     and for adding up its passes. `live` are scores that are not finished; `slab_plane` is what each plane of a slab
-    takes, `restoring` what restoring takes besides.
+    takes, `restoring` what restoring takes besides. Where more is asked for than labels, `gathered` is what is held of
+    it from the first window on, and `moving` what bringing it to the study's grid takes, which ends with maps there.
     """
 
     process: int
@@ -81,18 +82,22 @@ class Demand:
     slab_plane: int
     restoring: int
     label_map: int
+    gathered: int = 0
+    moving: int = 0
 
     def stages(self, slab_planes: int) -> tuple[Stage, ...]:
         """In the order of the work."""
         held = (("process", self.process), ("study", self.study))
         image, labels = ("image", self.image), ("label map", self.label_map)
+        beside = (("uncertainty and scores", self.gathered),) if self.gathered else ()
         unfinished = ("unfinished scores", self.live)
         slab = ("finished scores", slab_planes * self.slab_plane + self.restoring)
         return (
             Stage("preparing", (*held, ("work", round(HEADROOM * self.preparing)), image)),
-            Stage("network", (*held, image, labels, unfinished, ("network", round(HEADROOM * self.network)))),
-            Stage("restoring", (*held, image, labels, unfinished, slab)),
-            Stage("labels", (*held, ("work", 2 * self.label_map), labels)),
+            Stage("network", (*held, image, labels, *beside, unfinished, ("network", round(HEADROOM * self.network)))),
+            Stage("restoring", (*held, image, labels, *beside, unfinished, slab)),
+            *((Stage("uncertainty", (*held, image, labels, *beside, ("work", self.moving))),) if self.moving else ()),
+            Stage("labels", (*held, ("work", 2 * self.label_map), labels, *beside)),
         )
 
 

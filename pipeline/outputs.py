@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.loss_comparison import Targets
 from pipeline.tiling import Layout, lay_out
-from pipeline.windows import AT_ONCE, Member, Pace, Progress, stream_windows
+from pipeline.windows import AT_ONCE, Figure, Member, Pace, Progress, stream_windows
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.restore import SlabRestorer, slab_axis
@@ -20,6 +21,23 @@ def targets_of(schema: LabelSchema) -> Targets:
     return Targets(schema.class_count, schema.region_classes, schema.ignored_class)
 
 
+@dataclass(frozen=True, eq=False)
+class Listeners:
+    """Who is told while a volume is segmented; they change nothing.
+
+    `on_tile(done, total)` hears of each window. `on_slab(axis, first, scores)` is given each slab of finished scores
+    (outputs, ...) from plane `first` on along an axis, as they were averaged, with the mean of a `figure` as one
+    channel more, the last, if there is one (see `stream_windows`); it is to keep none of them.
+    """
+
+    on_tile: Progress | None = None
+    on_slab: Callable[[int, int, Tensor], None] | None = None
+    figure: Figure | None = None
+
+
+NOBODY = Listeners()
+
+
 def segment_image(
     members: Sequence[Member],
     image: Tensor,
@@ -27,7 +45,7 @@ def segment_image(
     schema: LabelSchema,
     *,
     pace: Pace = AT_ONCE,
-    on_tile: Progress | None = None,
+    listeners: Listeners = NOBODY,
 ) -> Tensor:
     """The class map (I', J', K') on the second grid, in ordinary memory, of an image (C, I, J, K) on the first.
 
@@ -39,9 +57,13 @@ def segment_image(
     restorer = SlabRestorer(grid, field, layout.axis, painted=_painted(schema), above=_above(members))
     classes = torch.zeros(field.shape, dtype=class_dtype(schema))
     turned = _turns(members)
-    for _, slab in stream_windows(members, image, layout, pace=pace, on_tile=on_tile):
-        restorer.add(_probabilities(slab, schema) if turned else slab, classes)
-        del slab  # else it would be held while the next windows are worked on
+    told, figure = listeners.on_tile, listeners.figure
+    for first, slab in stream_windows(members, image, layout, pace=pace, on_tile=told, figure=figure):
+        scores = slab if figure is None else slab[:-1]
+        restorer.add(_probabilities(scores, schema) if turned else scores, classes)
+        if listeners.on_slab is not None:
+            listeners.on_slab(layout.axis, first, slab)
+        del slab, scores  # else they would be held while the next windows are worked on
     return classes
 
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline.bundle import ModelBundle
-from pipeline.demand import batch_of, demand_of
+from pipeline.confidence import Asked, Confidence, Gatherer
+from pipeline.demand import batch_of, demand_of, with_confidence
 from pipeline.errors import BundleError, GeometryMismatch, PlanError, VolumeError
 from pipeline.free_memory import free_bytes, held_bytes
+from pipeline.kept_scores import Grids
 from pipeline.memory_plan import MemoryPlan, plan_memory
-from pipeline.outputs import layout_on, segment_image
+from pipeline.outputs import Listeners, layout_on, segment_image
 from pipeline.plan import ChannelPlan, Plan
-from pipeline.preparing import grid_of, prepare, put_back
+from pipeline.preparing import Prepared, grid_of, prepare, put_back
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.windows import Member, Pace, Progress, window_settings
 from transforms.geometry import Geometry
@@ -42,6 +44,9 @@ class PredictSettings:
     as part of the patch; None is the model's own. `skip_empty`: of windows that show nothing, every channel at its
     lowest to within a thousandth of a deviation, the network sees one. `held_bytes`: what the process holds meanwhile
     beside the study, other studies that are read or written at the same time included; None is what it holds now.
+
+    Asked for beside the labels (`Segmentation.confidence`): `uncertainty`, maps of entropy and disagreement and an
+    estimate of quality; `estimate`, that alone; `keep_scores`, the probabilities of so many likeliest outputs a voxel.
     """
 
     mirror: bool
@@ -49,6 +54,14 @@ class PredictSettings:
     tile_step: float | None = None
     skip_empty: bool = False
     held_bytes: int | None = None
+    uncertainty: bool = False
+    estimate: bool = False
+    keep_scores: int = 0
+
+    @property
+    def asked(self) -> Asked:
+        """What is wanted beside the labels."""
+        return Asked(self.uncertainty, self.estimate, self.keep_scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +134,20 @@ def predict(
     prepared = prepare(model.plan, channels)
     image, grids = prepared.image.to(device), (prepared.grid, prepared.field)
     pace = Pace(planned.batch, planned.slab_planes, settings.skip_empty)
+    members = members_of(model, settings)
+    gatherer = Gatherer(members, model.schema, prepared.grid, settings.asked) if settings.asked.anything else None
+    told = Listeners(on_window) if gatherer is None else Listeners(on_window, gatherer.add, gatherer.figure)
     with torch.inference_mode():
-        found = segment_image(members_of(model, settings), image, grids, model.schema, pace=pace, on_tile=on_window)
+        found = segment_image(members, image, grids, model.schema, pace=pace, listeners=told)
         classes = put_back(found[None], prepared, source)[0].numpy()
-    return Segmentation(model.schema.ids_from_classes(classes), source, model.schema, model.algorithm)
+        beside = None if gatherer is None else _confidence(gatherer, model, prepared, source)
+    ids = model.schema.ids_from_classes(classes)
+    return Segmentation(ids, source, model.schema, model.algorithm, beside)
+
+
+def _confidence(gatherer: Gatherer, model: Model, prepared: Prepared, source: Geometry) -> Confidence:
+    grids = Grids(prepared.grid, prepared.field, prepared.box, source)
+    return gatherer.finished(grids, model.algorithm, [bundle.digest for bundle in model.bundles])
 
 
 def explain(model: Model, source: Geometry, *, settings: PredictSettings, device: torch.device) -> MemoryPlan:
@@ -156,9 +179,12 @@ def _planned(
 
     def planned(*, exactly: bool) -> MemoryPlan:
         with _PLANNING.counted():
-            asked = demand_of(model.bundles, members, layout, source, device=device, exactly=exactly)
-        process = held + max(0, asked.process - come)
-        return plan_memory(replace(asked, process=process, study=study), limit_bytes=limit, batch=batch)
+            demand = demand_of(model.bundles, members, layout, source, device=device, exactly=exactly)
+        if settings.asked.anything:
+            outputs = model.schema.output_count
+            demand = with_confidence(demand, members, layout, source, asked=settings.asked, output_count=outputs)
+        process = held + max(0, demand.process - come)
+        return plan_memory(replace(demand, process=process, study=study), limit_bytes=limit, batch=batch)
 
     try:
         return planned(exactly=False)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
+
+if TYPE_CHECKING:
+    from pipeline.confidence import Confidence
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,13 @@ class Algorithm:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """Label ids (I, J, K), 0 background, on the grid of the source volume."""
+    """Label ids (I, J, K), 0 background, on the grid of the source volume; what else a prediction was asked for."""
 
     label_map: npt.NDArray[np.uint8 | np.uint16]
     geometry: Geometry
     schema: LabelSchema
     algorithm: Algorithm
+    confidence: Confidence | None = None
 
     def __post_init__(self) -> None:
         if self.label_map.shape != self.geometry.shape:

@@ -14,6 +14,7 @@ from pipeline.onednn import OneDnnConvolutions
 from pipeline.tiling import WindowSettings
 
 Network = Callable[[Tensor], Tensor]
+Figure = Callable[[Tensor], Tensor]
 
 CHUNK_VALUES = 1 << 20
 """Scores that are worked on together: few enough for a processor's cache, so that memory is passed through once."""
@@ -27,25 +28,34 @@ class Member:
     settings: WindowSettings
 
 
-def score_tiles(members: Sequence[Member], tiles: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def score_tiles(
+    members: Sequence[Member], tiles: Tensor, figure: Figure | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
     """Scores of windows (B, C, I, J, K), averaged over the members and their passes, piece by piece.
 
-    Each piece is the number of its window, its first plane, and scores (O, i, J, K) float32 of its planes.
+    Each piece is the number of its window, its first plane, and scores (O, i, J, K) float32 of its planes. With a
+    `figure`, which gives a value (...) a voxel of one pass's scores (O, ...), its mean is one channel more, the last.
     """
     passes = [(member, axes) for member in members for axes in mirror_passes(member.settings.mirror_axes)]
     if len(passes) == 1:
         logits = _answer(passes[0][0].network, tiles)
         for tile, low, high in _pieces(logits):
-            yield tile, low, _activated(logits[tile, :, low:high], passes[0][0].settings)
+            scores = _activated(logits[tile, :, low:high], passes[0][0].settings)
+            yield tile, low, scores if figure is None else torch.cat([scores, figure(scores)[None]])
         return
     total: Tensor | None = None
     for member, axes in passes:
         logits = _answer(member.network, tiles.flip([a + 2 for a in axes]))
+        outputs = logits.shape[1]
         if total is None:
-            total = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
+            shape = (len(logits), outputs + (figure is not None), *logits.shape[2:])
+            total = torch.zeros(shape, dtype=torch.float32, device=logits.device)
         share = 1.0 / (len(members) * len(mirror_passes(member.settings.mirror_axes)))
         for tile, low, high in _pieces(logits):
-            total[tile, :, low:high].add_(_unmirrored(logits[tile], low, high, axes, member.settings), alpha=share)
+            scores = _unmirrored(logits[tile], low, high, axes, member.settings)
+            total[tile, :outputs, low:high].add_(scores, alpha=share)
+            if figure is not None:
+                total[tile, outputs, low:high].add_(figure(scores), alpha=share)
         del logits  # else the next ones would be made beside them
     if total is not None:
         for tile, low, high in _pieces(total):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from pipeline.live_scores import LiveScores, store_of
-from pipeline.tile_scores import Member, Network, mirror_passes, score_tiles
+from pipeline.tile_scores import Figure, Member, Network, mirror_passes, score_tiles
 from pipeline.tiling import Box, Layout, Row, Triple, WindowSettings, lay_out, overlap, window_settings, window_shape
 from transforms.channels import channel_minima
 from transforms.patches import blending_weights, nnunet_weights
 from transforms.sampling import filled
 
 __all__ = [
+    "Figure",
     "Member",
     "Network",
     "Progress",
@@ -71,12 +72,19 @@ def predict_windows(
 
 
 def stream_windows(
-    members: Sequence[Member], image: Tensor, layout: Layout, *, pace: Pace = AT_ONCE, on_tile: Progress | None = None
+    members: Sequence[Member],
+    image: Tensor,
+    layout: Layout,
+    *,
+    pace: Pace = AT_ONCE,
+    on_tile: Progress | None = None,
+    figure: Figure | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of an image (C, I, J, K), averaged over the members, as slabs in the order of the layout's axis.
 
     A slab is the number of its first plane and scores (outputs, ...) float32 that have the image's other two sides; it
-    is good until the next is asked for. `on_tile(done, total)` is called after each tile.
+    is good until the next is asked for. `on_tile(done, total)` is called after each tile. The mean of a `figure` over
+    all answers, weighed as they are, is one channel more, the last; the others are the same without it.
     """
     tell, done = on_tile or _silence, 0
     conventions = members[0].settings.conventions
@@ -88,13 +96,13 @@ def stream_windows(
         weights = _RowWeights(row, layout, conventions.weights, share=len(row.members) / len(members))
         if row.members not in scorers:
             seeing = [members[m] for m in row.members]
-            scorers[row.members] = _Scorer(seeing, image, row.window, skip_empty=pace.skip_empty)
+            scorers[row.members] = _Scorer(seeing, image, row.window, skip_empty=pace.skip_empty, figure=figure)
         for at in range(0, len(row.starts), pace.batch):
             starts = row.starts[at : at + pace.batch]
             weighed = {start: weights.of(start).to(image.device) for start in starts}
             for start, low, scores in scorers[row.members].scores(starts):
                 if live is None:
-                    store = store_of(scores.shape[0], conventions.blend)
+                    store = store_of(scores.shape[0] - (figure is not None), conventions.blend)
                     live = LiveScores(scores.shape[0], layout, store, scores.device)
                 _add(live, start, low, scores, weighed[start])
             for _ in starts:
@@ -134,8 +142,10 @@ class _RowWeights:
 class _Scorer:
     """Windows of one shape, cut from an image (C, I, J, K) and scored by the networks that see them."""
 
-    def __init__(self, members: Sequence[Member], image: Tensor, window: Triple, *, skip_empty: bool) -> None:
-        self.members, self.image, self.window = members, image, window
+    def __init__(
+        self, members: Sequence[Member], image: Tensor, window: Triple, *, skip_empty: bool, figure: Figure | None
+    ) -> None:
+        self.members, self.image, self.window, self.figure = members, image, window, figure
         self.lowest = channel_minima(image)
         zero = members[0].settings.conventions.padding == "zero"
         self.padding = torch.zeros_like(self.lowest) if zero else self.lowest
@@ -150,13 +160,15 @@ class _Scorer:
             del tiles[start]
             if not self._of_empty:
                 nothing = self.lowest.reshape(-1, 1, 1, 1).expand(-1, *self.window)
-                self._of_empty = [(low, piece.clone()) for _, low, piece in score_tiles(self.members, nothing[None])]
+                pieces = score_tiles(self.members, nothing[None], self.figure)
+                self._of_empty = [(low, piece.clone()) for _, low, piece in pieces]
             yield from ((start, low, piece) for low, piece in self._of_empty)
         if tiles:
             seen = list(tiles)
             batch = torch.stack(list(tiles.values())) if len(tiles) > 1 else tiles.popitem()[1][None]
             tiles.clear()
-            yield from ((seen[number], low, piece) for number, low, piece in score_tiles(self.members, batch))
+            pieces = score_tiles(self.members, batch, self.figure)
+            yield from ((seen[number], low, piece) for number, low, piece in pieces)
 
     def _cut(self, start: Triple) -> Tensor:
         """A window (C, I, J, K), padded where it reaches out of the image."""
