@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pipeline.kept_scores import Grids, Keeper, KeptScores, kept_bytes
 from pipeline.quality import DiceTally, QualityEstimate
-from pipeline.segmentation import Algorithm
 from pipeline.tile_scores import Member, mirror_passes
 from pipeline.uncertainty import Potential, entropy
 from transforms.geometry import Geometry
@@ -116,12 +115,12 @@ class Gatherer:
             if self._keeper is not None:
                 self._keeper.add(axis, first + n, probabilities)
 
-    def finished(self, grids: Grids, algorithm: Algorithm, models: Sequence[str]) -> Confidence:
-        """When all slabs have come; `models` are digests, for the record."""
+    def finished(self, grids: Grids, made_by: tuple[str, str], models: Sequence[str]) -> Confidence:
+        """When all slabs have come; for the last two see `KeptScores`."""
         return Confidence(
             **{name: _moved(self._maps.pop(name), grids) for name in list(self._maps)},
-            estimate=self._tally and self._tally.estimate(self._grid.voxel_volume_mm3),
-            scores=self._keeper and self._keeper.kept(grids, algorithm, models),
+            estimate=None if self._tally is None else self._tally.estimate(self._grid.voxel_volume_mm3),
+            scores=None if self._keeper is None else self._keeper.kept(grids, made_by, models),
         )
 
     def _probabilities(self, scores: Tensor) -> Tensor:

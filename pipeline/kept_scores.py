@@ -21,13 +21,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError, VolumeError
+from pipeline.errors import VolumeError
 from pipeline.files import atomic_path
-from pipeline.segmentation import Algorithm, Segmentation
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
-from transforms.placing import put_back
-from transforms.restore import SlabRestorer, slab_axis
 from transforms.sanity import MAX_VOXELS
 
 SUFFIX = ".scores.npz"
@@ -36,9 +33,6 @@ LEVELS = 255
 """Probabilities are multiples of one part in this: an odd number, so that none is exactly a half."""
 
 _FORMAT = "volseg-scores-1"
-_SLAB_VALUES = 1 << 24
-"""Scores that are decided together."""
-
 Places = npt.NDArray[Any]
 
 
@@ -68,13 +62,14 @@ class Grids:
 @dataclass(frozen=True, eq=False)
 class KeptScores:
     """`outputs` (K, I, J, K) are the numbers of the most likely outputs, the likeliest first, and `levels` of the same
-    shape their probabilities times `LEVELS`; an output with a level of 0 says nothing. `models` are digests."""
+    shape their probabilities times `LEVELS`; an output with a level of 0 says nothing. `made_by` is the name and the
+    version of what a `Segmentation` calls its algorithm; `models` are digests."""
 
     outputs: Places
     levels: npt.NDArray[np.uint8]
     grids: Grids
     schema: LabelSchema
-    algorithm: Algorithm
+    made_by: tuple[str, str]
     models: tuple[str, ...]
 
     def dense(self, axis: int, first: int, stop: int) -> Tensor:
@@ -116,70 +111,14 @@ class Keeper:
             levels[tuple(place)] = level.numpy(force=True)
             rest.scatter_(0, winner[None], -1.0)
 
-    def kept(self, grids: Grids, algorithm: Algorithm, models: Sequence[str]) -> KeptScores:
+    def kept(self, grids: Grids, made_by: tuple[str, str], models: Sequence[str]) -> KeptScores:
         """What was held, with what it takes to make a label map of it."""
-        return KeptScores(self.outputs, self.levels, grids, self._schema, algorithm, tuple(models))
+        return KeptScores(self.outputs, self.levels, grids, self._schema, made_by, tuple(models))
 
 
 def kept_bytes(voxel_count: int, output_count: int, count: int) -> int:
     """What a `Keeper` holds of so many voxels."""
     return voxel_count * min(count, output_count) * (2 if output_count <= 256 else 3)
-
-
-def segment_scores(scores: Sequence[KeptScores], thresholds: Mapping[str, float] | None = None) -> Segmentation:
-    """The label map of the mean of several models' scores of one study, on the study's grid.
-
-    Without thresholds the likeliest class wins, and a region is where it is likelier than not. A label's threshold t
-    is its share against any one other class from which on it is taken: it wins over class c where p / (p + p_c) > t,
-    so that with one label t is the probability itself. A region's is its probability.
-
-    Raises:
-        VolumeError: the scores are of different studies or labels.
-        ConfigError: a threshold of a name that is none of the labels (or regions, where there are any), or not within
-            0 and 1.
-    """
-    first = scores[0]
-    for other in scores[1:]:
-        _refuse_other(first, other)
-    schema, grids = first.schema, first.grids
-    weights, shift = _decision(schema, thresholds or {})
-    axis = slab_axis(grids.grid, grids.field)
-    painted = schema.painted_classes if schema.regions else None
-    restorer = SlabRestorer(grids.grid, grids.field, axis, painted=painted)
-    classes = torch.zeros(grids.field.shape, dtype=torch.uint8 if schema.class_count <= 256 else torch.int16)
-    count = grids.grid.shape[axis]
-    step = max(1, _SLAB_VALUES // (schema.output_count * math.prod(grids.grid.shape) // count))
-    for low in range(0, count, step):
-        high = min(low + step, count)
-        mean = first.dense(axis, low, high)
-        for other in scores[1:]:
-            mean += other.dense(axis, low, high)
-        restorer.add(mean.div_(len(scores)).mul_(weights).add_(shift), classes)
-    found = put_back(classes[None], grids.field, grids.box, grids.source)[0].numpy()
-    return Segmentation(schema.ids_from_classes(found), grids.source, schema, first.algorithm)
-
-
-def _decision(schema: LabelSchema, thresholds: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """By what each output (O, 1, 1, 1) is multiplied, and what is added, for the usual decision to heed thresholds."""
-    names = [region.name for region in schema.regions] or ["", *schema.names]
-    for name, threshold in thresholds.items():
-        if not name or name not in names:
-            known = ", ".join(filter(None, names))
-            raise ConfigError(f"--threshold {name}={threshold:g}: the model's outputs are {known}")
-        if not 0 < threshold < 1:
-            raise ConfigError(f"--threshold {name}={threshold:g}: expected a probability between 0 and 1")
-    limits = torch.tensor([thresholds.get(name, 0.5) for name in names]).reshape(-1, 1, 1, 1)
-    if schema.regions:
-        return torch.ones_like(limits), 0.5 - limits
-    # p (1 - t) > p_c t is p / (p + p_c) > t; a class without a threshold has a half, so a weight of 1.
-    return (1 - limits) / limits, torch.zeros_like(limits)
-
-
-def _refuse_other(first: KeptScores, other: KeptScores) -> None:
-    if difference := first.grids.difference(other.grids):
-        raise VolumeError(f"the scores are not of one study: {difference}; average those of one study")
-    if not first.schema.matches(other.schema) or first.schema.regions != other.schema.regions:
-        raise VolumeError("the scores are of models with different labels; average those of one set of labels")
 
 
 def write_scores(path: Path, scores: KeptScores) -> None:
@@ -193,7 +132,7 @@ def write_scores(path: Path, scores: KeptScores) -> None:
         "levels": LEVELS,
         "grids": scores.grids.to_json(),
         "schema": scores.schema.model_dump(mode="json"),
-        "algorithm": [scores.algorithm.name, scores.algorithm.version],
+        "made_by": list(scores.made_by),
         "models": list(scores.models),
     }
     text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
@@ -217,11 +156,9 @@ def read_scores(path: Path) -> KeptScores:
             schema = LabelSchema.model_validate(header["schema"])
             if math.prod(grids.grid.shape) > MAX_VOXELS:
                 raise VolumeError(f"{wrong}: a grid of {grids.grid.shape}")
-            found = KeptScores(
-                *(arrays["outputs"], arrays["levels"], grids, schema),
-                algorithm=Algorithm(*map(str, header["algorithm"])),
-                models=tuple(map(str, header["models"])),
-            )
+            name, version = map(str, header["made_by"])
+            models = tuple(map(str, header["models"]))
+            found = KeptScores(arrays["outputs"], arrays["levels"], grids, schema, (name, version), models)
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read ({error.strerror or 'cut short'})") from error
     except (ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as error:

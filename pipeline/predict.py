@@ -147,7 +147,8 @@ def predict(
 
 def _confidence(gatherer: Gatherer, model: Model, prepared: Prepared, source: Geometry) -> Confidence:
     grids = Grids(prepared.grid, prepared.field, prepared.box, source)
-    return gatherer.finished(grids, model.algorithm, [bundle.digest for bundle in model.bundles])
+    made_by = (model.algorithm.name, model.algorithm.version)
+    return gatherer.finished(grids, made_by, [bundle.digest for bundle in model.bundles])
 
 
 def explain(model: Model, source: Geometry, *, settings: PredictSettings, device: torch.device) -> MemoryPlan:
