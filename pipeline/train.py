@@ -21,6 +21,7 @@ from pipeline.device import Hardware, arithmetic, peak_memory_gb
 from pipeline.errors import RunError
 from pipeline.files import remove_leftovers
 from pipeline.history import HISTORY, History, NoHistory
+from pipeline.inspection.live import inspecting
 from pipeline.loader import load
 from pipeline.losses import Loss, build_loss
 from pipeline.outputs import targets_of
@@ -40,7 +41,7 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     Raises:
         RunError: a checkpoint is there and `resume` is off, or it belongs to another plan or config; memory does not
             suffice for one patch; ten updates in a row were not finite.
-        PlanError: the batch cannot be shared out to the processes.
+        PlanError: the batch cannot be shared out to the processes, or the network cannot be looked into.
         KeyboardInterrupt: after a checkpoint has been written.
     """
     started = time.monotonic()
@@ -109,7 +110,8 @@ def _learn(on: Training, history: History | NoHistory, checkpoints: Checkpoints,
         processes_here=on.hardware.devices,
         note=on.observer.note,
     )
-    with _interruptible() as interrupted, closing(loading):
+    looking = inspecting(task, fabric, state, on.observer.note)
+    with _interruptible() as interrupted, closing(loading), looking as look:
         for batch in loading:
             parts, rate = state.parts, learning_rate(task.settings, *state.schedule.position(state.step))
             values = update(task, fabric, state, on.loss, batch, rate)
@@ -117,6 +119,8 @@ def _learn(on: Training, history: History | NoHistory, checkpoints: Checkpoints,
             state.elapsed_s = time.monotonic() - started
             pace.after_update(state)
             history.update(state, values, rate, len(batch) * fabric.world_size, loading.wait_share)
+            if rows := look(values):
+                history.add(state.step, rows)
             if state.schedule.validation_due(state.step, task.settings.validations):
                 _validate(on, history, pace)
             if state.step == state.steps:
