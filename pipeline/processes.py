@@ -7,9 +7,12 @@ gradients are averaged (DistributedDataParallel), and whatever one of them decid
 from __future__ import annotations
 
 import logging
+import secrets
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,12 +23,16 @@ from torch import Tensor, nn
 
 from pipeline.config import LossConfig
 from pipeline.device import Hardware
-from pipeline.errors import PlanError
+from pipeline.errors import PlanError, RunError
+from pipeline.files import write_text
 from pipeline.models.needs import needs_of
 from pipeline.plan import Plan
 
 LONGEST_WAIT = timedelta(hours=2)
 """For the slowest process: one that preprocesses, or validates more than the others."""
+
+SEEN_WITHIN_S = 60.0
+"""A network disk may show one machine later what another one wrote (NFS keeps attributes for up to a minute)."""
 
 
 def open_fabric(hardware: Hardware) -> Fabric:
@@ -136,3 +143,30 @@ def first_process_first(fabric: Fabric) -> Iterator[None]:
     yield
     if fabric.is_global_zero:
         fabric.barrier()
+
+
+def require_shared(fabric: Fabric, folder: Path, *, within_s: float = SEEN_WITHIN_S) -> None:
+    """Raise RunError, in every process, unless they all see the same files in `folder`; each has it already."""
+    mark = folder / ".joined"
+    word = fabric.broadcast(secrets.token_hex(8))
+    if fabric.is_global_zero:
+        write_text(mark, word)
+    fabric.barrier()
+    unseen = any_of(fabric, not _comes_to_hold(mark, word, within_s))
+    if fabric.is_global_zero:
+        mark.unlink()
+    if unseen:
+        raise RunError(
+            f"{folder}: not the same folder on every machine; choose an --out on a disk that all of them share"
+        )
+
+
+def _comes_to_hold(file: Path, word: str, within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    while True:
+        with suppress(OSError):
+            if file.read_text(encoding="utf-8") == word:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)

@@ -7,6 +7,7 @@ and one that was cut short goes on from its checkpoint.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import parse_config
 from pipeline.console import Console
-from pipeline.errors import VolsegError, describe_fault
+from pipeline.errors import RunError, VolsegError, describe_fault
 from pipeline.tracking.store_uri import checked_uri
 
 if TYPE_CHECKING:
@@ -98,6 +99,31 @@ def make_cache(run: Run, folds: Sequence[int], console: Console) -> None:
 def job_document(job: FoldJob) -> dict[str, Any]:
     """A job as JSON can hold it; `FoldJob(**document)` is the job again."""
     return asdict(job)
+
+
+class Outcomes:
+    """What became of the folds that run somewhere: which were lost how often, and what stopped those that failed."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.faults: dict[int, Exception] = {}
+        self._run, self._console = run, console
+        self._losses: Counter[int] = Counter()
+
+    def fail(self, fold: int, reason: str) -> None:
+        """The fold cannot be finished."""
+        self.faults[fold] = RunError(reason)
+        self._console.note(f"fold {fold} failed: {reason}")
+
+    def is_to_restart(self, fold: int, how: str) -> bool:
+        """Whether a fold whose process or node ended is begun again: not if it was through, nor time after time."""
+        if self._run.is_done(fold) or fold in self.faults:
+            return False
+        self._losses[fold] += 1
+        if self._losses[fold] > RESTARTS:
+            self.fail(fold, f"{how}, for the {self._losses[fold]}th time")
+            return False
+        self._console.note(f"fold {fold}: {how}; started again, {self._losses[fold]} of {RESTARTS} times")
+        return True
 
 
 class Relay:

@@ -23,7 +23,7 @@ from pipeline.console import Console, Silence
 from pipeline.crossval import help_train, train_fold
 from pipeline.device import Hardware
 from pipeline.errors import ConfigError, RunError, VolsegError, describe_fault
-from pipeline.processes import first_process_first, open_fabric
+from pipeline.processes import first_process_first, open_fabric, require_shared
 from pipeline.report_values import Report
 from pipeline.runners.job import make_cache
 from pipeline.runs import Run, open_run_tracker
@@ -66,6 +66,7 @@ def train_together(
             done = run.is_done(fold)
             if fabric.is_global_zero and not done:
                 make_cache(run, [fold], console)
+        require_shared(fabric, run.folder)
         if not fabric.is_global_zero:
             if not done:
                 help_train(run, fold)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from typing import IO
 from pipeline.console import Console
 from pipeline.crossval import FoldRunner
 from pipeline.device import CUDA_MEMORY_SHARE, Hardware
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError
 from pipeline.plan import Plan
-from pipeline.runners.job import RESTARTS, FoldJob, Message, job_document, job_of, make_cache, retell
+from pipeline.runners.job import FoldJob, Message, Outcomes, job_document, job_of, make_cache, retell
 from pipeline.runs import Run
 
 START = "import sys; sys.path[:] = sys.argv[2:]; from pipeline.runners.worker import main; main()"
@@ -89,8 +89,7 @@ class _Pool:
         self._free = list(shares)
         self._events: queue.Queue[Event] = queue.Queue()
         self._running: dict[int, _Process] = {}
-        self._reasons: dict[int, str] = {}
-        self._deaths: Counter[int] = Counter()
+        self._outcomes = Outcomes(run, console)
 
     def run(self, folds: Sequence[int]) -> dict[int, Exception]:
         """All the folds; gives what stopped the ones that are not done."""
@@ -102,9 +101,11 @@ class _Pool:
                 fold, message = self._events.get()
                 if message[0] != ENDED:
                     self._hear(fold, message)
-                elif self._is_to_restart(fold, message[1]):
-                    waiting.appendleft(fold)
-        return {fold: RunError(self._reasons[fold]) for fold in folds if fold in self._reasons}
+                else:
+                    self._free.append(self._running.pop(fold).share)
+                    if self._outcomes.is_to_restart(fold, _how_it_ended(message[1])):
+                        waiting.appendleft(fold)
+        return self._outcomes.faults
 
     def _start(self, fold: int) -> None:
         share = self._free.pop(0)
@@ -113,26 +114,9 @@ class _Pool:
 
     def _hear(self, fold: int, message: Message) -> None:
         if message[0] == "failed":
-            self._fail(fold, message[1])
+            self._outcomes.fail(fold, message[1])
         else:
             retell(message, fold, self._console)
-
-    def _is_to_restart(self, fold: int, code: int) -> bool:
-        self._free.append(self._running.pop(fold).share)
-        if self._run.is_done(fold) or fold in self._reasons:
-            return False
-        self._deaths[fold] += 1
-        how = _how_it_ended(code)
-        if self._deaths[fold] > RESTARTS:
-            self._fail(fold, f"{how}, for the {self._deaths[fold]}th time")
-            return False
-        again = f"started again, {self._deaths[fold]} of {RESTARTS} times"
-        self._console.note(f"fold {fold}: {how}; {again}")
-        return True
-
-    def _fail(self, fold: int, reason: str) -> None:
-        self._reasons[fold] = reason
-        self._console.note(f"fold {fold} failed: {reason}")
 
     @contextmanager
     def _ended_in_any_case(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import tempfile
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.console import Console
 from pipeline.errors import ConfigError, RunError, describe_fault
-from pipeline.runners.job import RESTARTS, FoldJob, Message, do_job, job_document, job_of, make_cache, retell
+from pipeline.runners.job import FoldJob, Message, Outcomes, do_job, job_document, job_of, make_cache, retell
 
 if TYPE_CHECKING:
     from pipeline.crossval import FoldRunner
@@ -116,8 +116,7 @@ class _Tasks:
         self._run, self._console, self._needs = run, console, needs
         self._mailbox = _mailbox_here()
         self._running: dict[Any, int] = {}
-        self._faults: dict[int, Exception] = {}
-        self._losses: Counter[int] = Counter()
+        self._outcomes = Outcomes(run, console)
 
     def run(self, folds: Sequence[int], at_a_time: int) -> dict[int, Exception]:
         """All the folds; gives what stopped the ones that are not done."""
@@ -134,7 +133,7 @@ class _Tasks:
         except BaseException:
             self._stop()
             raise
-        return self._faults
+        return self._outcomes.faults
 
     def _submit(self, fold: int) -> None:
         import ray
@@ -163,25 +162,11 @@ class _Tasks:
             cause = error.cause if isinstance(error.cause, Exception) else error
             reason = f"its worker could not begin: {describe_fault(cause)[:300]}"
         except RayError as error:
-            return self._lost(fold, type(error).__name__)
+            how = f"its worker or node was lost ({type(error).__name__})"
+            return fold if self._outcomes.is_to_restart(fold, how) else None
         if reason is not None:
-            self._fail(fold, reason)
+            self._outcomes.fail(fold, reason)
         return None
-
-    def _lost(self, fold: int, what: str) -> int | None:
-        if self._run.is_done(fold):
-            return None
-        self._losses[fold] += 1
-        if self._losses[fold] > RESTARTS:
-            self._fail(fold, f"its worker was lost ({what}), for the {self._losses[fold]}th time")
-            return None
-        again = f"started again, {self._losses[fold]} of {RESTARTS} times"
-        self._console.note(f"fold {fold}: its worker or node was lost ({what}); {again}")
-        return fold
-
-    def _fail(self, fold: int, reason: str) -> None:
-        self._faults[fold] = RunError(reason)
-        self._console.note(f"fold {fold} failed: {reason}")
 
     def _stop(self) -> None:
         """Have every fold write a checkpoint and end; at once if that is interrupted too."""

@@ -77,3 +77,13 @@ def test_an_interrupt_of_one_stops_both_and_they_go_on_to_the_same_bits(found: l
 def test_one_history_is_written(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "straight" / HISTORY).read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [10, 20]
+
+
+def test_all_refuse_a_folder_that_is_not_the_same_for_all(folder: Path, found: list[dict[str, Any]]) -> None:
+    for number, rank in enumerate(found):
+        assert rank["shared"] == ""
+        assert rank["not shared"] == (
+            f"{folder}/of_{number}: not the same folder on every machine; "
+            "choose an --out on a disk that all of them share"
+        )
+    assert not list((folder / "shared").iterdir())

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.device import Hardware
+from pipeline.errors import RunError
 from pipeline.gradients import gradients_that_fit
 from pipeline.losses import Targets, build_loss
 from pipeline.plan import Plan
-from pipeline.processes import open_fabric, share_of_batch
+from pipeline.processes import open_fabric, require_shared, share_of_batch
 from pipeline.step import start_training, update
 from pipeline.task import TrainingTask, bare
 from pipeline.train import train
@@ -80,6 +81,16 @@ def interrupted_and_resumed(folder: Path, rank: int) -> dict[str, Tensor]:
     raise AssertionError("nobody stopped")
 
 
+def refused(fabric: Fabric, folder: Path) -> str:
+    """What is said of the folder; nothing if it will do."""
+    folder.mkdir(exist_ok=True)
+    try:
+        require_shared(fabric, folder, within_s=0.5)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path) -> None:
     """Everything in one go, since the start takes longest."""
     torch.set_num_threads(1)
@@ -91,6 +102,8 @@ def main(folder: Path) -> None:
         "skipped": skipped(task, fabric, rows),
         "straight": train(task_of_four(folder, "straight"), TWO, Listener(), resume=False).weights,
         "resumed": interrupted_and_resumed(folder, rank),
+        "shared": refused(fabric, folder / "shared"),
+        "not shared": refused(fabric, folder / f"of_{rank}"),
     }
     torch.save(results, folder / f"rank_{rank}.pt")
 
