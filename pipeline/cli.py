@@ -18,6 +18,7 @@ from pipeline.cli_interop import bundle_app, import_app
 from pipeline.cli_manifest import manifest_app
 from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
 from pipeline.cli_results import compare_runs, list_tracked, write_page
+from pipeline.cli_scores import scores_app
 
 if TYPE_CHECKING:
     from pipeline.cli_console import TerminalConsole
@@ -37,6 +38,7 @@ app.add_typer(dicom_app, name="dicom")
 app.add_typer(pacs_app, name="pacs")
 app.add_typer(import_app, name="import")
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(scores_app, name="scores")
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a config value.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file as in configs/.")]
@@ -78,6 +80,14 @@ Backend = Annotated[
 Step = Annotated[
     float | None,
     typer.Option("--step", min=0.1, max=1.0, help="Distance of windows, of a window's side; default: the model's."),
+]
+Uncertainty = Annotated[
+    bool,
+    typer.Option("--uncertainty", help="Write maps of where the model is unsure, and which studies to look at first."),
+]
+KeepScores = Annotated[
+    int,
+    typer.Option("--keep-scores", metavar="K", min=0, help="Keep each voxel's K likeliest classes, to decide again."),
 ]
 Smooth = Annotated[int, typer.Option("--smooth", metavar="ROUNDS", min=0, help="Rounds of smoothing of meshes.")]
 Deidentify = Annotated[
@@ -218,6 +228,8 @@ def predict(
     explain: Explain = False,
     backend: Backend = "torch",
     step: Step = None,
+    uncertainty: Uncertainty = False,
+    keep_scores: KeepScores = 0,
 ) -> None:
     """Segment volumes, or a study of an archive; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
@@ -226,7 +238,7 @@ def predict(
 
     removal = Removal(deidentify, deidentify_source, key)
     wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal, smooth,
-                        max_memory, explain, backend, step)  # fmt: skip
+                        max_memory, explain, backend, step, uncertainty, keep_scores)  # fmt: skip
     if any(map(is_node, inputs)):
         if explain:
             raise typer.BadParameter("not for a study of an archive; fetch it first", param_hint="--explain")

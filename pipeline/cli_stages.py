@@ -211,6 +211,8 @@ class Prediction:
     explain: bool = False
     backend: str = "torch"
     tile_step: float | None = None
+    uncertainty: bool = False
+    keep_scores: int = 0
 
 
 def predict_inputs(
@@ -234,6 +236,8 @@ def predict_inputs(
         max_memory_bytes=limit_bytes,
         tile_step=wanted.tile_step,
         backend=wanted.backend,
+        uncertainty=wanted.uncertainty,
+        keep_scores=wanted.keep_scores,
     )
     if wanted.explain:
         plans, failures = explain_studies(model, studies, settings=settings)
@@ -244,6 +248,10 @@ def predict_inputs(
         console.close()
         for file in written:
             _tell(file)
+        if wanted.uncertainty:
+            from pipeline.cli_scores import tell_quality
+
+            tell_quality(out)
     return _tell_set_aside(failures, len(studies), "explained" if wanted.explain else "segmented", console)
 
 

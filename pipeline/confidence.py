@@ -66,6 +66,12 @@ class Confidence:
     estimate: QualityEstimate | None = None
     scores: KeptScores | None = None
 
+    @property
+    def byte_count(self) -> int:
+        """What it holds."""
+        maps = sum(found.values.nbytes for found in (self.entropy, self.disagreement) if found is not None)
+        return maps + (self.scores.outputs.nbytes + self.scores.levels.nbytes if self.scores is not None else 0)
+
 
 def answer_count(members: Sequence[Member]) -> int:
     """Passes through networks that are averaged, mirrored ones included."""

@@ -29,14 +29,17 @@ class Record:
         """Whether the folder holds a result of this name that was made from another input."""
         return bool(self.value["origins"].get(study.name, origin) != origin)
 
-    def holds(self, study: Study, formats: Sequence[str]) -> bool:
-        """Recorded, and not taken away since."""
+    def holds(self, study: Study, formats: Sequence[str], beside: Sequence[Path] = ()) -> bool:
+        """Recorded, and not taken away since; `beside` are the files that are wanted beside the labels."""
         if not set(formats) <= set(self.value["studies"].get(study.name, [])):
             return False
-        return all((self.out / f"{study.name}{FORMATS[name].suffix}").exists() for name in formats)
+        if not {path.name for path in beside} <= set(self.value["beside"].get(study.name, [])):
+            return False
+        labels = (self.out / f"{study.name}{FORMATS[name].suffix}" for name in formats)
+        return all(path.exists() for path in (*labels, *beside))
 
-    def add(self, study: Study, formats: Sequence[str], origin: str) -> None:
-        """Note, on disk too, that the files of a study are there.
+    def add(self, study: Study, formats: Sequence[str], origin: str, beside: Sequence[Path] = ()) -> None:
+        """Note, on disk too, that the files of a study are there, and those beside its labels.
 
         Raises:
             RunError: the folder cannot be written.
@@ -45,6 +48,8 @@ class Record:
         self.value["origins"][study.name] = origin
         self.value["missing"].pop(study.name, None)
         self.value["missing"] |= {study.name: list(study.missing)} if study.missing else {}
+        self.value["beside"].pop(study.name, None)
+        self.value["beside"] |= {study.name: sorted(path.name for path in beside)} if beside else {}
         write_json(self.out / RECORD, self.value)
 
 
@@ -54,7 +59,7 @@ def open_record(out: Path, model: Sequence[str], made: Made, *, usual: Made, for
     Raises:
         RunError: the folder holds results of another model or setting, and not `force`.
     """
-    value: dict[str, Any] = {"model": list(model), **made, "studies": {}, "origins": {}, "missing": {}}
+    value: dict[str, Any] = {"model": list(model), **made, "studies": {}, "origins": {}, "missing": {}, "beside": {}}
     path = out / RECORD
     if force or not path.exists():
         return Record(out, value)
@@ -67,7 +72,8 @@ def open_record(out: Path, model: Sequence[str], made: Made, *, usual: Made, for
     same_setting = all(before.get(name, usual[name]) == wanted for name, wanted in made.items())
     if before.get("model") != value["model"] or not same_setting:
         raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
-    return Record(out, {**value, **{part: dict(before.get(part, {})) for part in ("studies", "origins", "missing")}})
+    parts = ("studies", "origins", "missing", "beside")
+    return Record(out, {**value, **{part: dict(before.get(part, {})) for part in parts}})
 
 
 def origin_of(study: Study, *, series: str | None, resample_uneven: bool) -> str:

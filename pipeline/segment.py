@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ValidationError
 
+from pipeline.confidence import answer_count
+from pipeline.confidence_files import files_of, write_confidence
 from pipeline.console import Console
 from pipeline.errors import PlanError, VolsegError
 from pipeline.export import ExportedFile, Options, Source, check_formats, export
@@ -21,7 +23,7 @@ from pipeline.free_memory import free_bytes, held_bytes
 from pipeline.manifest import load_dataset
 from pipeline.memory_plan import MemoryPlan
 from pipeline.overlap import Stages, one_at_a_time, overlapped
-from pipeline.predict import FREE_SHARE, Model, PredictSettings, explain, predict
+from pipeline.predict import FREE_SHARE, Model, PredictSettings, explain, members_of, predict
 from pipeline.record import Record, open_record, origin_of
 from pipeline.references import SCHEMA_FILE
 from pipeline.results import record_sources
@@ -36,6 +38,9 @@ from transforms.volume import Volume
 if TYPE_CHECKING:
     from pipeline.export.confidentiality import Confidentiality
 
+BESIDE = "beside the labels"
+"""What the files of a `Confidence` are called in a list of results, in place of a format."""
+
 WRITING_BYTES = 24
 """What writing a voxel's label and reading it back takes at most, beside the image (measured: NIfTI 5, pictures 7)."""
 
@@ -45,7 +50,8 @@ class SegmentSettings:
     """How results are made. `mirror` None takes what the bundle says; the rest of reading is as in `read_volume`.
 
     `confidentiality`, if given, says how the sources' identity is removed; `smoothing` as in `Options`;
-    `max_memory_bytes` and `tile_step` as in `PredictSettings`. `backend` is what runs the network, for the record.
+    `max_memory_bytes`, `tile_step`, `uncertainty` and `keep_scores` as in `PredictSettings`. `backend` is what runs the
+    network, for the record.
     """
 
     formats: tuple[str, ...]
@@ -58,6 +64,8 @@ class SegmentSettings:
     max_memory_bytes: int | None = None
     tile_step: float | None = None
     backend: str = "torch"
+    uncertainty: bool = False
+    keep_scores: int = 0
 
 
 def segment_studies(
@@ -125,6 +133,12 @@ class _Work:
         self._study_count = study_count
         self._done = 0
         self._predicting = predict_settings(model, settings)
+        self._disagrees = answer_count(members_of(model, self._predicting)) > 1
+        if settings.uncertainty and not self._disagrees:
+            console.note(
+                "one network without mirrored passes has nothing to disagree with: no map of disagreement is written; "
+                "a run folder with several folds gives one"
+            )
 
     def share_memory(self) -> None:
         """From now on other studies are in memory beside the one that is segmented."""
@@ -137,7 +151,8 @@ class _Work:
         if self._record.is_of_another(study, self._origin(study)):
             what = f"{out} holds the result of another input named {study.name}"
             return self.told(study, VolsegError(f"{study.paths[0]}: {what}; choose another --out, or give --force"))
-        if self._record.holds(study, settings.formats):
+        beside = files_of(out, study.name, self._predicting.asked, disagrees=self._disagrees)
+        if self._record.holds(study, settings.formats, beside):
             self._console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
             return self.told(study, [])
         return None
@@ -190,7 +205,12 @@ class _Work:
             source=made.source,
             options=options,
         )
-        self._record.add(study, [file.format for file in files], self._origin(study))
+        labels = [file.format for file in files]
+        if (beside := made.segmentation.confidence) is not None:
+            found = write_confidence(out, study.name, beside, made.segmentation.geometry)
+            files += [ExportedFile(BESIDE, path, None) for path in found]
+        wanted = files_of(out, study.name, self._predicting.asked, disagrees=self._disagrees)
+        self._record.add(study, labels, self._origin(study), wanted)
         if settings.confidentiality is None:
             record_sources(out, study.name, study.paths)
         return files
@@ -247,7 +267,8 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
 def predict_settings(model: Model, settings: SegmentSettings) -> PredictSettings:
     """What of the settings concerns the network."""
     mirror = model.mirror if settings.mirror is None else settings.mirror
-    return PredictSettings(mirror, settings.max_memory_bytes, settings.tile_step)
+    wanted = PredictSettings(mirror, settings.max_memory_bytes, settings.tile_step)
+    return replace(wanted, uncertainty=settings.uncertainty, keep_scores=settings.keep_scores)
 
 
 def device_of(model: Model) -> torch.device:
@@ -263,7 +284,8 @@ def _failure(study: Study, error: VolsegError) -> Failure:
 
 
 def _writing_bytes(made: _Segmented) -> int:
-    return WRITING_BYTES * math.prod(made.segmentation.geometry.shape)
+    beside = made.segmentation.confidence
+    return WRITING_BYTES * math.prod(made.segmentation.geometry.shape) + (0 if beside is None else beside.byte_count)
 
 
 def _in_their_places(model: Model, study: Study, sources: Sequence[Source]) -> list[Volume | None]:

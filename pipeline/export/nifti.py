@@ -1,4 +1,4 @@
-"""NIfTI-1 label map (.nii.gz): the ids of the label schema on the source grid.
+"""NIfTI-1 label map (.nii.gz): the ids of the label schema on the source grid; and maps of values on it.
 
 Both forms of the header's affine say the same, with code 1 (scanner): readers that look at one of them only, or
 drop one whose code is 0, all find the grid. A sheared grid has no quaternion form, so there qform's code is 0.
@@ -16,6 +16,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.segmentation import Segmentation
 from transforms.geometry import Geometry
@@ -42,8 +43,25 @@ def write_nifti(target: Path, segmentation: Segmentation) -> None:
     image.header["descrip"] = f"volseg: {segmentation.algorithm.name}".encode("ascii", "replace")[:79]
     table = _label_table(segmentation.schema)
     image.header.extensions.extend(nib.nifti1.Nifti1Extension(code, table) for code in TABLE_CODES)
-    image.set_sform(segmentation.geometry.affine_ras, code=SCANNER)
-    image.set_qform(segmentation.geometry.affine_ras, code=SCANNER if _is_orthogonal(segmentation.geometry) else 0)
+    _write(target, image, segmentation.geometry)
+
+
+def write_scaled(
+    target: Path, voxels: npt.NDArray[np.uint8], geometry: Geometry, *, step: float, description: str
+) -> None:
+    """Write a map of values `step` apart, whose multiples the voxels (I, J, K) are: readers see the values, by the
+    header's slope. `description`, of up to 79 ASCII characters, says what they are."""
+    image = nib.Nifti1Image(voxels, geometry.affine_ras)
+    image.header.set_xyzt_units(xyz="mm")
+    image.header.set_slope_inter(step, 0.0)
+    image.header["cal_max"] = step * 255
+    image.header["descrip"] = description.encode("ascii", "replace")[:79]
+    _write(target, image, geometry)
+
+
+def _write(target: Path, image: nib.Nifti1Image, geometry: Geometry) -> None:
+    image.set_sform(geometry.affine_ras, code=SCANNER)
+    image.set_qform(geometry.affine_ras, code=SCANNER if _is_orthogonal(geometry) else 0)
     # Neither a time nor a file name goes into the gzip header.
     with target.open("wb") as stream, gzip.GzipFile("", "wb", _COMPRESSION, stream, mtime=0) as packed:
         packed.write(image.to_bytes())
