@@ -50,6 +50,7 @@ def has_rows(run: Path) -> bool:
     return history.exists() and history.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_goes_on(world: World, straight: bytes, in_process: Call) -> None:
     run = world.folder / "runs" / "interrupted"
     done = interrupt_when(world, run, lambda: has_rows(run))

@@ -21,7 +21,7 @@ print("imported:", *sorted(set(sys.argv[1].split(",")) & set(sys.modules)), file
 """
 
 
-@pytest.mark.parametrize("options", [[], ["--explain"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--explain"], marks=pytest.mark.slow)])
 def test_a_nifti_and_our_network_import_no_more_than_they_need(
     small_bundle: Path, data_dir: Path, tmp_path: Path, options: list[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_process_that_always_dies_is_given_up(home: Path, monkeypatch: pytest.
     assert sum("started again" in note for note in console.notes) == 6
 
 
+@pytest.mark.slow
 def test_a_job_says_the_same_elsewhere(undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     relative = parse_config({"name": "x", "data": {"manifest": "cases.json"}, "runs": "here"}, source="test")
     run = Run(Path("here/x"), relative, *(getattr(undisturbed, n) for n in ("dataset", "folds", "plan", "hardware")))
@@ -125,5 +126,6 @@ def test_what_a_fold_tells_names_it_once() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_threads_are_shared_and_cpus_have_no_gpu(undisturbed: Run) -> None:
     assert shares_of(undisturbed.hardware, undisturbed.plan, 3, 2) == [Share(2)] * 3
