@@ -18,10 +18,14 @@ from pipeline.files import atomic_folder, sha256_of_file, write_json, write_text
 from pipeline.models.registry import build_network
 from pipeline.models.slices import as_volume_network
 from pipeline.plan import Plan
+from pipeline.postprocessing import PostProcessing, read_postprocessing
 from transforms.labels import LabelSchema
 
 INDEX = "bundle.json"
 WEIGHTS, PLAN, LABELS, CONFIG = "weights.safetensors", "plan.json", "labels.json", "config.yaml"
+
+POSTPROCESSING = "postprocessing.json"
+"""In a bundle whose cross-validation found one that helps; only where the index names it."""
 
 
 class BundleIndex(BaseModel):
@@ -47,6 +51,7 @@ class ModelBundle:
     schema: LabelSchema
     network: nn.Module
     digest: str
+    postprocessing: PostProcessing | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ def load_bundle(folder: Path, device: torch.device | None = None) -> ModelBundle
         BundleError: a file is missing, was changed, or does not fit the others.
     """
     index = _read_index(folder)
-    for name in (WEIGHTS, PLAN, LABELS, CONFIG):
+    optional = [POSTPROCESSING] if POSTPROCESSING in index.sha256 else []
+    for name in (WEIGHTS, PLAN, LABELS, CONFIG, *optional):
         if not (folder / name).is_file():
             raise BundleError(f"{folder}: {name} is missing from the bundle; copy the whole folder again")
         if sha256_of_file(folder / name) != index.sha256.get(name):
@@ -123,9 +129,37 @@ def load_bundle(folder: Path, device: torch.device | None = None) -> ModelBundle
         schema = LabelSchema.model_validate_json((folder / LABELS).read_bytes())
     except ValidationError as error:
         raise BundleError(f"{folder}: {error.errors()[0]['msg']}; it was made by another version of volseg") from error
+    cleaning = _read_postprocessing(folder, schema) if optional else None
     network = network_of(plan)
     _fill(network, folder)
-    return ModelBundle(index, plan, schema, network.to(device or torch.device("cpu")).eval(), index.sha256[WEIGHTS])
+    network = network.to(device or torch.device("cpu")).eval()
+    return ModelBundle(index, plan, schema, network, index.sha256[WEIGHTS], cleaning)
+
+
+def set_postprocessing(folder: Path, wanted: PostProcessing | None) -> None:
+    """Have a bundle's results post-processed, or with None no more; the weights are left as they are.
+
+    Whenever it is cut short the bundle can be read, with the post-processing or without.
+
+    Raises:
+        BundleError: it is no bundle, or its labels are others.
+        RunError: it cannot be written.
+    """
+    index = _read_index(folder)
+    without = {name: digest for name, digest in index.sha256.items() if name != POSTPROCESSING}
+    if wanted is not None:
+        try:
+            wanted.check_labels(LabelSchema.model_validate_json((folder / LABELS).read_bytes()))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{folder}: {error}") from error
+    if POSTPROCESSING in index.sha256:
+        # Before the file is touched, so that at no time it differs from what the index says of it.
+        _write_index(folder, index, without)
+    if wanted is None:
+        (folder / POSTPROCESSING).unlink(missing_ok=True)
+        return
+    write_json(folder / POSTPROCESSING, wanted.model_dump(mode="json"))
+    _write_index(folder, index, without | {POSTPROCESSING: sha256_of_file(folder / POSTPROCESSING)})
 
 
 def network_of(plan: Plan) -> nn.Module:
@@ -151,6 +185,15 @@ def _read_index(folder: Path) -> BundleIndex:
     except ValidationError as error:
         first = error.errors()[0]
         raise BundleError(f"{folder / INDEX}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _write_index(folder: Path, index: BundleIndex, sha256: dict[str, str]) -> None:
+    write_json(folder / INDEX, index.model_copy(update={"sha256": sha256}).model_dump(mode="json"))
+
+
+def _read_postprocessing(folder: Path, schema: LabelSchema) -> PostProcessing:
+    place = folder / POSTPROCESSING
+    return read_postprocessing(place.read_bytes(), str(place), schema)
 
 
 def _network_shape(plan: Plan) -> tuple[int, ...]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.bundle import BundleFacts, find_bundles, is_bundle, load_bundle, save_bundle
+from pipeline.bundle import BundleFacts, find_bundles, is_bundle, load_bundle, save_bundle, set_postprocessing
 from pipeline.errors import BundleError, RunError
 from pipeline.files import sha256_of_file
 from pipeline.manifest import Dataset
 from pipeline.models.registry import build_network
 from pipeline.plan import Plan
+from pipeline.postprocessing import Action, PostProcessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +137,61 @@ class TestRefusals:
         (tmp_path / "file").write_text("")
         with pytest.raises(RunError, match="a file stands where a folder is needed"):
             save_bundle(tmp_path / "file" / "bundle", loaded.network.state_dict(), facts)
+
+
+class TestPostProcessing:
+    WANTED = PostProcessing(actions=(Action(kind="largest", name="Anterior", labels=("Anterior",)),))
+    OTHER = PostProcessing(actions=(Action(kind="holes", name="Posterior", labels=("Posterior",)),))
+
+    def test_it_is_stored_changed_and_taken_out_and_the_weights_stay(self, bundle: Path) -> None:
+        before = {name: ((bundle / name).stat().st_mtime_ns, sha256_of_file(bundle / name)) for name in FILES}
+        assert load_bundle(bundle).postprocessing is None
+        for wanted in (self.WANTED, self.OTHER, self.OTHER):
+            set_postprocessing(bundle, wanted)
+            assert load_bundle(bundle).postprocessing == wanted
+            assert {p.name for p in bundle.iterdir()} == FILES | {"postprocessing.json"}
+        for _ in range(2):
+            set_postprocessing(bundle, None)
+            assert load_bundle(bundle).postprocessing is None
+        assert {p.name for p in bundle.iterdir()} == FILES
+        kept = FILES - {"bundle.json"}
+        now = {name: ((bundle / name).stat().st_mtime_ns, sha256_of_file(bundle / name)) for name in FILES}
+        assert {name: now[name] for name in kept} == {name: before[name] for name in kept}
+        assert now["bundle.json"][1] == before["bundle.json"][1]
+
+    def test_one_that_was_changed_or_is_missing_is_refused(self, bundle: Path) -> None:
+        set_postprocessing(bundle, self.WANTED)
+        (bundle / "postprocessing.json").write_text("{}")
+        assert "postprocessing.json: not the file that was saved" in refusal(bundle)
+        (bundle / "postprocessing.json").unlink()
+        assert "postprocessing.json is missing from the bundle" in refusal(bundle)
+
+    def test_one_that_the_index_does_not_name_is_of_a_writing_that_was_cut_short(self, bundle: Path) -> None:
+        (bundle / "postprocessing.json").write_text(self.WANTED.model_dump_json())
+        assert load_bundle(bundle).postprocessing is None
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("{}", "actions: Field required"),
+            (
+                WANTED.model_dump_json().replace("Anterior", "Liver"),
+                "post-processing of Liver, which is no label of the model",
+            ),
+        ],
+    )
+    def test_one_that_says_nothing_of_these_labels(self, bundle: Path, text: str, says: str) -> None:
+        (bundle / "postprocessing.json").write_text(text)
+        digest = sha256_of_file(bundle / "postprocessing.json")
+        change_index(bundle, lambda index: index["sha256"].update({"postprocessing.json": digest}))  # type: ignore[attr-defined]
+        assert says in refusal(bundle)
+
+    def test_labels_of_another_model_are_not_stored(self, bundle: Path) -> None:
+        liver = PostProcessing(actions=(Action(kind="largest", name="liver", labels=("liver",)),))
+        set_postprocessing(bundle, self.WANTED)
+        with pytest.raises(BundleError, match="post-processing of liver, which is no label"):
+            set_postprocessing(bundle, liver)
+        assert load_bundle(bundle).postprocessing == self.WANTED
 
 
 class TestFinding:

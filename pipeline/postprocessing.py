@@ -1,0 +1,212 @@
+"""Post-processing as a value: what is done to which labels of a finished label map, and what a choice of it found.
+
+It is chosen by `cleaning_choice`, done by `cleaning`, and kept in the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import BundleError
+from pipeline.files import sha256_of_json
+from transforms.labels import LabelSchema
+
+Kind = Literal["largest", "islands", "holes"]
+
+_VALUE = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Action(BaseModel):
+    """One thing that is done to the voxels of `labels`, taken together as one structure; `name` is what people call it.
+
+    "largest": all but the largest component is removed; "islands": every component below `below_mm3`, the last one
+    included; "holes": background that the structure alone borders on, over faces, becomes `becomes`, or the label where
+    there is only one. Components hang together over faces, edges or corners (26 neighbours), holes over faces (6).
+    What is removed becomes `becomes`; without it the label that alone borders on the removed part over faces, or else
+    background.
+    """
+
+    model_config = _VALUE
+
+    kind: Kind
+    name: str = Field(min_length=1)
+    labels: tuple[str, ...] = Field(min_length=1)
+    below_mm3: float | None = Field(None, gt=0)
+    becomes: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.kind == "islands") != (self.below_mm3 is not None):
+            raise ValueError(f"{self.name}: `below_mm3` belongs to islands, and only there")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"{self.name}: a label stands twice")
+        if self.kind == "holes" and (self.becomes or (self.labels[0] if len(self.labels) == 1 else None)) not in (
+            self.labels
+        ):
+            raise ValueError(f"{self.name}: holes are filled with one of its labels; name it in `becomes`")
+        if self.removes and self.becomes in self.labels:
+            raise ValueError(f"{self.name}: what is removed cannot become '{self.becomes}', of which it is a part")
+        return self
+
+    @property
+    def removes(self) -> bool:
+        """Whether it takes voxels away; otherwise it adds them."""
+        return self.kind != "holes"
+
+    @property
+    def words(self) -> str:
+        """What it does, for people."""
+        then = f", they become {self.becomes}" if self.becomes and self.removes else ""
+        what = {
+            "largest": "keep the largest component",
+            "islands": f"remove islands under {self.below_mm3 or 0:g} mm3{then}",
+            "holes": "fill holes",
+        }
+        return f"{self.name}: {what[self.kind]}"
+
+
+class PostProcessing(BaseModel):
+    """Actions whose order says nothing: larger structures are cleaned before their parts, and holes filled last.
+
+    Of any two structures one holds the other, or they share no label. Doing it twice is doing it once, unless islands
+    are removed both of a structure and of a part of it.
+    """
+
+    model_config = _VALUE
+
+    format: Literal["volseg-postprocessing-1"] = "volseg-postprocessing-1"
+    actions: tuple[Action, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        done: set[tuple[Kind, frozenset[str]]] = set()
+        for action in self.actions:
+            if (what := (action.kind, frozenset(action.labels))) in done:
+                raise ValueError(f"'{action.words}' stands beside another action of the same kind and labels")
+            done.add(what)
+        groups = {frozenset(action.labels): action.name for action in self.actions}
+        many = {group: name for group, name in groups.items() if len(group) > 1}
+        for group, name in many.items():
+            for other, other_name in groups.items():
+                if group & other and not (group <= other or other <= group):
+                    raise ValueError(f"{name} and {other_name} share labels, and neither holds the other")
+        cleaned = [action for action in self.actions if action.removes]
+        for action in cleaned:
+            for other in cleaned:
+                if action.becomes in other.labels and not set(action.labels) <= set(other.labels):
+                    raise ValueError(f"{action.name} becomes {action.becomes}, which is cleaned itself")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """The same for the same actions, in whatever order they stand."""
+        rows = [action.model_dump(mode="json", exclude={"name"}) for action in self.actions]
+        return sha256_of_json(sorted(rows, key=str))
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What is done, a line each."""
+        return tuple(action.words for action in self.actions)
+
+    def check_labels(self, schema: LabelSchema) -> None:
+        """Refuse labels that the schema does not know.
+
+        Raises:
+            ValueError: as said.
+        """
+        named = [name for action in self.actions for name in (*action.labels, action.becomes) if name is not None]
+        if unknown := sorted(set(named) - set(schema.names)):
+            raise ValueError(f"post-processing of {', '.join(unknown)}, which is no label of the model")
+
+
+def read_postprocessing(text: bytes, place: str, schema: LabelSchema) -> PostProcessing:
+    """What the file at `place` says.
+
+    Raises:
+        BundleError: it is not a post-processing of these labels.
+    """
+    try:
+        found = PostProcessing.model_validate_json(text)
+        found.check_labels(schema)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except ValueError as error:
+        raise BundleError(f"{place}: {error}") from error
+    return found
+
+
+class Tried(BaseModel):
+    """An action that was tried on out-of-fold predictions, and what came of it.
+
+    `before` and `after` are means over the cases of the mean Dice of what the action is of, 1 where neither side has
+    it. `worst_change` is of a case. `parts_lost` counts components of references that a prediction had found, and that
+    nothing of it touches any more. `p_value` is of Wilcoxon's signed-rank test on the patients' mean differences,
+    `p_corrected` after Holm's correction over everything that was tried and changes anything.
+    """
+
+    model_config = _VALUE
+
+    action: Action
+    cases: int
+    patients_changed: int
+    before: float | None
+    after: float | None
+    worst_change: float
+    parts_lost: int
+    p_value: float | None
+    p_corrected: float | None
+    is_chosen: bool
+    why: str
+
+    @property
+    def gain(self) -> float:
+        """Of the mean Dice."""
+        return (self.after or 0.0) - (self.before or 0.0)
+
+
+class FoldChoice(BaseModel):
+    """What the cases of all other folds choose, which is what the nested figures of this fold's cases rest on."""
+
+    model_config = _VALUE
+
+    fold: int
+    actions: tuple[Action, ...]
+
+
+class Effect(BaseModel):
+    """A figure of a label or region, over the cases where it is defined: as predicted, and after post-processing.
+
+    `nested` is with what the other folds chose: none of a fold's cases had a say in what is done to them. `chosen` is
+    with what all chose, so it is measured on the cases that it was chosen on, and promises too much.
+    """
+
+    model_config = _VALUE
+
+    label: str
+    figure: str
+    before: float | None
+    nested: float | None
+    chosen: float | None
+
+
+class Found(BaseModel):
+    """Everything that the choice of a post-processing found. `note` says it in a sentence."""
+
+    model_config = _VALUE
+
+    cases: int
+    patients: int
+    note: str
+    chosen: PostProcessing | None = None
+    tried: tuple[Tried, ...] = ()
+    folds: tuple[FoldChoice, ...] = ()
+    effects: tuple[Effect, ...] = ()
+
+
+def described(actions: Sequence[Action]) -> str:
+    """Actions in one line."""
+    return "; ".join(action.words for action in actions) or "nothing"
