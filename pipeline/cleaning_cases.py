@@ -1,0 +1,189 @@
+"""Held-out cases on disk, and what post-processing does to them: passes over all of them, a few in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.cleaning import postprocessed
+from pipeline.cleaning_choice import JudgedCase, SurfaceGain
+from pipeline.cleaning_effects import effects_on, parts_of
+from pipeline.config import EvaluateConfig
+from pipeline.console import Console
+from pipeline.errors import GeometryMismatch
+from pipeline.measures import Measures
+from pipeline.postprocessing import Action, Effect, PostProcessing
+from pipeline.references import Reference
+from pipeline.scores import measure_ids
+from transforms.geometry import Geometry
+from transforms.labels import LabelSchema
+from transforms.volume import read_label
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+FIGURES = ("dice", "surface_dice", "hausdorff_95_mm")
+"""That are told before and after."""
+
+_DICE, _SURFACE_DICE = FIGURES.index("dice"), FIGURES.index("surface_dice")
+_MOST_THREADS = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A case with the fold that held it out, and where its prediction and its reference are."""
+
+    fold: int
+    prediction: Path
+    reference: Reference
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """Held-out cases, and what is needed to look at them. `judge` and `measure` go over all of them.
+
+    Their errors: VolumeError where a file cannot be read, GeometryMismatch where two lie on different grids.
+    """
+
+    held_out: tuple[HeldOut, ...]
+    schema: LabelSchema
+    settings: EvaluateConfig
+    console: Console
+
+    def judge(self, actions: Sequence[Action]) -> list[JudgedCase]:
+        """The effect of every action by itself on every case."""
+
+        def judged(case: HeldOut) -> JudgedCase:
+            pair, reference = _read(case), case.reference
+            effects = effects_on(
+                pair.prediction,
+                pair.reference,
+                actions,
+                self.schema,
+                voxel_volume_mm3=pair.geometry.voxel_volume_mm3,
+                annotated=self._annotated(case),
+            )
+            return JudgedCase(reference.case_id, reference.patient_id, case.fold, effects)
+
+        return self._each(judged, self.held_out, "trying post-processing")
+
+    def surface_gains(self, judged: Sequence[JudgedCase], actions: Sequence[Action]) -> SurfaceGain:
+        """What an action adds to the surface Dice of each case; worked out when it is first asked for."""
+        known: dict[Action, Floats] = {}
+
+        def gains(action: Action) -> Floats:
+            if action not in known:
+                number = list(actions).index(action)
+                moved = [row for row, case in enumerate(judged) if case.effects[number].is_changed]
+                known[action] = np.full(len(judged), np.nan)
+                some = [self.held_out[row] for row in moved]
+                known[action][moved] = self._each(lambda case: self._surface_gain(case, action), some, action.words)
+            return known[action]
+
+        return gains
+
+    def measure(
+        self, chosen: Sequence[Action], of_fold: Mapping[int, Sequence[Action]]
+    ) -> tuple[tuple[Effect, ...], float]:
+        """The figures before and after, and the worst change of Dice of any label or region in any case."""
+
+        def measured(case: HeldOut) -> Floats:
+            pair, nested = _read(case), of_fold[case.fold]
+            before, after = self._figures(pair, (), case), self._figures(pair, chosen, case)
+            return np.stack([before, after if set(nested) == set(chosen) else self._figures(pair, nested, case), after])
+
+        table = np.stack(self._each(measured, self.held_out, "measuring post-processing"))
+        change = table[:, 2, :, _DICE] - table[:, 0, :, _DICE]
+        return self._effects(table), float(min(0.0, np.nanmin(change)))
+
+    def _effects(self, table: Floats) -> tuple[Effect, ...]:
+        """From figures (cases, before and nested and chosen, labels and regions, figures)."""
+        names = [*self.schema.names, *(region.name for region in self.schema.regions)]
+        found = []
+        for column, name in enumerate(names):
+            for number, figure in enumerate(FIGURES):
+                values = table[:, :, column, number]
+                defined = values[~np.isnan(values).any(axis=1)]
+                if defined.size:
+                    means = dict(zip(("before", "nested", "chosen"), defined.mean(axis=0).tolist(), strict=True))
+                    found.append(Effect(label=name, figure=figure, **means))
+        return tuple(found)
+
+    def _figures(self, pair: _Pair, actions: Sequence[Action], case: HeldOut) -> Floats:
+        """(labels and regions, figures); NaN where not defined or not annotated, 1 of a Dice where both are empty."""
+        labels, regions = self._measured(self._cleaned(pair, actions), pair)
+        annotated = self._annotated(case)
+        known = [*annotated[1:], *(all(annotated[c] for c in union) for union in self.schema.region_classes)]
+        rows = [_values(row) for row in (*labels, *regions)]
+        return np.where(np.array(known)[:, None], rows, np.nan)
+
+    def _surface_gain(self, case: HeldOut, action: Action) -> float:
+        """Of the mean over the parts of the action's structure."""
+        pair = _read(case)
+        wanted = [frozenset(part) for part in parts_of(action, self.schema)]
+        regions = [frozenset(region.labels) for region in self.schema.regions]
+        names = regions or [frozenset([name]) for name in self.schema.names]
+        sides = []
+        for prediction in (pair.prediction, self._cleaned(pair, [action])):
+            labels, unions = self._measured(prediction, pair)
+            of_name = dict(zip(names, unions if regions else labels, strict=True))
+            sides.append(np.mean([_values(of_name[part])[_SURFACE_DICE] for part in wanted]))
+        return float(sides[1] - sides[0])
+
+    def _cleaned(self, pair: _Pair, actions: Sequence[Action]) -> Array:
+        if not actions:
+            return pair.prediction
+        return postprocessed(pair.prediction, PostProcessing(actions=tuple(actions)), self.schema, pair.geometry)
+
+    def _measured(self, prediction: Array, pair: _Pair) -> tuple[tuple[Measures, ...], tuple[Measures, ...]]:
+        spacing_mm = pair.geometry.spacing_mm
+        found = measure_ids(prediction, pair.reference, self.schema, spacing_mm=spacing_mm, settings=self.settings)
+        return tuple(found.labels[i] for i in self.schema.ids), found.regions
+
+    def _annotated(self, case: HeldOut) -> tuple[bool, ...]:
+        annotation = case.reference.annotation
+        return self.schema.are_annotated(None if annotation is None else annotation.annotated)
+
+    def _each(self, do: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
+        """In threads, for reading frees the interpreter; in the order of the items."""
+        found = []
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            for done, result in enumerate(pool.map(do, items), start=1):
+                found.append(result)
+                self.console.progress(what, done, len(items))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """Both label maps (I, J, K) of ids, on one grid."""
+
+    prediction: Array
+    reference: Array
+    geometry: Geometry
+
+
+def _read(case: HeldOut) -> _Pair:
+    predicted, drawn = read_label(case.prediction), read_label(case.reference.path)
+    if difference := predicted.geometry.difference(drawn.geometry):
+        raise GeometryMismatch(
+            f"{case.prediction} and its reference {case.reference.path} lie on different grids: {difference}"
+        )
+    annotation = case.reference.annotation
+    ids = drawn.voxels if annotation is None else annotation.ids(drawn.voxels)
+    return _Pair(predicted.voxels, ids, drawn.geometry)
+
+
+def _values(row: Measures) -> list[float]:
+    """Of `FIGURES`. To find nothing where nothing is, is right: a Dice of 1."""
+    nothing = not (row.prediction_voxels or row.reference_voxels)
+    return [1.0, 1.0, float("nan")] if nothing else [row.dice, row.surface_dice, row.hausdorff_95_mm]

@@ -1,0 +1,217 @@
+"""Which post-processing helps, by what it does to cases that the model never saw; where that is not evident, none.
+
+An action is chosen only if Wilcoxon's signed-rank test over patients says that it raises the Dice, after Holm's
+correction over everything that was tried and changes anything, if it harms no case, and if what it gains is worth it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.cleaning_effects import CaseEffect
+from pipeline.compare import SIGNIFICANT, TIE, holm, signed_rank_p
+from pipeline.postprocessing import Action, Tried
+
+Floats = npt.NDArray[np.float64]
+
+LEAST_PATIENTS = 10
+"""With fewer nothing is tried."""
+
+LEAST_CHANGED = 6
+"""Patients that differ: of five, all better, the two-sided test says p = 0.06."""
+
+MOST_LOSS = 0.01
+"""Of Dice, in a single case: what loses more is not chosen, whatever the others gain."""
+
+LEAST_GAIN = 0.001
+"""Of Dice, or of surface Dice where the Dice gains less: the mean over the cases that change."""
+
+_TOGETHER = 1e-4
+"""Gains closer than this are the same."""
+
+SurfaceGain = Callable[[Action], Floats]
+"""What an action adds to the surface Dice of each case (N,); NaN where it changes nothing or there is no surface."""
+
+
+@dataclass(frozen=True)
+class JudgedCase:
+    """A case, whose it is, and the effect of every action on it."""
+
+    case_id: str
+    patient_id: str
+    fold: int
+    effects: tuple[CaseEffect, ...]
+
+
+def choose(
+    actions: Sequence[Action], cases: Sequence[JudgedCase], surface_gain: SurfaceGain
+) -> tuple[tuple[Action, ...], tuple[Tried, ...]]:
+    """What is chosen, and what came of everything that was tried.
+
+    Of one structure at most one removal and one filling of holes are chosen, and of structures that hold each other
+    either the larger or those in it, whichever gains more: so what is measured of each holds for all of them together.
+    `surface_gain` is asked only where the Dice does not decide. Sources: as `compare.compare`.
+    """
+    tables = [_Table.of(number, action, cases) for number, action in enumerate(actions)]
+    p_values = [table.p_value() for table in tables]
+    judged = [
+        _Judged(table, p, corrected, *_verdict(table, corrected, surface_gain))
+        for table, p, corrected in zip(tables, p_values, holm(p_values), strict=True)
+    ]
+    helpful = [row for row in judged if row.helps]
+    kept = {
+        row.table.number
+        for removes in (True, False)
+        for row in _best([row for row in helpful if row.table.action.removes == removes], surface_gain)
+    }
+    chosen = tuple(row.table.action for row in judged if row.table.number in kept)
+    return chosen, tuple(row.told(is_chosen=row.table.number in kept) for row in judged)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """One action over the cases whose labels were annotated: Dice (N,) before and after, and what was lost."""
+
+    number: int
+    action: Action
+    rows: npt.NDArray[np.intp]
+    patients: npt.NDArray[np.int64]
+    before: Floats
+    after: Floats
+    is_changed: npt.NDArray[np.bool_]
+    parts_lost: int
+
+    @classmethod
+    def of(cls, number: int, action: Action, cases: Sequence[JudgedCase]) -> _Table:
+        """Rows are numbers of cases."""
+        effects = [case.effects[number] for case in cases]
+        rows = [row for row, effect in enumerate(effects) if effect.before is not None and effect.after is not None]
+        _, patients = np.unique([cases[row].patient_id for row in rows], return_inverse=True)
+        return cls(
+            number,
+            action,
+            np.array(rows, dtype=np.intp),
+            patients.astype(np.int64),
+            np.array([effects[row].before for row in rows], dtype=np.float64),
+            np.array([effects[row].after for row in rows], dtype=np.float64),
+            np.array([effects[row].is_changed for row in rows], dtype=np.bool_),
+            sum(effects[row].parts_lost for row in rows),
+        )
+
+    @property
+    def change(self) -> Floats:
+        """Of the Dice, (N,)."""
+        return self.after - self.before
+
+    @property
+    def patients_changed(self) -> int:
+        """Whose Dice differs."""
+        return int((np.abs(self._by_patient()) > TIE).sum())
+
+    def gain_where_changed(self, gains: Floats) -> float:
+        """The mean of `gains` (N,) over the cases that differ and have one; 0 where there is none."""
+        found = gains[self.is_changed & ~np.isnan(gains)]
+        return float(found.mean()) if found.size else 0.0
+
+    def p_value(self) -> float | None:
+        """None where nothing differs."""
+        changes = self._by_patient()
+        return signed_rank_p(changes) if changes.size > 1 else None
+
+    def _by_patient(self) -> Floats:
+        if not self.rows.size:
+            return np.zeros(0)
+        counts = np.bincount(self.patients)
+        return np.asarray(np.bincount(self.patients, weights=self.change) / counts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    table: _Table
+    p_value: float | None
+    p_corrected: float | None
+    helps: bool
+    why: str
+
+    @property
+    def gain(self) -> float:
+        """Mean gain of Dice of one label, times the labels: comparable between a structure and its parts."""
+        return float(self.table.change.mean()) * len(self.table.action.labels)
+
+    def told(self, *, is_chosen: bool) -> Tried:
+        table = self.table
+        return Tried(
+            action=table.action,
+            cases=len(table.rows),
+            patients_changed=table.patients_changed,
+            before=float(table.before.mean()) if table.rows.size else None,
+            after=float(table.after.mean()) if table.rows.size else None,
+            worst_change=float(table.change.min(initial=0.0)),
+            parts_lost=table.parts_lost,
+            p_value=self.p_value,
+            p_corrected=self.p_corrected,
+            is_chosen=is_chosen,
+            why="chosen" if is_chosen else "helps, another one more" if self.helps else self.why,
+        )
+
+
+def _verdict(table: _Table, p_corrected: float | None, surface_gain: SurfaceGain) -> tuple[bool, str]:
+    """Whether the action helps, and if not why not."""
+    worst = float(table.change.min(initial=0.0))
+    if not table.is_changed.any():
+        return False, "changes nothing"
+    if table.parts_lost:
+        return False, f"deletes {table.parts_lost} part{'s' if table.parts_lost > 1 else ''} that had been found"
+    if worst < -MOST_LOSS:
+        return False, f"a case loses {-worst:.3f}"
+    if table.change.mean() <= 0:
+        return False, "gains nothing"
+    if table.patients_changed < LEAST_CHANGED:
+        count = table.patients_changed
+        return False, f"only {count} patient{'s' if count > 1 else ''} changed, too few to tell"
+    if p_corrected is None or p_corrected >= SIGNIFICANT:
+        return False, "no evidence that it helps"
+    if max(table.gain_where_changed(table.change), _surface(table, surface_gain)) < LEAST_GAIN:
+        return False, "gains too little"
+    return True, ""
+
+
+def _surface(table: _Table, surface_gain: SurfaceGain) -> float:
+    """Asked only where the Dice gains too little: it takes a look at the volumes."""
+    if table.gain_where_changed(table.change) >= LEAST_GAIN:
+        return 0.0
+    return table.gain_where_changed(surface_gain(table.action)[table.rows])
+
+
+def _best(helpful: Sequence[_Judged], surface_gain: SurfaceGain) -> list[_Judged]:
+    """Structures that share no label, each with its best action, so that they gain most together."""
+    of_structure: dict[frozenset[str], list[_Judged]] = {}
+    for row in helpful:
+        of_structure.setdefault(frozenset(row.table.action.labels), []).append(row)
+    taken: list[_Judged] = []
+    for labels in sorted(of_structure, key=lambda labels: (len(labels), sorted(labels))):
+        best = _best_of_one(of_structure[labels], surface_gain)
+        inside = [row for row in taken if labels.issuperset(row.table.action.labels)] if len(labels) > 1 else []
+        if _total(inside) + _TOGETHER < best.gain or not inside:
+            taken = [row for row in taken if row not in inside] + [best]
+    return taken
+
+
+def _best_of_one(rows: Sequence[_Judged], surface_gain: SurfaceGain) -> _Judged:
+    """The largest gain of Dice; of equal ones that of surface Dice; of these again the one that does least."""
+    most = max(row.gain for row in rows)
+    equal = [row for row in rows if row.gain > most - _TOGETHER]
+    if len(equal) == 1:
+        return equal[0]
+    gains = [float(np.nansum(surface_gain(row.table.action)[row.table.rows])) / len(row.table.rows) for row in equal]
+    best = max(gains)
+    near = [row for row, gain in zip(equal, gains, strict=True) if gain > best - _TOGETHER]
+    return min(near, key=lambda row: (row.table.is_changed.sum(), row.table.action.below_mm3 or np.inf))
+
+
+def _total(rows: Iterable[_Judged]) -> float:
+    return sum(row.gain for row in rows)

@@ -1,0 +1,105 @@
+"""The post-processing of a cross-validation: tried on its out-of-fold predictions, and put into its folds' bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.bundle import set_postprocessing
+from pipeline.cleaning_cases import Cases, HeldOut
+from pipeline.cleaning_choice import LEAST_PATIENTS, MOST_LOSS, choose
+from pipeline.cleaning_effects import candidates
+from pipeline.console import Console
+from pipeline.postprocessing import FoldChoice, Found, PostProcessing, Tried, described
+from pipeline.references import references_of_dataset
+from pipeline.report_values import Report
+from pipeline.runs import BUNDLE, VALIDATION, Run
+
+
+def find_postprocessing(run: Run, report: Report, console: Console) -> Found:
+    """Choose on the cases of an out-of-fold report, and say what it does to cases that it was not chosen on.
+
+    For that it is chosen once more for each fold, on the cases of the others.
+
+    Raises:
+        VolumeError: a prediction or a reference cannot be read.
+        GeometryMismatch: they lie on different grids.
+    """
+    cases = Cases(held_out_cases(run, report), run.dataset.manifest.labels, run.config.evaluate, console)
+    patients = {case.reference.patient_id for case in cases.held_out}
+    folds = sorted({case.fold for case in cases.held_out})
+    if len(folds) < 2 or len(patients) < LEAST_PATIENTS:
+        few = f"{_count(len(patients), 'patient')} in {_count(len(folds), 'finished fold')}"
+        note = f"nothing chosen: {few}; at least {LEAST_PATIENTS} patients in two folds are needed"
+        return Found(cases=len(cases.held_out), patients=len(patients), note=note)
+    return _found(cases, folds, len(patients))
+
+
+def store_postprocessing(run: Run, folds: Sequence[int], wanted: PostProcessing | None) -> None:
+    """Put it into the bundle of each of these folds, or take out what is there; weights are left as they are.
+
+    Raises:
+        BundleError: a fold has no bundle.
+        RunError: it cannot be written.
+    """
+    for fold in folds:
+        set_postprocessing(run.fold_folder(fold) / BUNDLE, wanted)
+
+
+def held_out_cases(run: Run, report: Report) -> tuple[HeldOut, ...]:
+    """Those of a report that have a fold, with their files."""
+    references = {reference.case_id: reference for reference in references_of_dataset(run.dataset)}
+    return tuple(
+        HeldOut(
+            case.fold,
+            run.fold_folder(case.fold) / VALIDATION / f"{case.case_id}.nii.gz",
+            references[case.case_id],
+        )
+        for case in report.cases
+        if case.fold is not None and case.case_id in references
+    )
+
+
+def _found(cases: Cases, folds: Sequence[int], patients: int) -> Found:
+    actions = candidates(cases.schema)
+    judged = cases.judge(actions)
+    gains = cases.surface_gains(judged, actions)
+    chosen, tried = choose(actions, judged, gains)
+    choices = []
+    for fold in folds:
+        others = [row for row, case in enumerate(judged) if case.fold != fold]
+        enough = len({judged[row].patient_id for row in others}) >= LEAST_PATIENTS
+        some, _ = choose(actions, [judged[row] for row in others], lambda action, rows=others: gains(action)[rows])
+        choices.append(FoldChoice(fold=fold, actions=some if enough else ()))
+    found = Found(
+        cases=len(judged), patients=patients, note=_note(tried), chosen=None, tried=tried, folds=tuple(choices)
+    )
+    if not chosen and not any(choice.actions for choice in choices):
+        return found
+    effects, worst_change = cases.measure(chosen, {choice.fold: choice.actions for choice in choices})
+    if chosen and worst_change < -MOST_LOSS:
+        return _refused(found, worst_change)
+    wanted = PostProcessing(actions=chosen) if chosen else None
+    return found.model_copy(update={"chosen": wanted, "effects": effects})
+
+
+def _refused(found: Found, worst_change: float) -> Found:
+    """What each does by itself may harm none, and all of it together, or what takes the place of an island, does."""
+    why = f"with all that was chosen, a label of a case loses {-worst_change:.3f}"
+    tried = tuple(
+        row.model_copy(update={"is_chosen": False, "why": why}) if row.is_chosen else row for row in found.tried
+    )
+    return found.model_copy(update={"tried": tried, "note": f"nothing chosen: {why}"})
+
+
+def _note(tried: Sequence[Tried]) -> str:
+    chosen = [row.action for row in tried if row.is_chosen]
+    if chosen:
+        return f"chosen: {described(chosen)}"
+    moved = sum(row.p_value is not None for row in tried)
+    if not moved:
+        return f"nothing chosen: none of {len(tried)} actions changes the Dice of any case"
+    return f"nothing chosen: of {len(tried)} actions {moved} change a case; none helps beyond doubt and harms nobody"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
