@@ -28,12 +28,14 @@ from pipeline.provenance import provenance_tags
 from pipeline.references import SCHEMA_FILE
 from pipeline.report import dice_distribution, learning_curves
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
+from pipeline.run_note import run_note
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
     BUNDLE,
     DONE,
     VALIDATION,
     Run,
+    model_card,
     open_run_tracker,
     public_yaml,
     read_done,
@@ -41,6 +43,7 @@ from pipeline.runs import (
     send_leftovers,
     tell_set_aside,
     track_data,
+    track_whole_data,
 )
 from pipeline.summary import summarise
 from pipeline.task import TrainingResult, TrainingTask
@@ -62,6 +65,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         RunError: at least one fold failed; the others were done first.
     """
     with open_run_tracker(run, console, fold=None) as tracker:
+        track_whole_data(tracker, run)
         for fold in filter(run.is_done, folds):
             console.note(f"fold {fold} is finished already, kept")
         faults = (runner or one_after_another)(run, [fold for fold in folds if not run.is_done(fold)], console)
@@ -74,9 +78,14 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         _write_report(run.folder, report)
         dice_distribution(report, run.folder / "dice.png")
         tracker.metrics(_tracked(report), step=0)
+        for fold in finished:
+            tracker.metrics(_of_fold(report, fold), step=fold)
         for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
-        _track_page(tracker, write_run_page(run, run.folder, report))
+        _track_page(tracker, run, run.folder, report)
+        if len(finished) == run.folds.count:
+            card = model_card(run, _tracked(report), register_as=run.dataset.manifest.name)
+            tracker.model([run.fold_folder(fold) / BUNDLE for fold in finished], card)
         send_leftovers(run, console)
         if failed:
             count = f"{len(failed)} of {len(folds)} folds"
@@ -238,20 +247,18 @@ def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker
     tracker.metrics(_tracked(report), step=result.steps)
     for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
         tracker.artifact(folder / name)
-    _track_page(tracker, write_run_page(run, folder, report))
-    tracker.model(
-        folder / BUNDLE,
-        input_shape=run.plan.patch_shape,
-        channel_count=len(run.plan.channels),
-        class_count=run.plan.class_count,
-    )
+    _track_page(tracker, run, folder, report)
+    tracker.model([folder / BUNDLE], model_card(run, _tracked(report), step=result.steps))
     write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
     discard_checkpoints(folder)
 
 
-def _track_page(tracker: Tracker, files: Sequence[Path]) -> None:
-    for file in files:
-        tracker.artifact(file, "overlays" if file.suffix == ".png" else "")
+def _track_page(tracker: Tracker, run: Run, folder: Path, report: Report) -> None:
+    page, *pictures = write_run_page(run, folder, report)
+    tracker.artifact(page)
+    for picture in pictures:
+        tracker.artifact(picture, "overlays")
+    tracker.note(run_note(run, folder, report, [picture.name for picture in pictures]))
 
 
 def _headline(report: Report) -> dict[str, float]:
@@ -270,6 +277,13 @@ def _tracked(report: Report) -> dict[str, float]:
             rows[f"out_of_fold_{name}/{summary.label}"] = None if found is None else found.mean
         rows |= {f"out_of_fold_{name}/mean": f.mean for f in report.overall.figures if f.name == name}
     return _headline(report) | {k: v for k, v in rows.items() if v is not None}
+
+
+def _of_fold(report: Report, fold: int) -> dict[str, float]:
+    """Mean Dice of the labels within one fold, as a curve over the folds."""
+    rows = {summary.label: summary.folds for summary in report.summaries} | {"mean": report.overall.folds}
+    found = {label: mean.mean for label, folds in rows.items() for mean in folds if mean.fold == fold}
+    return {f"dice_of_fold/{label}": mean for label, mean in found.items() if mean is not None}
 
 
 def _write_report(folder: Path, report: Report) -> None:

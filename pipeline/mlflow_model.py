@@ -1,36 +1,104 @@
-"""How MLflow loads a bundle that a run tracked: `mlflow.pyfunc.load_model("models:/...")` comes here."""
+"""How MLflow loads what a run tracked: `mlflow.pyfunc.load_model("models:/NAME@champion")` comes here.
+
+Served by `mlflow models serve`, a request names files of the server's: it can have any image segmented that the
+server's account may read, and with `out` any folder written into that it may write to. `root` keeps both inside one
+folder. What is answered is label maps, never the images; which files exist can be told from the errors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import VolumeError
+
 if TYPE_CHECKING:
+    import torch
+
+    from pipeline.export import Source
     from pipeline.predict import Model
+    from pipeline.segmentation import Segmentation
+    from pipeline.studies import Study
+    from transforms.volume import Volume
+
+LabelMap = npt.NDArray[np.unsignedinteger[Any]]
+
+PATH_COLUMN = "path"
 
 
-class GridModel:
-    """A model for arrays that lie on its plan's axes and spacing already; files go through `volseg predict`."""
+class ServedModel:
+    """A model, of one bundle or several that are averaged, for studies on a disk and for arrays.
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    `root`, if given, is the only folder that studies are read from and label maps are written to.
+    """
 
-    def predict(self, model_input: npt.NDArray[np.float32], params: dict[str, Any] | None = None) -> Any:
-        """Voxels (B, C, I, J, K), in HU for CT, to label ids (B, I, J, K) int32.
+    def __init__(self, model: Model, device: torch.device, root: Path | None = None) -> None:
+        self._model, self._device, self._root = model, device, root
 
-        A channel that is NaN everywhere is missing, which an optional one may be.
+    def get_raw_model(self) -> ServedModel:
+        """What `PyFuncModel.get_raw_model` gives: this, whose `predict` MLflow's signature does not stand before."""
+        return self
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Segment studies, or arrays.
+
+        A path, a list of paths or a table with the column `path` gives a list of label maps, each (I, J, K) of label
+        ids on the study's own grid; with `params={"out": FOLDER}` they are written there as NIfTI files, and the list
+        is of their paths. A path is all that one study is: an image file, a DICOM folder, or a folder of NAME_0000,
+        NAME_0001 and so on for several channels.
+
+        Voxels (B, C, I, J, K), in HU for CT, on the plan's axes and spacing already, give label ids (B, I, J, K)
+        int32. A channel that is NaN everywhere is missing, which an optional one may be. MLflow lets them through to
+        `get_raw_model().predict` alone.
 
         Raises:
-            VolumeError: another number of channels, one missing that is needed, or intensities that cannot be of the
-                model's modality.
+            VolumeError: a path is not one study, lies outside `root`, cannot be read or is not what the model wants.
         """
-        return np.stack([self._predict_one(channels) for channels in model_input])
+        if isinstance(model_input, np.ndarray) and model_input.ndim == 5:
+            return np.stack([self._predict_voxels(channels) for channels in model_input])
+        out = str((params or {}).get("out") or "")
+        folder = self._allowed(Path(out)) if out else None
+        return [self._predict_path(Path(path), folder) for path in _paths(model_input)]
 
-    def _predict_one(self, channels: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        from pipeline.predict import PredictSettings, predict
+    def _predict_path(self, path: Path, out: Path | None) -> LabelMap | str:
+        from pipeline.export import export
+        from pipeline.sources import open_study
+
+        study = self._study(path)
+        sources = [image.read() for image in open_study(study, self._model.plan, series=None, resample_uneven=False)]
+        found = self._segment(list(self._channels(study, sources)))
+        if out is None:
+            return found.label_map
+        (file,) = export(found, formats=["nifti"], out=out, name=study.name, source=sources[0])
+        return str(file.path)
+
+    def _study(self, path: Path) -> Study:
+        from pipeline.console import Silence
+        from pipeline.studies import Wanted, find_studies
+
+        found = find_studies([self._allowed(path)], Wanted(self._model.plan.channels), console=Silence())
+        if len(found) != 1:
+            raise VolumeError(f"{path}: holds {len(found)} studies; give the path of one")
+        for file in found[0].paths:
+            self._allowed(file)
+        return found[0]
+
+    def _channels(self, study: Study, sources: Sequence[Source]) -> Iterator[Volume | None]:
+        """One image a channel of the model, None where the study lacks it."""
+        images = iter(sources)
+        for channel in self._model.plan.channels:
+            yield None if channel.name in study.missing else next(images).image
+
+    def _allowed(self, path: Path) -> Path:
+        if self._root is not None and not path.resolve().is_relative_to(self._root.resolve()):
+            raise VolumeError(f"{path}: not inside the folder that this model reads from and writes to (root)")
+        return path
+
+    def _predict_voxels(self, channels: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
         from transforms.geometry import Geometry
         from transforms.volume import Volume
 
@@ -40,21 +108,45 @@ class GridModel:
             None if np.isnan(voxels).all() else Volume(voxels, geometry, None, float(voxels.min()))
             for voxels in channels
         ]
-        device = next(self._model.bundles[0].network.parameters()).device
-        result = predict(self._model, volumes, settings=PredictSettings(self._model.mirror), device=device)
-        return result.label_map.astype(np.int32)
+        return self._segment(volumes).label_map.astype(np.int32)
+
+    def _segment(self, channels: Sequence[Volume | None]) -> Segmentation:
+        from pipeline.predict import PredictSettings, predict
+
+        return predict(self._model, channels, settings=PredictSettings(self._model.mirror), device=self._device)
 
 
-def _load_pyfunc(path: str) -> GridModel:
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> ServedModel:
     """MLflow's entry; the name is its choice.
 
     Raises:
-        BundleError: the bundle is damaged.
+        BundleError: a bundle is damaged.
     """
-    from pipeline.bundle import load_bundle
+    from pipeline.bundle import find_bundles, load_bundle
+    from pipeline.config import TrainConfig
+    from pipeline.device import choose_hardware
     from pipeline.predict import Model
 
-    return GridModel(Model((load_bundle(Path(path)),)))
+    device = choose_hardware(TrainConfig()).torch_device()
+    root = str((model_config or {}).get("root") or "")
+    bundles = tuple(load_bundle(bundle, device) for bundle in find_bundles(Path(path)))
+    return ServedModel(Model(bundles), device, Path(root) if root else None)
+
+
+def _paths(model_input: Any) -> list[str]:
+    """The paths of an input: MLflow makes a table of one column of whatever it is given."""
+    columns = getattr(model_input, "columns", None)
+    if columns is not None:
+        column = PATH_COLUMN if PATH_COLUMN in columns else columns[0]
+        if column not in (PATH_COLUMN, 0):
+            raise VolumeError(f"the first column is '{column}'; expected '{PATH_COLUMN}', with a study's path a row")
+        given = list(model_input[column])
+    else:
+        given = [model_input] if isinstance(model_input, str | Path) else list(model_input)
+    for path in given:
+        if not isinstance(path, str | Path) or not str(path):
+            raise VolumeError(f"expected the path of a study, found {type(path).__name__}")
+    return [str(path) for path in given]
 
 
 def _affine_ras(axis_codes: str, spacing_mm: tuple[float, float, float]) -> npt.NDArray[np.float64]:

@@ -9,7 +9,7 @@ RUN/
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,16 @@ from pipeline.models.registry import require_network
 from pipeline.plan import Fingerprint, Plan, read_plan
 from pipeline.planner import make_plan
 from pipeline.provenance import provenance_tags
-from pipeline.tracking import Busy, Tracker, deliver, embedded_store, null_tracker, open_tracker, without_password
+from pipeline.tracking import (
+    Busy,
+    ModelCard,
+    Tracker,
+    deliver,
+    embedded_store,
+    null_tracker,
+    open_tracker,
+    without_password,
+)
 from transforms.labels import LabelSchema
 
 CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
@@ -45,6 +54,9 @@ CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
 
 BUNDLE, VALIDATION = "bundle", "validation"
 """In a fold's folder: its model, and its predictions of the cases held out."""
+
+DATASET_TAG = "dataset_sha256"
+"""The tag by which runs of the same cases and references are known."""
 
 CHECK_WORKERS = 2
 
@@ -169,7 +181,7 @@ def open_run_tracker(run: Run, console: Console, *, fold: int | None) -> Tracker
             uri=tracking_uri(run.config),
             experiment=run.config.experiment,
             run_name=run.folder.name if fold is None else f"{run.folder.name} fold {fold}",
-            tags={**provenance_tags(), "dataset": run.dataset.manifest.name, "device": run.hardware.device},
+            tags=_tags(run),
             on_warning=console.note,
             parent=None if fold is None else run.folder,
         )
@@ -185,6 +197,31 @@ def open_run_tracker(run: Run, console: Console, *, fold: int | None) -> Tracker
     return tracker
 
 
+def _tags(run: Run) -> dict[str, str]:
+    """What a run is told from others by, first what a reader asks first."""
+    told = {
+        "dataset": run.dataset.manifest.name,
+        DATASET_TAG: manifest_hash(run.dataset.manifest)[:16],
+        "plan_sha256": _plan_hash(run.plan),
+        "network": run.plan.network,
+        "device": run.hardware.device,
+    }
+    return told | provenance_tags()
+
+
+def model_card(run: Run, metrics: Mapping[str, float], *, step: int = 0, register_as: str | None = None) -> ModelCard:
+    """What MLflow shows of a model of this run that was measured at `metrics` after `step` steps."""
+    return ModelCard(
+        patch_shape=run.plan.patch_shape,
+        spacing_mm=run.plan.spacing_mm,
+        channels=[channel.described for channel in run.plan.channels],
+        labels=run.dataset.manifest.labels.names,
+        metrics=metrics,
+        step=step,
+        register_as=register_as,
+    )
+
+
 def tracking_uri(config: Config) -> str:
     """Where MLflow's data goes."""
     return config.tracking.uri or embedded_store(config.runs)
@@ -197,6 +234,18 @@ def track_data(
     name, source = run.dataset.manifest.name, run.dataset.manifest.source or "local files"
     tracker.dataset(name, dataset_digest(training), "train", source=source, case_count=len(training))
     tracker.dataset(name, dataset_digest(validation), "validation", source=source, case_count=len(validation))
+
+
+def track_whole_data(tracker: Tracker, run: Run) -> None:
+    """Tell what a cross-validation is over."""
+    manifest = run.dataset.manifest
+    tracker.dataset(
+        manifest.name,
+        manifest_hash(manifest),
+        "cross-validation",
+        source=manifest.source or "local files",
+        case_count=len(manifest.cases),
+    )
 
 
 def public_yaml(config: Config, folder: Path) -> str:
@@ -303,5 +352,9 @@ def _plan_params(plan: Plan) -> dict[str, str]:
         "plan.batch": str(plan.batch_size),
         "plan.network_features": str(list(plan.unet.features)),
         "plan.checkpointing": str(plan.unet.checkpointing),
-        "plan.sha256": sha256_of_json(plan.model_dump(mode="json"))[:16],
+        "plan.sha256": _plan_hash(plan),
     }
+
+
+def _plan_hash(plan: Plan) -> str:
+    return sha256_of_json(plan.model_dump(mode="json"))[:16]

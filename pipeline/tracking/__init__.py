@@ -17,10 +17,11 @@ from pathlib import Path
 from pipeline.tracking.delivery import Deliverer, Destination, read_sent
 from pipeline.tracking.journal import Busy, Journal, read_facts
 from pipeline.tracking.store_uri import checked_uri, is_embedded, sqlite_uri, without_password
-from pipeline.tracking.tracker import JournalTracker, Status, Tracker, discreet, null_tracker
+from pipeline.tracking.tracker import JournalTracker, ModelCard, Status, Tracker, discreet, null_tracker
 
 __all__ = [
     "Busy",
+    "ModelCard",
     "Status",
     "Tracker",
     "deliver",
@@ -124,7 +125,8 @@ def _destination(uri: str, run_folder: Path) -> Destination:
     with warnings.catch_warnings():
         # SQLAlchemy's, about how MLflow's tables are written.
         warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
-        from pipeline.tracking.mlflow_store import MlflowStore, settle_mlflow
+        from pipeline.tracking.connection import settle_mlflow
+        from pipeline.tracking.mlflow_store import MlflowStore
     settle_mlflow()
 
     def send_parent(folder: Path) -> None:

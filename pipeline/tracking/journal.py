@@ -21,7 +21,7 @@ from pipeline.files import explain_os_error
 JOURNAL_NAME = "tracking.jsonl"
 _LOCK_NAME = ".tracking.lock"
 
-Kind = Literal["start", "resume", "params", "tags", "metrics", "dataset", "artifact", "model", "end"]
+Kind = Literal["start", "resume", "params", "tags", "metrics", "dataset", "artifact", "model", "note", "end"]
 
 
 class Busy(RunError):

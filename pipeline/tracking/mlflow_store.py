@@ -3,64 +3,31 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
-import shutil
-import sqlite3
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
-from mlflow import environment_variables as settings
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
-from mlflow.models import Model, ModelSignature
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.telemetry import set_telemetry_client
-from mlflow.types import Schema, TensorSpec
-from requests import ConnectionError as NoConnection
-from requests import HTTPError, Timeout
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from requests import HTTPError
 
 from pipeline.files import safe_name
+from pipeline.tracking.connection import connect, reason_of
 from pipeline.tracking.delivery import Refused, Unreachable, Waiting, read_sent
 from pipeline.tracking.journal import Fact, read_facts
-from pipeline.tracking.store_uri import artifacts_folder, database_path, is_embedded, without_password
+from pipeline.tracking.logged_model import log_model
+from pipeline.tracking.store_uri import artifacts_folder, is_embedded, without_password
+from pipeline.tracking.texts import as_key, shortened
 
-_REQUEST_SECONDS = 10
 _RUN_TAG = "volseg.run"
-_BUNDLE_TAG = "volseg.bundle_sha256"
 
 # A little below what MLflow takes (mlflow.utils.validation).
-_MOST_KEY = 250
 _MOST_PARAM = 6000
 _MOST_TAG = 5000
 _MOST_DIGEST = 36
 
 Ids = Mapping[str, str]
-
-
-def settle_mlflow() -> None:
-    """Keep MLflow quiet, quick to give up, and silent towards its makers, in this process."""
-    # The telemetry client is made by the import, and has had nothing to send yet.
-    settings.MLFLOW_DISABLE_TELEMETRY.set(True)
-    set_telemetry_client()
-    wishes = (
-        (settings.MLFLOW_HTTP_REQUEST_TIMEOUT, _REQUEST_SECONDS),
-        (settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 0),
-        (settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, False),
-        (settings.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),
-    )
-    for setting, value in wishes:
-        # What the user set in the environment goes first.
-        if not setting.defined:
-            setting.set(value)
-    # It reports the creation of its tables, and each error in full before it raises it.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 class MlflowStore:
@@ -79,6 +46,7 @@ class MlflowStore:
             "dataset": _dataset,
             "artifact": self._artifact,
             "model": self._model,
+            "note": _note,
             "end": _end,
         }
 
@@ -132,21 +100,7 @@ class MlflowStore:
             client.log_artifact(ids["run"], str(path), folder)
 
     def _model(self, client: MlflowClient, ids: Ids, fact: Fact) -> None:
-        bundle = self._run_folder / fact.body["path"]
-        if not bundle.is_dir():
-            raise Refused(f"{bundle} is gone")
-        model_id = _model_id(client, ids, fact)
-        with tempfile.TemporaryDirectory(prefix="volseg-model-") as name:
-            folder = Path(name)
-            shutil.copytree(bundle, folder / "bundle")
-            (folder / "requirements.txt").write_text(f"volseg=={version('volseg')}\n", encoding="utf-8")
-            _mlmodel(model_id, ids, fact).save(str(folder / "MLmodel"))
-            client.log_model_artifacts(model_id, str(folder))
-        client.finalize_logged_model(model_id, "READY")
-        # MLflow fails where the two are tied together already.
-        outputs = client.get_run(ids["run"]).outputs
-        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
-            client.log_outputs(ids["run"], [LoggedModelOutput(model_id, step=0)])
+        log_model(client, ids, fact, run_folder=self._run_folder)
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -159,25 +113,6 @@ class MlflowStore:
             self._connected = None
             reason = reason_of(error).replace(self._uri, self.name)
             raise (Refused if _is_final(error) else Unreachable)(reason) from error
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client of a server or an SQLite store, whose tables are made where they are missing."""
-    if is_embedded(uri):
-        _create_tables(uri)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _create_tables(uri: str) -> None:
-    """Create an SQLite store (seconds) where there is none yet."""
-    database = database_path(uri)
-    database.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that create the tables at once would trip over each other.
-    with FileLock(database.with_name(f".{database.name}.lock")):
-        # MLflow itself goes on trying for minutes where a database cannot be opened.
-        with closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA schema_version")
-        SqlAlchemyStore(uri, artifacts_folder(uri).as_uri())
 
 
 def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
@@ -204,7 +139,7 @@ def _resume(client: MlflowClient, ids: Ids, fact: Fact) -> None:
 
 def _params(client: MlflowClient, ids: Ids, fact: Fact) -> None:
     values = fact.body["values"].items()
-    client.log_batch(ids["run"], params=[Param(_name(key), _cut(value, _MOST_PARAM)) for key, value in values])
+    client.log_batch(ids["run"], params=[Param(as_key(key), shortened(value, _MOST_PARAM)) for key, value in values])
 
 
 def _tags(client: MlflowClient, ids: Ids, fact: Fact) -> None:
@@ -214,7 +149,7 @@ def _tags(client: MlflowClient, ids: Ids, fact: Fact) -> None:
 
 def _metrics(client: MlflowClient, ids: Ids, facts: Sequence[Fact]) -> None:
     points = [
-        Metric(_name(key), float(value), fact.time_ms, fact.body["step"])
+        Metric(as_key(key), float(value), fact.time_ms, fact.body["step"])
         for fact in facts
         for key, value in fact.body["values"].items()
     ]
@@ -234,62 +169,23 @@ def _dataset(client: MlflowClient, ids: Ids, fact: Fact) -> None:
     client.log_inputs(ids["run"], datasets=[DatasetInput(dataset, [context])])
 
 
+def _note(client: MlflowClient, ids: Ids, fact: Fact) -> None:
+    place = f"#/experiments/{ids['experiment']}/runs/{ids['run']}/artifacts/"
+    text = fact.body["markdown"].replace("](artifact:", f"]({place}")
+    client.set_tag(ids["run"], MLFLOW_RUN_NOTE, shortened(text, _MOST_TAG))
+
+
 def _end(client: MlflowClient, ids: Ids, fact: Fact) -> None:
     client.set_terminated(ids["run"], fact.body["status"], fact.time_ms)
 
 
-def _model_id(client: MlflowClient, ids: Ids, fact: Fact) -> str:
-    for model in client.search_logged_models([ids["experiment"]], f"source_run_id = '{ids['run']}'"):
-        if model.tags.get(_BUNDLE_TAG) == fact.body["sha256"]:
-            return str(model.model_id)
-    model = client.create_logged_model(
-        ids["experiment"],
-        re.sub(r"[^\w -]", "_", fact.body["name"]),
-        source_run_id=ids["run"],
-        tags={_BUNDLE_TAG: fact.body["sha256"]},
-        params={key: str(fact.body[key]) for key in ("patch_shape", "channel_count", "class_count")},
-        model_type="segmentation",
-    )
-    return str(model.model_id)
-
-
-def _mlmodel(model_id: str, ids: Ids, fact: Fact) -> Model:
-    """Voxels (B, C, I, J, K) on the plan's grid in, label ids (B, I, J, K) out; nothing is pickled."""
-    body = fact.body
-    voxels = TensorSpec(np.dtype(np.float32), (-1, body["channel_count"], -1, -1, -1))
-    label_map = TensorSpec(np.dtype(np.int32), (-1, -1, -1, -1))
-    model = Model(
-        run_id=ids["run"],
-        signature=ModelSignature(Schema([voxels]), Schema([label_map])),
-        metadata={key: body[key] for key in ("patch_shape", "channel_count", "class_count", "sha256")},
-        model_id=model_id,
-        model_uuid=model_id,
-    )
-    python = ".".join(str(part) for part in sys.version_info[:3])
-    flavour = {"loader_module": "pipeline.mlflow_model", "data": "bundle", "python_version": python}
-    return model.add_flavor("python_function", **flavour)
-
-
 def _run_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """The run's tags, with those that MLflow's page shows as its source."""
-    told = {_name(key): _cut(value, _MOST_TAG) for key, value in tags.items()}
+    told = {as_key(key): shortened(value, _MOST_TAG) for key, value in tags.items()}
     told |= {"mlflow.source.name": "volseg", "mlflow.source.type": "LOCAL"}
     if "git_commit" in told:
         told["mlflow.source.git.commit"] = told["git_commit"]
     return told
-
-
-def _name(text: str) -> str:
-    """A key as MLflow takes it: letters, digits, space and `_-.`, in groups parted by slashes."""
-    words = [re.sub(r"[^\w\-. ]", "_", word).strip(". ") for word in text.split("/")]
-    return _cut("/".join(word for word in words if word) or "_", _MOST_KEY)
-
-
-def _cut(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    note = f"... ({len(text)} characters)"
-    return text[: most - len(note)] + note
 
 
 def _is_final(error: Exception) -> bool:
@@ -297,15 +193,3 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, HTTPError) and error.response is not None:
         return error.response.status_code in {400, 413, 415, 422}
     return isinstance(error, MlflowException) and error.error_code in {"INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND"}
-
-
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, Timeout):
-            return f"no answer within {_REQUEST_SECONDS} s"
-        if isinstance(cause, NoConnection):
-            return "no connection"
-        cause = cause.__cause__ or cause.__context__
-    return _cut(" ".join(str(error).split()) or type(error).__name__, 200)

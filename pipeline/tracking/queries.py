@@ -88,7 +88,7 @@ def _client(uri: str) -> Iterator[Any]:
     uri = checked_uri(uri)
     if is_embedded(uri) and not database_path(uri).is_file():
         raise RunError(f"{database_path(uri)}: no runs are tracked there; give --uri, or the folder of the runs")
-    from pipeline.tracking.mlflow_store import connect, reason_of, settle_mlflow
+    from pipeline.tracking.connection import connect, reason_of, settle_mlflow
 
     settle_mlflow()
     try:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -17,9 +18,27 @@ from pipeline.tracking.delivery import Deliverer
 from pipeline.tracking.journal import Fact, Journal, Kind
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Context = Literal["train", "validation", "test"]
+Context = Literal["train", "validation", "test", "cross-validation"]
 
 _PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What MLflow shows of a model.
+
+    `patch_shape` (I, J, K) and `spacing_mm` are the plan's. `channels` and `labels` are named as a person would.
+    `metrics` are the model's own, as `Tracker.metrics` takes them, after `step` steps. `register_as` is the name under
+    which it becomes a version in the registry at once; None leaves it where it can still be registered.
+    """
+
+    patch_shape: Sequence[int]
+    spacing_mm: Sequence[float]
+    channels: Sequence[str]
+    labels: Sequence[str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
+    register_as: str | None = None
 
 
 class Tracker(Protocol):
@@ -40,8 +59,11 @@ class Tracker(Protocol):
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or folder inside the run folder, shown in `folder`; its content when it is sent counts."""
 
-    def model(self, bundle: Path, *, input_shape: Sequence[int], channel_count: int, class_count: int) -> None:
-        """A bundle folder inside the run folder; `input_shape` is its patch (I, J, K)."""
+    def model(self, bundles: Sequence[Path], card: ModelCard) -> None:
+        """A bundle folder inside the run folder, or several whose predictions are averaged."""
+
+    def note(self, markdown: str) -> None:
+        """What MLflow shows as the run's description; a link to `artifact:NAME` leads to that artifact's page."""
 
     def finish(self, status: Status) -> None:
         """The run is over. Waits, for a bounded time, until all is delivered."""
@@ -101,16 +123,23 @@ class JournalTracker:
     def artifact(self, path: Path, folder: str = "") -> None:
         self._tell("artifact", {"path": self._inside(path), "folder": folder})
 
-    def model(self, bundle: Path, *, input_shape: Sequence[int], channel_count: int, class_count: int) -> None:
+    def model(self, bundles: Sequence[Path], card: ModelCard) -> None:
         body = {
             "name": self._journal.facts[0].body["run_name"],
-            "path": self._inside(bundle),
-            "sha256": _sha256_of_folder(bundle),
-            "patch_shape": [int(size) for size in input_shape],
-            "channel_count": channel_count,
-            "class_count": class_count,
+            "paths": [self._inside(bundle) for bundle in bundles],
+            "sha256": sha256_of_json([_sha256_of_folder(bundle) for bundle in bundles]),
+            "patch_shape": [int(size) for size in card.patch_shape],
+            "spacing_mm": [float(step) for step in card.spacing_mm],
+            "channels": list(card.channels),
+            "labels": list(card.labels),
+            "metrics": {key: _as_json(value) for key, value in card.metrics.items()},
+            "step": card.step,
+            "register_as": card.register_as,
         }
         self._tell_once("model", body)
+
+    def note(self, markdown: str) -> None:
+        self._tell_once("note", discreet({"markdown": markdown}))
 
     def finish(self, status: Status) -> None:
         try:
@@ -158,7 +187,7 @@ class JournalTracker:
         elif fact.kind == "metrics":
             step = fact.body["step"]
             self._points.update({(key, step): value for key, value in fact.body["values"].items()})
-        elif fact.kind in {"dataset", "model"}:
+        elif fact.kind in {"dataset", "model", "note"}:
             self._bodies.append(fact.body)
 
     def _inside(self, path: Path) -> str:
@@ -177,7 +206,9 @@ class _NullTracker:
 
     def artifact(self, path: Path, folder: str = "") -> None: ...
 
-    def model(self, bundle: Path, *, input_shape: Sequence[int], channel_count: int, class_count: int) -> None: ...
+    def model(self, bundles: Sequence[Path], card: ModelCard) -> None: ...
+
+    def note(self, markdown: str) -> None: ...
 
     def finish(self, status: Status) -> None: ...
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from pipeline.bundle import BundleFacts, load_bundle, save_bundle
+from pipeline.bundle import BundleFacts, find_bundles, load_bundle, save_bundle
+from pipeline.errors import VolumeError
 from pipeline.mlflow_model import _affine_ras
 from pipeline.models.registry import build_network
 from pipeline.models.spec import UNetSpec
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.predict import Model, PredictSettings, predict
-from pipeline.tracking import embedded_store, open_tracker
+from pipeline.tracking import ModelCard, embedded_store, open_tracker
 from transforms.geometry import Geometry
 from transforms.intensity_spec import Normalisation
 from transforms.labels import Label, LabelSchema
-from transforms.volume import Volume
+from transforms.volume import Volume, read_volume
 
 SPACING_MM = (1.0, 2.0, 1.5)
 SPEC = UNetSpec(
@@ -58,9 +61,9 @@ def plan_of(axis_codes: str) -> Plan:
     )
 
 
-def write_bundle(folder: Path, axis_codes: str) -> None:
+def write_bundle(folder: Path, axis_codes: str, *, seed: int = 0) -> None:
     plan = plan_of(axis_codes)
-    network = build_network("unet", SPEC, plan.patch_shape, generator=torch.Generator().manual_seed(0))
+    network = build_network("unet", SPEC, plan.patch_shape, generator=torch.Generator().manual_seed(seed))
     schema = LabelSchema(
         labels=(Label(id=1, name="front", colour=(9, 0, 0)), Label(id=2, name="back", colour=(0, 9, 0)))
     )
@@ -75,29 +78,139 @@ def test_axes_run_where_the_plan_says(axis_codes: str) -> None:
     np.testing.assert_allclose(nib.affines.voxel_sizes(affine_ras), SPACING_MM)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:mlflow.*")  # of its own types, by the import of mlflow.pyfunc
-def test_mlflow_loads_and_predicts(tmp_path: Path) -> None:
-    uri, folder, warned = embedded_store(tmp_path), tmp_path / "run", []
-    with open_tracker(folder, uri=uri, experiment="e", run_name="r", tags={}, on_warning=warned.append) as tracker:
-        write_bundle(folder / "bundle", "LPS")
-        tracker.model(folder / "bundle", input_shape=(8, 8, 8), channel_count=2, class_count=3)
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with two bundles and a study of two channels, and the address of the model that averages them."""
+    folder = tmp_path_factory.mktemp("served")
+    warned: list[str] = []
+    run, uri = folder / "run", embedded_store(folder)
+    with open_tracker(run, uri=uri, experiment="e", run_name="r", tags={}, on_warning=warned.append) as tracker:
+        bundles = [run / f"fold_{fold}" / "bundle" for fold in (0, 1)]
+        for seed, bundle in enumerate(bundles):
+            write_bundle(bundle, "LPS", seed=seed)
+        tracker.model(bundles, ModelCard((8, 8, 8), SPACING_MM, ("t1", "t2"), ("front", "back"), register_as="tiny"))
     assert warned == []
+    write_study(folder / "study", seed=0)
+    write_study(folder / "inside" / "other", seed=1)
+    return folder, client_of(uri).get_model_version_download_uri("tiny", "1")
+
+
+def client_of(uri: str) -> Any:
     import mlflow
 
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("e")
-    (logged,) = client.search_logged_models([experiment.experiment_id])
-    loaded = mlflow.pyfunc.load_model(logged.artifact_location)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
+
+def write_study(folder: Path, *, seed: int) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for channel in (0, 1):
+        voxels = random.normal(size=(9, 8, 7 + seed)).astype(np.float32)
+        image = nib.Nifti1Image(voxels, np.diag([1.2, 1.0, 1.5, 1.0]))
+        nib.save(image, folder / f"case_{channel:04d}.nii.gz")
+
+
+def directly(folder: Path, study: Path) -> np.ndarray:
+    """What the pipeline itself makes of a study."""
+    model = Model(tuple(load_bundle(bundle) for bundle in find_bundles(folder / "run")))
+    assert len(model.bundles) == 2
+    volumes = [read_volume(study / f"case_{channel:04d}.nii.gz") for channel in (0, 1)]
+    return predict(model, volumes, settings=PredictSettings(False), device=torch.device("cpu")).label_map
+
+
+def loaded(tracked: tuple[Path, str], **options: Any) -> Any:
+    import mlflow
+
+    return mlflow.pyfunc.load_model(tracked[1], **options)
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:mlflow.*"),  # of its own types, by the import of mlflow.pyfunc
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+]
+
+
+class TestPaths:
+    """A path in, a label map on the study's own grid out, averaged over the folds."""
+
+    def test_a_bare_path_a_list_and_a_table_are_the_same(self, tracked: tuple[Path, str]) -> None:
+        import pandas as pd
+
+        folder, _ = tracked
+        study, model = folder / "study", loaded(tracked)
+        expected = directly(folder, study)
+        assert set(np.unique(expected)) == {0, 1, 2}
+        given = str(study), [str(study)], pd.DataFrame({"path": [str(study)]}), {"path": str(study)}
+        for paths in given:
+            (label_map,) = model.predict(paths)
+            np.testing.assert_array_equal(label_map, expected)
+
+    def test_studies_of_different_shapes_come_back_in_order(self, tracked: tuple[Path, str]) -> None:
+        folder, _ = tracked
+        studies = [folder / "inside" / "other", folder / "study"]
+        found = loaded(tracked).predict([str(study) for study in studies])
+        assert [label_map.shape for label_map in found] == [(9, 8, 8), (9, 8, 7)]
+        for label_map, study in zip(found, studies, strict=True):
+            np.testing.assert_array_equal(label_map, directly(folder, study))
+
+    def test_out_writes_files_on_the_grid_of_the_study(self, tracked: tuple[Path, str], tmp_path: Path) -> None:
+        folder, _ = tracked
+        (file,) = loaded(tracked).predict(str(folder / "study"), params={"out": str(tmp_path / "out")})
+        assert file == str(tmp_path / "out" / "case.nii.gz")
+        image = nib.load(file)
+        np.testing.assert_array_equal(np.asarray(image.dataobj), directly(folder, folder / "study"))
+        np.testing.assert_allclose(image.affine, np.diag([1.2, 1.0, 1.5, 1.0]))
+
+    def test_what_is_no_study_is_told(self, tracked: tuple[Path, str], tmp_path: Path) -> None:
+        import pandas as pd
+
+        folder, _ = tracked
+        model = loaded(tracked)
+        with pytest.raises(VolumeError, match=r"nothing\.nii\.gz: no such file"):
+            model.predict(str(tmp_path / "nothing.nii.gz"))
+        with pytest.raises(VolumeError, match="expected 'path'"):
+            model.predict(pd.DataFrame({"out": ["x"], "path": [str(folder / "study")]}))
+
+    def test_a_root_keeps_reading_and_writing_inside(self, tracked: tuple[Path, str], tmp_path: Path) -> None:
+        folder, _ = tracked
+        model = loaded(tracked, model_config={"root": str(folder / "inside")})
+        assert len(model.predict(str(folder / "inside" / "other"))) == 1
+        (folder / "inside" / "link").symlink_to(folder / "study")
+        for path in (folder / "study", folder / "inside" / ".." / "study", folder / "inside" / "link"):
+            with pytest.raises(VolumeError, match="not inside the folder"):
+                model.predict(str(path))
+        with pytest.raises(VolumeError, match="not inside the folder"):
+            model.predict(str(folder / "inside" / "other"), params={"out": str(tmp_path)})
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_scoring_server_answers(self, tracked: tuple[Path, str], tmp_path: Path) -> None:
+        """MLflow's own application, as `mlflow models serve` starts it, and its own input example's form."""
+        from mlflow.pyfunc.scoring_server import invocations
+
+        folder, _ = tracked
+        model, study = loaded(tracked), str(folder / "study")
+        schema = model.metadata.get_input_schema()
+        request = {"dataframe_records": [{"path": study}]}
+        answer = invocations(json.dumps(request), "application/json", model, schema)
+        assert answer.status == 200
+        np.testing.assert_array_equal(json.loads(answer.response)["predictions"][0], directly(folder, Path(study)))
+        request["params"] = {"out": str(tmp_path)}
+        answer = invocations(json.dumps(request), "application/json", model, schema)
+        assert json.loads(answer.response) == {"predictions": [str(tmp_path / "case.nii.gz")]}
+
+
+def test_arrays_on_the_plans_grid_go_past_the_signature(tracked: tuple[Path, str]) -> None:
+    folder, _ = tracked
+    raw = loaded(tracked).get_raw_model()
     voxels = np.random.default_rng(0).normal(size=(2, 2, 9, 8, 10)).astype(np.float32)
-    label_maps = loaded.predict(voxels)
+    label_maps = raw.predict(voxels)
     assert label_maps.shape == (2, 9, 8, 10)
-    assert set(np.unique(label_maps)) == {0, 1, 2}
-    model = Model((load_bundle(folder / "bundle"),))
+    assert label_maps.dtype == np.int32
+    model = Model(tuple(load_bundle(bundle) for bundle in find_bundles(folder / "run")))
     geometry = Geometry((9, 8, 10), np.diag([-1.0, -2.0, 1.5, 1.0]))
     for channels, label_map in zip(voxels, label_maps, strict=True):
         volumes = [Volume(channel, geometry, "MR", float(channel.min())) for channel in channels]
         direct = predict(model, volumes, settings=PredictSettings(False), device=torch.device("cpu"))
         np.testing.assert_array_equal(label_map, direct.label_map)
-    with pytest.raises(mlflow.MlflowException, match="shape"):
-        loaded.predict(voxels[:, :1])
+    with pytest.raises(VolumeError, match=r"1 channel\(s\) given"):
+        raw.predict(voxels[:, :1])

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 
 from pipeline.errors import RunError
 from pipeline.tracking import (
+    ModelCard,
     Tracker,
     deliver,
     embedded_store,
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = "hippocampus"
 DIGEST = "0123456789abcdef" * 4
+CARD = ModelCard((40, 56, 40), (1.0, 1.0, 2.5), ("T1 (MR)", "T2 (MR)"), ("front", "back"), {"held_out/dice": 0.9})
 
 # A process of its own, since pytest's variables alone would keep MLflow from reporting to its makers.
 TRACK_ALONE = """
@@ -201,20 +204,51 @@ def test_a_model_is_shown_with_its_signature(runs: Path) -> None:
     with track(folder, warned) as tracker:
         bundle = write_bundle(folder / "bundle")
         for _ in range(2):
-            tracker.model(bundle, input_shape=(40, 56, 40), channel_count=2, class_count=3)
+            tracker.model([bundle], CARD)
     assert warned == []
     run = runs_in(embedded_store(runs))["fold_0"]
     client = client_of(embedded_store(runs))
     (logged,) = client.search_logged_models([run.info.experiment_id])
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
-    assert (str(logged.status), logged.name, logged.params["class_count"]) == ("READY", "fold_0", "3")
+    assert (str(logged.status), logged.name) == ("READY", "fold_0")
+    assert (logged.params["patch_shape"], logged.params["spacing_mm"]) == ("40, 56, 40", "1, 1, 2.5")
+    assert (logged.params["channels"], logged.params["labels"]) == ("T1 (MR), T2 (MR)", "front, back")
+    assert [(metric.key, metric.value) for metric in logged.metrics] == [("held_out/dice", 0.9)]
     location = Path(logged.artifact_location.removeprefix("file://"))
-    assert (location / "bundle" / "inner" / "weights.bin").read_bytes() == b"1234"
+    assert (location / "model" / "fold_0" / "bundle" / "inner" / "weights.bin").read_bytes() == b"1234"
     assert not list(location.rglob("*.pkl"))
-    signature = Model.load(str(location)).signature
-    assert signature.inputs.inputs[0].shape == (-1, 2, -1, -1, -1)
-    assert str(signature.inputs.inputs[0].type) == "float32"
-    assert signature.outputs.inputs[0].shape == (-1, -1, -1, -1)
+    model = Model.load(str(location))
+    assert [str(column.type) for column in model.signature.inputs.inputs] == ["DataType.string"]
+    assert model.signature.params.params[0].name == "out"
+    assert model.signature.outputs.inputs[0].shape == (-1, -1, -1, -1)
+    assert model.load_input_example(str(location)).to_dict("records") == [{"path": "study.nii.gz"}]
+    assert client.search_registered_models() == []
+
+
+def test_a_model_of_several_bundles_is_registered_once(runs: Path) -> None:
+    folder, warned, uri = runs / "crossval", Warnings(), embedded_store(runs)
+    for name in ("liver: a/b", "liver_ a_b"):
+        with track(folder, warned) as tracker:
+            bundles = [folder / f"fold_{fold}" / "bundle" for fold in (0, 1)]
+            card = replace(CARD, register_as=name)
+            tracker.model([b if b.is_dir() else write_bundle(b) for b in bundles], card)
+    assert warned == []
+    client = client_of(uri)
+    (registered,) = client.search_registered_models()
+    assert registered.name == "liver_ a_b"
+    (version,) = client.search_model_versions(f"name = '{registered.name}'")
+    assert version.run_id == runs_in(uri)["crossval"].info.run_id
+    location = Path(version.source.removeprefix("file://"))
+    assert sorted(path.parent.name for path in location.glob("model/*/bundle")) == ["fold_0", "fold_1"]
+
+
+def test_a_note_links_to_the_artifacts_of_its_run(runs: Path) -> None:
+    for text in ("[report](artifact:report.html)", "[page](artifact:overlays/worst.png)"):
+        with track(runs / "fold_0", Warnings()) as tracker:
+            tracker.note(text)
+    run = runs_in(embedded_store(runs))["fold_0"]
+    place = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/overlays/worst.png"
+    assert run.data.tags["mlflow.note.content"] == f"[page]({place})"
 
 
 def test_children_wait_for_their_parent(runs: Path) -> None:
@@ -295,7 +329,7 @@ def test_telling_twice_changes_nothing(runs: Path, number: int) -> None:
         tracker.params({"train.seed": "0"})
         tracker.metrics({"dice/mean": 0.5, "loss/total": math.nan}, step=1)
         tracker.dataset("hippocampus", DIGEST, "training", source="MSD", case_count=26)
-        tracker.model(write_bundle(folder / "bundle"), input_shape=(8, 8, 8), channel_count=1, class_count=3)
+        tracker.model([write_bundle(folder / "bundle")], CARD)
     note = folder / "tracking_sent.json"
     noted = json.loads(note.read_text(encoding="utf-8"))
     note.write_text(json.dumps(noted | {"number": number} | ({} if number else {"ids": {}})), encoding="utf-8")
@@ -456,7 +490,7 @@ def test_a_server_that_is_killed_and_comes_back(tmp_path: Path, runs: Path) -> N
     _until(lambda: bool(warned))
     with _server(runs, port):
         tracker.metrics({"dice/mean": 0.4}, step=4)
-        tracker.model(bundle, input_shape=(8, 8, 8), channel_count=1, class_count=3)
+        tracker.model([bundle], CARD)
         tracker.finish("FINISHED")
         run = runs_in(uri)["fold_0"]
         assert history(uri, run, "dice/mean") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
