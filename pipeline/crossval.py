@@ -25,6 +25,7 @@ from pipeline.history import HISTORY, read_history
 from pipeline.manifest import Case, Dataset
 from pipeline.predict import Model, PredictSettings, predict
 from pipeline.provenance import provenance_tags
+from pipeline.quality import record_quality
 from pipeline.references import SCHEMA_FILE
 from pipeline.report import dice_distribution, learning_curves
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
@@ -227,7 +228,10 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
 
 def _predict_case(run: Run, model: Model, case: Case, target: Path) -> None:
     volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
-    segmentation = predict(model, volumes, settings=PredictSettings(model.mirror), device=run.hardware.torch_device())
+    settings = PredictSettings(model.mirror, estimate=True)
+    segmentation = predict(model, volumes, settings=settings, device=run.hardware.torch_device())
+    if segmentation.confidence is not None and segmentation.confidence.estimate is not None:
+        record_quality(target, case.case_id, segmentation.confidence.estimate)
     source = Source(next(volume for volume in volumes if volume is not None))
     export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=source)
     # The figures of reading back are for results that leave the house.
