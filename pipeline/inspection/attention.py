@@ -29,6 +29,9 @@ from pipeline.tiling import Triple
 COLOURS, ALPHA = "magma", 0.62
 """Of a map over the image; perceptually uniform."""
 
+EVEN = 2.0
+"""The least that a transformer's scale goes up to, so that attention to all voxels alike is in its middle."""
+
 _EDGE_IN, _HEADER_IN, _FOOTER_IN, _GAP_IN = 0.3, 1.2, 1.0, (0.3, 0.5)
 _ROOM_IN, _MOST_COLUMNS = (13.0, 8.0), 4
 _MOST_TILE_IN = 4.2
@@ -78,8 +81,8 @@ def draw_attention(scene: Scene, maps: Sequence[AttentionMap]) -> Figure:
     """Maps of one kind over the image, one panel each, with one colour scale and the outlines of the reference."""
     gates = maps[0].kind == "gate"
     planes = [scene.plane(scene.level(each.values)[0]) for each in maps]
-    highest = 1.0 if gates else max(float(plane.max()) for plane in planes)
-    scale = Normalize(0.0, max(highest, 1e-6))
+    highest = 1.0 if gates else max(EVEN, *(float(plane.max()) for plane in planes))
+    scale = Normalize(0.0, highest)
     aspect = scene.size_mm[0] / scene.size_mm[1]
     columns = grid_shape(len(maps), aspect, _ROOM_IN, most=_MOST_COLUMNS, gap=_GAP_IN)
     rows = -(-len(maps) // columns)
