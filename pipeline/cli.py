@@ -18,7 +18,7 @@ from pipeline.cli_inspect import inspect_network
 from pipeline.cli_interop import bundle_app, import_app
 from pipeline.cli_manifest import manifest_app
 from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
-from pipeline.cli_results import compare_runs, list_tracked, write_page
+from pipeline.cli_results import compare_runs, list_tracked, promote_run, write_page
 from pipeline.cli_scores import scores_app
 
 if TYPE_CHECKING:
@@ -349,6 +349,7 @@ def config_reference() -> None:
 app.command("compare")(compare_runs)
 app.command("inspect")(inspect_network)
 app.command("report")(write_page)
+app.command("promote")(promote_run)
 app.command("runs")(list_tracked)
 
 INTERRUPTED = 130

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.bundle import BundleFacts, load_bundle, save_bundle
@@ -29,14 +30,13 @@ from pipeline.quality import record_quality
 from pipeline.references import SCHEMA_FILE
 from pipeline.report import dice_distribution, learning_curves
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
-from pipeline.run_note import run_note
+from pipeline.run_note import headline, run_note
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
     BUNDLE,
     DONE,
     VALIDATION,
     Run,
-    model_card,
     open_run_tracker,
     public_yaml,
     read_done,
@@ -48,7 +48,7 @@ from pipeline.runs import (
 )
 from pipeline.summary import summarise
 from pipeline.task import TrainingResult, TrainingTask
-from pipeline.tracking import Tracker, null_tracker
+from pipeline.tracking import ModelCard, Tracker, null_tracker
 from pipeline.train import train
 from transforms.volume import read_volume
 
@@ -85,7 +85,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
             tracker.artifact(run.folder / name)
         _track_page(tracker, run, run.folder, report)
         if len(finished) == run.folds.count:
-            card = model_card(run, _tracked(report), register_as=run.dataset.manifest.name)
+            card = replace(_model_card(run, report), register_as=run.dataset.manifest.name)
             tracker.model([run.fold_folder(fold) / BUNDLE for fold in finished], card)
         send_leftovers(run, console)
         if failed:
@@ -252,7 +252,7 @@ def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker
     for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
         tracker.artifact(folder / name)
     _track_page(tracker, run, folder, report)
-    tracker.model([folder / BUNDLE], model_card(run, _tracked(report), step=result.steps))
+    tracker.model([folder / BUNDLE], _model_card(run, report, step=result.steps))
     write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
     discard_checkpoints(folder)
 
@@ -263,6 +263,19 @@ def _track_page(tracker: Tracker, run: Run, folder: Path, report: Report) -> Non
     for picture in pictures:
         tracker.artifact(picture, "overlays")
     tracker.note(run_note(run, folder, report, [picture.name for picture in pictures]))
+
+
+def _model_card(run: Run, report: Report, step: int | None = None) -> ModelCard:
+    """Of a fold's model after so many steps, or of all folds' together."""
+    return ModelCard(
+        patch_shape=run.plan.patch_shape,
+        spacing_mm=run.plan.spacing_mm,
+        channels=[channel.described for channel in run.plan.channels],
+        labels=run.dataset.manifest.labels.names,
+        metrics=_tracked(report),
+        step=step or 0,
+        result=headline(report, is_fold=step is not None),
+    )
 
 
 def _headline(report: Report) -> dict[str, float]:
