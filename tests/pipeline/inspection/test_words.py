@@ -99,8 +99,8 @@ class TestSkips:
     def test_a_constant(self) -> None:
         (text,) = texts(found({Change("mean", 2): 0.0003, Change("zeroed", 2): 0.2}))
         assert text == (
-            "Skip 2 is used as a constant, not for its detail (Dice falls by 0.20 when it is zeroed, but Dice falls by "
-            "0.0003 when it is replaced by its mean, in this one case)."
+            "Skip 2 is used as a constant, not for its detail (Dice falls by 0.20 when it is zeroed, by 0.0003 when it is "
+            "replaced by its mean, in this one case)."
         )
 
     def test_those_that_work_are_ranked(self) -> None:
