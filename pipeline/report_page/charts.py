@@ -120,11 +120,18 @@ def bar_chart(bars: Sequence[Bar], *, x_label: str, width: int = 720) -> str:
 
 
 def scatter_chart(
-    points: Sequence[Point], *, x_label: str, y_label: str, levels: Sequence[tuple[float, str]], width: int = 340
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    y_label: str,
+    levels: Sequence[tuple[float, str]] = (),
+    width: int = 340,
+    from_zero: bool = True,
 ) -> str:
-    """Points with horizontal lines at `levels` (value, what it is)."""
+    """Points with horizontal lines at `levels` (value, what it is); `from_zero` has 0 on the upright axis too."""
     height, left = 260, 62
-    xs, ys = [p.x for p in points] or [0.0], [p.y for p in points] + [v for v, _ in levels] + [0.0]
+    xs, ys = [p.x for p in points] or [0.0], [p.y for p in points] + [v for v, _ in levels]
+    ys += [0.0] if from_zero or not ys else []
     across = Scale(*_padded(min(xs), max(xs)), left, width - _RIGHT)
     up = Scale(*_padded(min(ys), max(ys)), height - _BOTTOM, _TOP)
     parts = [_frame(across, up, x_label, y_label)]
