@@ -23,7 +23,10 @@ from pipeline.failures import Failure
 from pipeline.files import write_json, write_text
 from pipeline.folder_lock import held
 from pipeline.history import HISTORY, read_history
+from pipeline.inspection.live import validation_window
+from pipeline.inspection.pictures import write_pictures
 from pipeline.manifest import Case, Dataset
+from pipeline.postprocess_run import with_postprocessing
 from pipeline.predict import Model, PredictSettings, predict
 from pipeline.provenance import provenance_tags
 from pipeline.quality import record_quality
@@ -54,6 +57,9 @@ from transforms.volume import read_volume
 
 REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
 
+INSPECTION = "inspection"
+"""In a fold's folder, and among its artifacts: pictures of the network's levels, where `train.inspect_every` asks."""
+
 
 FoldRunner = Callable[[Run, Sequence[int], Console], Mapping[int, Exception]]
 """Does `train_fold` for each of some folds, somewhere; gives what stopped those that could not be finished."""
@@ -75,7 +81,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         finished = [fold for fold in range(run.folds.count) if run.is_done(fold)]
         if not finished:
             raise RunError(f"no fold was finished; {first}") from failed.get(first)
-        report = out_of_fold_report(run, finished)
+        report = with_postprocessing(run, finished, out_of_fold_report(run, finished), console)
         _write_report(run.folder, report)
         dice_distribution(report, run.folder / "dice.png")
         tracker.metrics(_tracked(report), step=0)
@@ -125,6 +131,8 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
         result = train(task, run.hardware, _Observer(console, tracker, fold), resume=resume)
         _save(run, fold, result)
         report = score_fold(run, fold, [case.case_id for case in validation], console)
+        if task.settings.inspect_every is not None:
+            _draw_levels(run, fold, task, tracker)
         _finish(run, fold, result, report, tracker)
     return report
 
@@ -172,6 +180,16 @@ def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
         explanations += report.explanations
     whole = summarise(cases, settings=run.config.evaluate, failures=failures)
     return whole.model_copy(update={"explanations": tuple(explanations)})
+
+
+def write_whole_report(run: Run, report: Report) -> Path:
+    """Write the out-of-fold report of a run, and its page, which is given.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    _write_report(run.folder, report)
+    return write_run_page(run, run.folder, report)[0]
 
 
 class _Observer:
@@ -228,7 +246,7 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
 
 def _predict_case(run: Run, model: Model, case: Case, target: Path) -> None:
     volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
-    settings = PredictSettings(model.mirror, estimate=True)
+    settings = PredictSettings(model.mirror, estimate=True, postprocess=False)
     segmentation = predict(model, volumes, settings=settings, device=run.hardware.torch_device())
     if segmentation.confidence is not None and segmentation.confidence.estimate is not None:
         record_quality(target, case.case_id, segmentation.confidence.estimate)
@@ -243,6 +261,14 @@ def _part(run: Run, fold: int, case_ids: Sequence[str]) -> Dataset:
     wanted = set(case_ids)
     cases = tuple(c.model_copy(update={"fold": fold}) for c in run.dataset.manifest.cases if c.case_id in wanted)
     return run.dataset.model_copy(update={"manifest": run.dataset.manifest.model_copy(update={"cases": cases})})
+
+
+def _draw_levels(run: Run, fold: int, task: TrainingTask, tracker: Tracker) -> None:
+    """What flows through the finished network, in the patch that was looked at while it learnt."""
+    folder = run.fold_folder(fold)
+    bundle = load_bundle(folder / BUNDLE, run.hardware.torch_device())
+    for picture in write_pictures(folder / INSPECTION, bundle, validation_window(task)):
+        tracker.artifact(picture, INSPECTION)
 
 
 def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker: Tracker) -> None:
