@@ -8,7 +8,7 @@ from pipeline.confidence import Asked, Confidence
 from pipeline.export.nifti import write_scaled
 from pipeline.files import atomic_path, safe_name
 from pipeline.kept_scores import SUFFIX, write_scores
-from pipeline.quality import QUALITY_CSV, QUALITY_JSON, record_quality
+from pipeline.quality import QUALITY_CSV, QUALITY_JSON, forget_quality, record_quality
 from transforms.geometry import Geometry
 
 MAPS, SCORES = "uncertainty", "scores"
@@ -46,16 +46,24 @@ def write_confidence(out: Path, name: str, found: Confidence, geometry: Geometry
     """
     files = []
     for what, volume in (("entropy", found.entropy), ("disagreement", found.disagreement)):
-        target = map_file(out, name, what)
-        if volume is None:
-            target.unlink(missing_ok=True)
-            continue
-        with atomic_path(target) as temporary:
-            write_scaled(temporary, volume.values, geometry, step=volume.step, description=_WHAT[what])
-        files.append(target)
+        if volume is not None:
+            files.append(map_file(out, name, what))
+            with atomic_path(files[-1]) as temporary:
+                write_scaled(temporary, volume.values, geometry, step=volume.step, description=_WHAT[what])
     if found.scores is not None:
         write_scores(scores_file(out, name), found.scores)
         files.append(scores_file(out, name))
     if found.estimate is not None:
         record_quality(out, safe_name(name), found.estimate)
     return files
+
+
+def discard_confidence(out: Path, name: str) -> None:
+    """Take away what lies there of a study: it may be another model's.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    for path in (*(map_file(out, name, what) for what in _WHAT), scores_file(out, name)):
+        path.unlink(missing_ok=True)
+    forget_quality(out, safe_name(name))

@@ -59,7 +59,21 @@ def record_quality(out: Path, name: str, estimate: QualityEstimate) -> None:
     Raises:
         RunError: the folder cannot be written, or the estimates that are there cannot be read.
     """
-    found = read_quality(out) | {name: estimate}
+    _write(out, read_quality(out) | {name: estimate})
+
+
+def forget_quality(out: Path, name: str) -> None:
+    """Take a study's estimate away, if there is one.
+
+    Raises:
+        RunError: as `record_quality`.
+    """
+    found = read_quality(out)
+    if found.pop(name, None) is not None:
+        _write(out, found)
+
+
+def _write(out: Path, found: dict[str, QualityEstimate]) -> None:
     studies = {study: {"mean": e.mean, **e.model_dump(mode="json")} for study, e in sorted(found.items())}
     write_json(out / QUALITY_JSON, {"format": "volseg-quality-1", "studies": studies})
     write_text(out / QUALITY_CSV, _table(found))

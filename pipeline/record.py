@@ -48,8 +48,9 @@ class Record:
         self.value["origins"][study.name] = origin
         self.value["missing"].pop(study.name, None)
         self.value["missing"] |= {study.name: list(study.missing)} if study.missing else {}
-        self.value["beside"].pop(study.name, None)
-        self.value["beside"] |= {study.name: sorted(path.name for path in beside)} if beside else {}
+        # What was asked for before is there still.
+        names = {*self.value["beside"].get(study.name, []), *(path.name for path in beside)}
+        self.value["beside"] |= {study.name: sorted(names)} if names else {}
         write_json(self.out / RECORD, self.value)
 
 

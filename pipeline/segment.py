@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.confidence import answer_count
-from pipeline.confidence_files import files_of, write_confidence
+from pipeline.confidence_files import discard_confidence, files_of, write_confidence
 from pipeline.console import Console
 from pipeline.errors import PlanError, VolsegError
 from pipeline.export import ExportedFile, Options, Source, check_formats, export
@@ -199,6 +199,8 @@ class _Work:
     def write(self, study: Study, made: _Segmented) -> list[ExportedFile]:
         settings, out = self._settings, self._record.out
         options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
+        if settings.force:
+            discard_confidence(out, study.name)
         files = export(
             made.segmentation,
             formats=settings.formats,

@@ -126,6 +126,15 @@ class TestFiles:
         (tmp_path / "uncertainty" / f"{CASES[1]}_disagreement.nii.gz").unlink()
         assert len(segment(model, images, tmp_path, ASKED)[0]) == 4
 
+    def test_what_another_model_said_does_not_stay_beside_new_labels(
+        self, model: Model, images: Path, tmp_path: Path
+    ) -> None:
+        segment(model, images, tmp_path, ASKED)
+        segment(Model(model.bundles[:1]), images / f"{CASES[0]}.nii.gz", tmp_path, replace(SETTINGS, force=True))
+        assert list(tmp_path.rglob(f"{CASES[0]}_*")) == []
+        assert [path.name for path in (tmp_path / "scores").iterdir()] == [f"{CASES[1]}.scores.npz"]
+        assert list(read_quality(tmp_path)) == [CASES[1]]
+
     def test_one_network_is_told_to_have_nobody_to_disagree_with(
         self, model: Model, images: Path, tmp_path: Path
     ) -> None:
