@@ -85,21 +85,26 @@ def deliver(run_folder: Path, *, on_warning: Callable[[str], None], uri: str | N
         ConfigError: `uri` is neither a server's address nor an SQLite store.
         RunError: the journal is damaged or the run folder cannot be written.
     """
+    return _send(run_folder, uri, on_warning)[0]
+
+
+def _send(run_folder: Path, uri: str | None, on_warning: Callable[[str], None]) -> tuple[int, str]:
+    """What is unsent still, and why."""
     facts = read_facts(run_folder)
     if not facts:
-        return 0
+        return 0, ""
     uri = checked_uri(uri or facts[0].body["store"])
     sent = read_sent(run_folder, destination=without_password(uri), key=facts[0].body["key"])
     if sent.number == len(facts):
-        return 0
+        return 0, ""
     try:
         journal = Journal(run_folder)
-    except Busy:
-        return len(facts) - sent.number
+    except Busy as error:
+        return len(facts) - sent.number, str(error)
     try:
         deliverer = Deliverer(journal, _destination(uri, run_folder), on_warning)
         deliverer.attempt()
-        return deliverer.pending
+        return deliverer.pending, deliverer.fault
     finally:
         journal.release()
 
@@ -114,12 +119,14 @@ def tracked_as(run_folder: Path, *, uri: str | None = None) -> tuple[str, str]:
     facts = read_facts(run_folder)
     if not facts:
         raise RunError(f"{run_folder}: was not tracked (tracking.enabled), so MLflow knows nothing of it")
-    place, told = checked_uri(uri or facts[0].body["store"]), list[str]()
-    left = deliver(run_folder, uri=place, on_warning=told.append)
+    place = checked_uri(uri or facts[0].body["store"])
+    left, fault = _send(run_folder, place, lambda _: None)
     sent = read_sent(run_folder, destination=without_password(place), key=facts[0].body["key"])
     if left or not sent.ids:
-        reason = told[0] if told else f"{left} entries of its journal have not reached {sent.destination}"
-        raise RunError(f"{run_folder}: {reason}")
+        reason = fault or "its parent run is not there yet"
+        raise RunError(
+            f"{run_folder}: {left} of {len(facts)} entries of its journal have not reached {sent.destination}: {reason}"
+        )
     return place, sent.ids["run"]
 
 

@@ -83,6 +83,8 @@ class Deliverer:
         self._on_warning = on_warning
         self._sent = read_sent(journal.run_folder, destination=destination.name, key=journal.key)
         self._failures = 0
+        self.fault = ""
+        """Why the last attempt failed; nothing if it did not."""
         self._refused: set[str] = set()
         self._closing = threading.Event()
         self._deadline_s = 0.0
@@ -118,13 +120,14 @@ class Deliverer:
             return False
         except RunError as error:
             self._failures += 1
+            self.fault = str(error)
             if self._failures == 1:
                 self._on_warning(
                     f"tracking: {self._destination.name} does not take this run's data ({error}); the run "
                     f"goes on, {self._journal.path} keeps the data until they can be sent"
                 )
         else:
-            self._failures = 0
+            self._failures, self.fault = 0, ""
         return True
 
     def _loop(self) -> None:

@@ -26,6 +26,7 @@ from pipeline.tracking.texts import as_key, shortened
 
 _BUNDLE_TAG, _RESULT_TAG = "volseg.bundle_sha256", "result"
 _SHOWN = ("patch_shape", "spacing_mm", "channels", "labels")
+_TOLD = {"name", "paths", "sha256", "metrics", "step", "register_as", "result", *_SHOWN}
 _EXAMPLE = "study.nii.gz"
 _MOST_PARAM = 500
 
@@ -36,9 +37,11 @@ def log_model(client: MlflowClient, ids: Ids, fact: Fact, *, run_folder: Path) -
     """Have a model in MLflow, tied to its run, and in the registry if it is wanted there. Once more changes nothing.
 
     Raises:
-        Refused: a bundle is gone.
+        Refused: a bundle is gone, or another version of volseg told of it in other words.
     """
     body = fact.body
+    if not body.keys() >= _TOLD:
+        raise Refused("another version of volseg wrote this; run the same command again with this one")
     for path in body["paths"]:
         if not (run_folder / path).is_dir():
             raise Refused(f"{run_folder / path} is gone")

@@ -7,13 +7,10 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,8 @@ from pipeline.tracking import (
     open_tracker,
 )
 from pipeline.tracking.journal import read_facts
+
+from .mlflow_server import free_port, serving, until
 
 # SQLAlchemy's, about how MLflow's tables are written, wherever a test is the first to import them.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -138,12 +137,6 @@ def write_bundle(folder: Path) -> Path:
     (folder / "plan.json").write_text("{}", encoding="utf-8")
     (folder / "inner" / "weights.bin").write_bytes(b"1234")
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_two_processes_may_create_the_store_at_once(made_by_two: tuple[Path, list[str], list[int]]) -> None:
@@ -398,7 +391,7 @@ def test_deliveries_go_on_when_the_store_comes_back(runs: Path, obstruct: Callab
     reason = obstruct(database)
     with track(folder, warned) as tracker:
         tracker.metrics({"dice/mean": 0.5}, step=1)
-        _until(lambda: bool(warned))
+        until(lambda: bool(warned))
         database.rename(runs / "obstacle")
         (runs / "kept.db").rename(database)
         tracker.metrics({"dice/mean": 0.6}, step=2)
@@ -479,16 +472,16 @@ def test_a_server_that_is_killed_and_comes_back(tmp_path: Path, runs: Path) -> N
     port, warned = free_port(), Warnings()
     uri = f"http://127.0.0.1:{port}"
     folder = tmp_path / "fold_0"
-    with _server(runs, port):
+    with serving(runs, port):
         tracker = track(folder, warned, uri=uri)
         bundle = write_bundle(folder / "bundle")
         tracker.artifact(bundle / "plan.json", "plan")
         tracker.metrics({"dice/mean": 0.1}, step=1)
-        _until(lambda: "fold_0" in runs_in(uri) and bool(runs_in(uri)["fold_0"].data.metrics))
+        until(lambda: "fold_0" in runs_in(uri) and bool(runs_in(uri)["fold_0"].data.metrics))
     for step in (2, 3):
         tracker.metrics({"dice/mean": step / 10}, step=step)
-    _until(lambda: bool(warned))
-    with _server(runs, port):
+    until(lambda: bool(warned))
+    with serving(runs, port):
         tracker.metrics({"dice/mean": 0.4}, step=4)
         tracker.model([bundle], CARD)
         tracker.finish("FINISHED")
@@ -499,34 +492,3 @@ def test_a_server_that_is_killed_and_comes_back(tmp_path: Path, runs: Path) -> N
         assert [item.path for item in client_of(uri).list_artifacts(run.info.run_id, "plan")] == ["plan/plan.json"]
     assert len(warned) == 1
     assert "no connection" in warned[0]
-
-
-@contextmanager
-def _server(runs: Path, port: int) -> Iterator[None]:
-    """MLflow's own server on this machine, killed without warning in the end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-    command += ["--backend-store-uri", embedded_store(runs), "--artifacts-destination", str(runs / "served")]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (runs / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, cwd=runs, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _until(lambda: _answers(port), seconds=90)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def _until(happened: Callable[[], bool], seconds: float = 30) -> None:
-    deadline_s = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.1)
