@@ -26,9 +26,6 @@ Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
 Places = npt.NDArray[np.intp]
 
-VOXEL_BYTES = 10
-"""For each voxel of a label map, what cleaning it takes at most beside it: a copy, a mask, numbers of components."""
-
 _ROUNDING = 1e-9
 _VALUE_BITS = 16
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from pipeline.cli_dicom import dicom_app
+from pipeline.cli_inspect import inspect_network
 from pipeline.cli_interop import bundle_app, import_app
 from pipeline.cli_manifest import manifest_app
 from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
@@ -346,6 +347,7 @@ def config_reference() -> None:
 
 
 app.command("compare")(compare_runs)
+app.command("inspect")(inspect_network)
 app.command("report")(write_page)
 app.command("runs")(list_tracked)
 

@@ -79,11 +79,14 @@ def settings_of(wishes: Wishes) -> EvaluateConfig:
 
 def show_report(title: str, report: Report) -> None:
     """The tables of a report on standard output."""
+    from pipeline.expectation import sentence_of
     from pipeline.report_tables import tables
 
     for table in tables(report):
         show_table(f"{table.title}, {title}" if table.title == "Dice" else table.title, table.rows)
         print()
+    if (sentence := sentence_of(report.expectations)) is not None:
+        print(sentence)
     for case in report.explanations:
         print(f"{case.case_id}: {case.sentence}; look at its header and label table before the model")
 

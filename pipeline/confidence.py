@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.dice_tally import DiceTally
 from pipeline.kept_scores import Grids, Keeper, KeptScores, kept_bytes
-from pipeline.quality import DiceTally, QualityEstimate
+from pipeline.quality import QualityEstimate
 from pipeline.tile_scores import Member, mirror_passes
 from pipeline.uncertainty import Potential, entropy
 from transforms.geometry import Geometry

@@ -18,7 +18,9 @@ import numpy.typing as npt
 from pipeline.bad_cases import bad_cases, explain_case
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError, GeometryMismatch, VolsegError, VolumeError
+from pipeline.expectation import with_expected
 from pipeline.manifest import Dataset
+from pipeline.quality import read_quality
 from pipeline.references import (
     Reference,
     dataset_at,
@@ -69,7 +71,8 @@ def evaluate_files(
     by case id. The schema is the given one, else the dataset's, else `labels.json` beside the predictions,
     else made from the ids that occur. Without a manifest each case counts as a patient of its own. One of
     several cases that cannot be scored is set aside in `Report.failures`. A reference without a prediction is
-    refused unless `allow_missing`, because leaving out the hardest cases raises the mean.
+    refused unless `allow_missing`, because leaving out the hardest cases raises the mean. What the model expected
+    is compared with what was found where `quality.json` lies beside the predictions.
 
     Raises:
         VolumeError: a path that is not there, names that do not match, or no case that can be scored.
@@ -96,6 +99,8 @@ def evaluate_files(
         missing_predictions=missing,
         extra_predictions=extra,
     )
+    if predictions.is_dir():
+        report = with_expected(report, read_quality(predictions))
     return report.model_copy(update={"explanations": _explanations(report, pairs, schema)})
 
 

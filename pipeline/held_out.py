@@ -20,6 +20,7 @@ from pipeline.files import write_json, write_text
 from pipeline.manifest import Case, Dataset
 from pipeline.mirroring import weigh_mirroring
 from pipeline.predict import Model, PredictSettings, predict
+from pipeline.quality import record_quality
 from pipeline.references import SCHEMA_FILE
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
 from pipeline.runs import BUNDLE, VALIDATION, Run, tell_set_aside
@@ -121,7 +122,10 @@ def _score(
 
 def _predict_case(run: Run, model: Model, case: Case, target: Path, *, mirror: bool) -> None:
     volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
-    segmentation = predict(model, volumes, settings=PredictSettings(mirror), device=run.hardware.torch_device())
+    settings = PredictSettings(mirror, estimate=True, postprocess=False)
+    segmentation = predict(model, volumes, settings=settings, device=run.hardware.torch_device())
+    if segmentation.confidence is not None and segmentation.confidence.estimate is not None:
+        record_quality(target, case.case_id, segmentation.confidence.estimate)
     source = Source(next(volume for volume in volumes if volume is not None))
     export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=source)
     # The figures of reading back are for results that leave the house.

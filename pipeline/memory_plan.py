@@ -71,6 +71,7 @@ class Demand:
     and for adding up its passes. `live` are scores that are not finished; `slab_plane` is what each plane of a slab
     takes, `restoring` what restoring takes besides. Where more is asked for than labels, `gathered` is what is held of
     it from the first window on, and `moving` what bringing it to the study's grid takes, which ends with maps there.
+    `cleaning` is what post-processing of the finished labels takes.
     """
 
     process: int
@@ -84,6 +85,7 @@ class Demand:
     label_map: int
     gathered: int = 0
     moving: int = 0
+    cleaning: int = 0
 
     def stages(self, slab_planes: int) -> tuple[Stage, ...]:
         """In the order of the work."""
@@ -98,6 +100,7 @@ class Demand:
             Stage("restoring", (*held, image, labels, *beside, unfinished, slab)),
             *((Stage("uncertainty", (*held, image, labels, *beside, ("work", self.moving))),) if self.moving else ()),
             Stage("labels", (*held, ("work", 2 * self.label_map), labels, *beside)),
+            *((Stage("post-processing", (*held, ("work", self.cleaning), labels, *beside)),) if self.cleaning else ()),
         )
 
 

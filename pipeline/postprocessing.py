@@ -16,6 +16,9 @@ from transforms.labels import LabelSchema
 
 Kind = Literal["largest", "islands", "holes"]
 
+VOXEL_BYTES = 10
+"""For each voxel of a label map, what it takes beside it: a copy, a mask, numbers of components (measured: 9)."""
+
 _VALUE = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -208,5 +211,5 @@ class Found(BaseModel):
 
 
 def described(actions: Sequence[Action]) -> str:
-    """Actions in one line."""
-    return "; ".join(action.words for action in actions) or "nothing"
+    """Actions in one line, in an order that does not hang on how they are listed."""
+    return "; ".join(sorted(action.words for action in actions)) or "nothing"

@@ -18,6 +18,8 @@ from pipeline.kept_scores import Grids
 from pipeline.memory_plan import MemoryPlan, plan_memory
 from pipeline.outputs import Listeners, layout_on, segment_image
 from pipeline.plan import ChannelPlan, Plan
+from pipeline.postprocessing import VOXEL_BYTES as VOXEL_BYTES_CLEANED
+from pipeline.postprocessing import PostProcessing
 from pipeline.preparing import Prepared, grid_of, prepare, put_back
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.windows import Member, Pace, Progress, window_settings
@@ -47,6 +49,7 @@ class PredictSettings:
 
     Asked for beside the labels (`Segmentation.confidence`): `uncertainty`, maps of entropy and disagreement and an
     estimate of quality; `estimate`, that alone; `keep_scores`, the probabilities of so many likeliest outputs a voxel.
+    `postprocess`: do to the labels what the model's cross-validation found to help, if anything.
     """
 
     mirror: bool
@@ -57,6 +60,7 @@ class PredictSettings:
     uncertainty: bool = False
     estimate: bool = False
     keep_scores: int = 0
+    postprocess: bool = True
 
     @property
     def asked(self) -> Asked:
@@ -99,6 +103,21 @@ class Model:
         return Algorithm(f"volseg {index.name}", str(index.provenance.get("volseg", "")))
 
     @property
+    def postprocessing(self) -> PostProcessing | None:
+        """What its cross-validation found to help.
+
+        Raises:
+            BundleError: the bundles of an ensemble have different ones.
+        """
+        found = {None if b.postprocessing is None else b.postprocessing.digest for b in self.bundles}
+        if len(found) > 1:
+            raise BundleError(
+                "the bundles of an ensemble are post-processed differently, as when a fold was trained later; "
+                "choose again for all of them with `volseg postprocess RUN`, or give --no-postprocessing"
+            )
+        return self.bundles[0].postprocessing
+
+    @property
     def mirror(self) -> bool:
         """What was found worth it in training."""
         return self.bundles[0].index.mirror
@@ -126,6 +145,7 @@ def predict(
             channel missing that is not optional, or all of them missing.
         GeometryMismatch: the channels lie on different grids.
         PlanError: the memory that it may hold does not suffice; the message names the least that does.
+        BundleError: the bundles are post-processed differently, and that is not left out.
     """
     check_input(model.plan, channels)
     there = [volume for volume in channels if volume is not None]
@@ -141,8 +161,17 @@ def predict(
         found = segment_image(members, image, grids, model.schema, pace=pace, listeners=told)
         classes = put_back(found[None], prepared, source)[0].numpy()
         beside = None if gatherer is None else _confidence(gatherer, model, prepared, source)
-    ids = model.schema.ids_from_classes(classes)
-    return Segmentation(ids, source, model.schema, model.algorithm, beside)
+    del image, prepared, found  # else they would be held while the labels are worked on
+    ids, cleaning = model.schema.ids_from_classes(classes), _cleaning_of(model, settings)
+    if cleaning is not None:
+        from pipeline.cleaning import postprocessed
+
+        ids = postprocessed(ids, cleaning, model.schema, source)
+    return Segmentation(ids, source, model.schema, model.algorithm, beside, cleaning)
+
+
+def _cleaning_of(model: Model, settings: PredictSettings) -> PostProcessing | None:
+    return model.postprocessing if settings.postprocess else None
 
 
 def _confidence(gatherer: Gatherer, model: Model, prepared: Prepared, source: Geometry) -> Confidence:
@@ -184,6 +213,8 @@ def _planned(
         if settings.asked.anything:
             outputs = model.schema.output_count
             demand = with_confidence(demand, members, layout, source, asked=settings.asked, output_count=outputs)
+        if _cleaning_of(model, settings) is not None:
+            demand = replace(demand, cleaning=VOXEL_BYTES_CLEANED * math.prod(source.shape))
         process = held + max(0, demand.process - come)
         return plan_memory(replace(demand, process=process, study=study), limit_bytes=limit, batch=batch)
 

@@ -1,7 +1,7 @@
 """How good a segmentation probably is, by the model's own probabilities: the Dice that they lead one to expect.
 
 It is of what the network decides on its own grid, before any post-processing. It is right as far as the probabilities
-are; how far that is for a model is measured on cases it was not trained on (`pipeline.quality_check`).
+are; how far that is for a model is measured on cases it was not trained on (`pipeline.expectation`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import json
 import math
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from pipeline.errors import RunError
 from pipeline.files import write_json, write_text
-from transforms.labels import LabelSchema
 
 QUALITY_JSON, QUALITY_CSV = "quality.json", "quality.csv"
 
@@ -54,46 +51,6 @@ class QualityEstimate(BaseModel):
     def not_found(self) -> tuple[str, ...]:
         """Labels of which there is no voxel."""
         return tuple(label.label for label in self.labels if label.expected_dice is None)
-
-
-class DiceTally:
-    """Sums, for each output, of what expected Dice is made of; probabilities come plane by plane."""
-
-    def __init__(self, schema: LabelSchema) -> None:
-        self._overlap = bool(schema.regions)
-        names = [region.name for region in schema.regions] or ["", *schema.names]
-        self._names = names
-        self._likely, self._agreed, self._decided = (torch.zeros(len(names), dtype=torch.float64) for _ in range(3))
-
-    def add(self, probabilities: Tensor) -> None:
-        """Those (O, A, B) of the next plane."""
-        flat = probabilities.flatten(1)
-        self._likely += flat.sum(dim=1, dtype=torch.float64).cpu()
-        if self._overlap:
-            decided = flat > 0.5
-            self._agreed += (flat * decided).sum(dim=1, dtype=torch.float64).cpu()
-            self._decided += decided.sum(dim=1).cpu()
-            return
-        best, winner = flat.max(dim=0)
-        self._agreed += torch.bincount(winner, weights=best.double(), minlength=len(flat)).cpu()
-        self._decided += torch.bincount(winner, minlength=len(flat)).cpu()
-
-    def estimate(self, voxel_mm3: float) -> QualityEstimate:
-        """Of the planes that have come; the background is left out."""
-        rows = zip(self._names, self._likely.tolist(), self._agreed.tolist(), self._decided.tolist(), strict=True)
-        return QualityEstimate(
-            labels=tuple(
-                LabelEstimate(
-                    label=name,
-                    # Rounding may add up to a little more than 1.
-                    expected_dice=min(1.0, 2 * agreed / (likely + decided)) if decided else None,
-                    decided_mm3=decided * voxel_mm3,
-                    expected_mm3=likely * voxel_mm3,
-                )
-                for name, likely, agreed, decided in rows
-                if name
-            )
-        )
 
 
 def record_quality(out: Path, name: str, estimate: QualityEstimate) -> None:

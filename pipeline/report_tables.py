@@ -27,6 +27,7 @@ def tables(report: Report) -> list[Table]:
         Table("Volumes, means over cases", _volume_rows(report)),
         Table("Lesions", _lesion_rows(report)),
         Table("Mean Dice of each fold", _fold_rows(report)),
+        Table("Dice that the model expected by its own probabilities", _expectation_rows(report)),
         Table("Cases", _count_rows(report)),
     ]
     return [table for table in found if table.rows]
@@ -120,6 +121,21 @@ def _fold_rows(report: Report) -> tuple[Row, ...]:
         return ()
     named = [*((summary.label, summary.folds) for summary in report.summaries), (report.headline, report.overall.folds)]
     return tuple({"label": label, **{f"fold {f.fold}": f.mean for f in folds}} for label, folds in named)
+
+
+def _expectation_rows(report: Report) -> tuple[Row, ...]:
+    return tuple(
+        {
+            "label": found.label,
+            "cases": found.n,
+            "expected": found.expected,
+            "Dice": found.found,
+            "Spearman": found.spearman,
+            "95 %": _range(found.interval_95),
+            "Pearson": found.pearson,
+        }
+        for found in report.expectations
+    )
 
 
 def _count_rows(report: Report) -> tuple[Row, ...]:

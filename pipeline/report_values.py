@@ -29,6 +29,7 @@ class LabelScore(BaseModel):
     both with a Dice of 0; "absent" on neither, with no Dice; "unannotated" where the reference says nothing of it,
     with neither a Dice nor a volume there. Volumes are of the voxels that the reference does not ignore.
     Distances have no value where a side is empty. Lesions are connected components, matched one to one.
+    `expected_dice` is what the model's own probabilities led one to expect, where they were asked (`quality`).
     """
 
     model_config = _VALUE
@@ -51,6 +52,7 @@ class LabelScore(BaseModel):
     lesions_matched: int | None = None
     lesion_f1: float | None = None
     lesion_dice: float | None = None
+    expected_dice: float | None = None
 
 
 @dataclass(frozen=True)
@@ -228,12 +230,31 @@ class Overall(BaseModel):
     figures: tuple[OverallFigure, ...] = ()
 
 
+class Expectation(BaseModel):
+    """How well the expected Dice of a label, or the mean of a case's, tells the true one, over `n` cases with both.
+
+    `spearman` is the correlation of their ranks, `interval_95` its interval from resampled patients, `pearson` that of
+    the values; None where either side is the same in all cases. `expected` and `found` are means.
+    """
+
+    model_config = _VALUE
+
+    label: str
+    n: int
+    expected: float
+    found: float
+    spearman: float | None
+    interval_95: Interval | None
+    pearson: float | None
+
+
 class Report(BaseModel):
     """Everything that an evaluation found.
 
     `failures` are cases that could not be scored, `missing_predictions` references that had no prediction,
     `extra_predictions` predictions that had no reference; none of them is part of any figure. `explanations` are of
-    bad cases that a header or a label table may have made so.
+    bad cases that a header or a label table may have made so. `expectations` are of labels, then regions, then of the
+    mean over these, where a prediction was asked what it expects.
     """
 
     model_config = _VALUE
@@ -248,6 +269,7 @@ class Report(BaseModel):
     missing_predictions: tuple[str, ...] = ()
     extra_predictions: tuple[str, ...] = ()
     explanations: tuple[CaseExplanation, ...] = ()
+    expectations: tuple[Expectation, ...] = ()
 
     @property
     def summaries(self) -> tuple[LabelSummary, ...]:

@@ -23,6 +23,7 @@ from pipeline.free_memory import free_bytes, held_bytes
 from pipeline.manifest import load_dataset
 from pipeline.memory_plan import MemoryPlan
 from pipeline.overlap import Stages, one_at_a_time, overlapped
+from pipeline.postprocessing import described
 from pipeline.predict import FREE_SHARE, Model, PredictSettings, explain, members_of, predict
 from pipeline.record import Record, open_record, origin_of
 from pipeline.references import SCHEMA_FILE
@@ -50,8 +51,8 @@ class SegmentSettings:
     """How results are made. `mirror` None takes what the bundle says; the rest of reading is as in `read_volume`.
 
     `confidentiality`, if given, says how the sources' identity is removed; `smoothing` as in `Options`;
-    `max_memory_bytes`, `tile_step`, `uncertainty` and `keep_scores` as in `PredictSettings`. `backend` is what runs the
-    network, for the record.
+    `max_memory_bytes`, `tile_step`, `uncertainty`, `keep_scores` and `postprocess` as in `PredictSettings`; `backend`
+    is what runs the network, for the record.
     """
 
     formats: tuple[str, ...]
@@ -66,6 +67,7 @@ class SegmentSettings:
     backend: str = "torch"
     uncertainty: bool = False
     keep_scores: int = 0
+    postprocess: bool = True
 
 
 def segment_studies(
@@ -247,12 +249,14 @@ class _Work:
 
 
 def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
+    cleaning = model.postprocessing if settings.postprocess else None
     made: dict[str, bool | int | float | str] = {
         "mirror": model.mirror if settings.mirror is None else settings.mirror,
         "deidentified": settings.confidentiality is not None,
         "smoothing": settings.smoothing,
         "tile_step": settings.tile_step or model.tile_step,
         "backend": settings.backend,
+        "postprocessing": "none" if cleaning is None else f"{described(cleaning.actions)} ({cleaning.digest[:8]})",
     }
     usual: dict[str, bool | int | float | str] = {
         "mirror": False,
@@ -260,6 +264,7 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
         "smoothing": 0,
         "tile_step": model.tile_step,
         "backend": "torch",
+        "postprocessing": "none",
     }
     return open_record(out, [b.digest for b in model.bundles], made, usual=usual, force=settings.force)
 
@@ -268,7 +273,12 @@ def predict_settings(model: Model, settings: SegmentSettings) -> PredictSettings
     """What of the settings concerns the network."""
     mirror = model.mirror if settings.mirror is None else settings.mirror
     wanted = PredictSettings(mirror, settings.max_memory_bytes, settings.tile_step)
-    return replace(wanted, uncertainty=settings.uncertainty, keep_scores=settings.keep_scores)
+    return replace(
+        wanted,
+        uncertainty=settings.uncertainty,
+        keep_scores=settings.keep_scores,
+        postprocess=settings.postprocess,
+    )
 
 
 def device_of(model: Model) -> torch.device:

@@ -13,6 +13,7 @@ from transforms.labels import LabelSchema
 
 if TYPE_CHECKING:
     from pipeline.confidence import Confidence
+    from pipeline.postprocessing import PostProcessing
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,17 @@ class Algorithm:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """Label ids (I, J, K), 0 background, on the grid of the source volume; what else a prediction was asked for."""
+    """Label ids (I, J, K), 0 background, on the grid of the source volume; what else a prediction was asked for.
+
+    `postprocessing` is what was done to the labels after the network decided them.
+    """
 
     label_map: npt.NDArray[np.uint8 | np.uint16]
     geometry: Geometry
     schema: LabelSchema
     algorithm: Algorithm
     confidence: Confidence | None = None
+    postprocessing: PostProcessing | None = None
 
     def __post_init__(self) -> None:
         if self.label_map.shape != self.geometry.shape:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import EvaluateConfig
+from pipeline.expectation import expectations_of
 from pipeline.metrics import percentile_interval, resampled_means
 from pipeline.report_values import (
     FIGURES,
@@ -72,6 +73,7 @@ def summarise(
         failures=tuple(failures),
         missing_predictions=tuple(missing_predictions),
         extra_predictions=tuple(extra_predictions),
+        expectations=expectations_of(dice.cases, settings),
     )
 
 

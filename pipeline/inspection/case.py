@@ -11,17 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.errors import PlanError
-from pipeline.free_memory import free_bytes
+from pipeline.gradients import is_out_of_memory
 from pipeline.inspection.contributions import Change, Row, changed
 from pipeline.inspection.figures import ChannelSums, record_sums
-from pipeline.inspection.levels import Levels, levels_of
-from pipeline.inspection.receptive import extents_mm, gradient_energy, voxels_to_ask
+from pipeline.inspection.levels import levels_of
+from pipeline.inspection.receptive import Millimetres, extents_mm, gradient_energy, radius_mm, reach_mm, voxels_to_ask
 from pipeline.outputs import Listeners, segment_image
 from pipeline.predict import Model, PredictSettings, check_input, explain, members_of
-from pipeline.preparing import Prepared, prepare, put_back
+from pipeline.preparing import prepare, put_back
 from pipeline.scores import dice_of_classes
-from pipeline.windows import Member, Pace
+from pipeline.windows import Pace
 from transforms.volume import Volume
 
 Classes = npt.NDArray[Any]
@@ -49,106 +48,91 @@ class Case:
 class Look:
     """What was found in one case.
 
-    `classes` (I, J, K) is the untouched result on the case's own grid. `energy` as `gradient_energy` gives it, None
-    where memory did not suffice for it.
+    `radius_mm` and `reach_mm` are of the gradients of `asked` output voxels, see `ReceptiveField`; None where memory
+    did not suffice for them, or no answer depends on the image. `spacing_mm` is of the grid that the network sees.
     """
 
     name: str
-    prepared: Prepared
-    classes: Classes
     sums: Mapping[str, ChannelSums]
     untouched: Row
     changed: Mapping[Change, Row]
     extents_mm: Mapping[str, float]
-    energy: Tensor | None
+    spacing_mm: Millimetres
+    radius_mm: float | None
+    reach_mm: Millimetres | None
+    asked: int
 
 
-def look_at(model: Model, case: Case, *, device: torch.device, changes: Sequence[Change], told: Told) -> Look:
-    """Run the model's one network over a case as it is, with each of `changes`, and backward from a few voxels.
-
-    Dice is on the case's own grid, without mirroring and post-processing: against the reference, or against the
-    untouched result where there is none.
+class Passes:
+    """A case as the model's one network sees it, and passes over it.
 
     Raises:
         PlanError: the levels of the network are not known, or memory does not suffice.
         VolumeError, GeometryMismatch: the model was not made for such a case.
     """
-    check_input(model.plan, case.channels)
-    passes = _Passes(model, case, device, told)
-    with record_sums(passes.network) as sums:
-        classes = passes.run("as it is")
-    against = classes if case.reference is None else case.reference
-    annotated = case.annotated or model.schema.are_annotated(None)
 
-    def dice(found: Classes) -> Row:
-        return dice_of_classes(found, against, model.schema, annotated=annotated)
-
-    means = {name: found.mean for name, found in sums.items()}
-    rows = {}
-    for change in changes:
-        with changed(passes.levels, change, means):
-            rows[change] = dice(passes.run(change.name))
-    known = np.where(against < model.schema.class_count, against, 0)
-    grid = passes.source
-    return Look(
-        name=case.name,
-        prepared=passes.prepared,
-        classes=classes,
-        sums=dict(sums),
-        untouched=dice(classes),
-        changed=rows,
-        extents_mm=extents_mm(known, model.schema, grid.spacing_mm),
-        energy=passes.energy(known),
-    )
-
-
-class _Passes:
-    """A case as the network sees it, and passes over it."""
-
-    def __init__(self, model: Model, case: Case, device: torch.device, told: Told) -> None:
-        there = [volume for volume in case.channels if volume is not None]
-        self.model, self.told, self.name = model, told, case.name
-        self.source = there[0].geometry
+    def __init__(self, model: Model, case: Case, *, device: torch.device, told: Told) -> None:
+        check_input(model.plan, case.channels)
+        self.model, self.case, self.told = model, case, told
+        self.source = next(volume for volume in case.channels if volume is not None).geometry
         self.network = model.bundles[0].network
-        self.levels: Levels = levels_of(self.network)
+        self.levels = levels_of(self.network)
         planned = explain(model, self.source, settings=SETTINGS, device=device)
         self.pace = Pace(planned.batch, planned.slab_planes)
-        self.members: list[Member] = members_of(model, SETTINGS)
+        self.members = members_of(model, SETTINGS)
         self.prepared = prepare(model.plan, case.channels)
         self.image = self.prepared.image.to(device)
 
     def run(self, what: str) -> Classes:
         """The classes (I, J, K) that the network finds now, on the case's own grid."""
-        prepared, schema = self.prepared, self.model.schema
-        grids = prepared.grid, prepared.field
+        prepared, grids = self.prepared, (self.prepared.grid, self.prepared.field)
+        listeners = Listeners(lambda done, total: self.told(f"{self.case.name}, {what}", done, total))
         with torch.inference_mode():
             found = segment_image(
-                self.members,
-                self.image,
-                grids,
-                schema,
-                pace=self.pace,
-                listeners=Listeners(lambda done, total: self.told(f"{self.name}, {what}", done, total)),
+                self.members, self.image, grids, self.model.schema, pace=self.pace, listeners=listeners
             )
             classes: Classes = put_back(found[None], prepared, self.source)[0].numpy()
         return classes
 
-    def energy(self, classes: Classes) -> Tensor | None:
-        """See `gradient_energy`; None where there is too little memory to go backward through the network."""
-        plan = self.model.plan
-        if self.image.device.type == "cpu" and plan.memory_gb * 1e9 > free_bytes():
-            return None
-        positions = voxels_to_ask(classes, self.model.schema, self.source, self.prepared.grid)
-        return gradient_energy(self.network, self.image, plan.patch_shape, positions)
+    def gradients(self, classes: Classes) -> Tensor | None:
+        """See `gradient_energy`, of voxels in these labels; None where memory does not suffice."""
+        schema, patch = self.model.schema, self.model.plan.patch_shape
+        try:
+            asked = voxels_to_ask(classes, schema, self.source, self.prepared.grid)
+            return gradient_energy(self.network, self.image, patch, asked)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
 
-def require_one_network(model: Model) -> Levels:
-    """Where the levels of the model's network are.
+def look_at(passes: Passes, changes: Sequence[Change]) -> Look:
+    """Pass over a case as it is and with each of `changes`, and backward from a few voxels.
 
-    Raises:
-        PlanError: the model is of several networks, or of one whose levels are not known.
+    Dice is on the case's own grid, without mirroring and post-processing: against the reference, or against the
+    untouched result where there is none.
     """
-    count = len(model.bundles)
-    if count > 1:
-        raise PlanError(f"the model has {count} networks, and one is inspected at a time; give the folder of one fold")
-    return levels_of(model.bundles[0].network)
+    case, schema = passes.case, passes.model.schema
+    with record_sums(passes.network) as sums:
+        classes = passes.run("as it is")
+    expected = classes if case.reference is None else case.reference
+    annotated = case.annotated or schema.are_annotated(None)
+    means = {name: found.mean for name, found in sums.items()}
+    rows = {}
+    for change in changes:
+        with changed(passes.levels, change, means):
+            found = passes.run(change.name)
+        rows[change] = dice_of_classes(found, expected, schema, annotated=annotated)
+    labelled = np.where(expected < schema.class_count, expected, 0)
+    energy, spacing_mm = passes.gradients(labelled), passes.prepared.grid.spacing_mm
+    return Look(
+        name=case.name,
+        sums=dict(sums),
+        untouched=dice_of_classes(classes, expected, schema, annotated=annotated),
+        changed=rows,
+        extents_mm=extents_mm(labelled, schema, passes.source.spacing_mm),
+        spacing_mm=spacing_mm,
+        radius_mm=None if energy is None else radius_mm(energy, spacing_mm),
+        reach_mm=None if energy is None else reach_mm(energy, spacing_mm),
+        asked=0 if energy is None else round(float(energy.sum())),
+    )

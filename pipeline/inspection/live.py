@@ -43,7 +43,7 @@ def inspecting(task: TrainingTask, fabric: Fabric, state: TrainingState, note: C
     if task.settings.inspect_every is None or not fabric.is_global_zero:
         yield lambda _: {}
         return
-    inspection = Inspection(task, fabric, state, note)
+    inspection = Onlooker(task, fabric, state, note)
     hook = state.optimiser.register_step_pre_hook(inspection.before_step)
     try:
         yield inspection.after_update
@@ -51,7 +51,7 @@ def inspecting(task: TrainingTask, fabric: Fabric, state: TrainingState, note: C
         hook.remove()
 
 
-class Inspection:
+class Onlooker:
     """One training, seen from inside."""
 
     def __init__(self, task: TrainingTask, fabric: Fabric, state: TrainingState, note: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.inspection.case import Look
 from pipeline.inspection.contributions import Against, Contributions
 from pipeline.inspection.figures import LevelFigures, figures_of
-from pipeline.inspection.receptive import ReceptiveField, deepest_field, radius_mm, reach_mm
+from pipeline.inspection.receptive import Millimetres, ReceptiveField, deepest_field
 from pipeline.plan import Plan
 from transforms.labels import LabelSchema
 
@@ -76,10 +76,9 @@ def inspection_of(
 
 
 def _receptive(plan: Plan, looks: Sequence[Look]) -> ReceptiveField:
-    spacing_mm = looks[0].prepared.grid.spacing_mm
-    deepest = deepest_field(plan)
-    radii = [r for look in looks if (r := _radius(look)) is not None]
-    reaches = [reach for look in looks if (reach := _reach(look)) is not None]
+    spacing_mm, deepest = looks[0].spacing_mm, deepest_field(plan)
+    radii = [look.radius_mm for look in looks if look.radius_mm is not None]
+    reaches = [look.reach_mm for look in looks if look.reach_mm is not None]
     extents: dict[str, float] = {}
     for look in looks:
         extents |= {name: max(mm, extents.get(name, 0.0)) for name, mm in look.extents_mm.items()}
@@ -88,23 +87,18 @@ def _receptive(plan: Plan, looks: Sequence[Look]) -> ReceptiveField:
         deepest_mm=None if deepest is None else _times(deepest, spacing_mm),
         patch_mm=_times(plan.patch_shape, spacing_mm),
         radius_mm=sum(radii) / len(radii) if radii else None,
-        reach_mm=_times([sum(axis) / len(reaches) for axis in zip(*reaches, strict=True)], (1, 1, 1))
-        if reaches
-        else None,
-        voxels=round(sum(float(look.energy.sum()) for look in looks if look.energy is not None)),
+        reach_mm=_mean(reaches) if reaches else None,
+        voxels=sum(look.asked for look in looks),
         extents_mm=extents,
     )
 
 
-def _radius(look: Look) -> float | None:
-    return None if look.energy is None else radius_mm(look.energy, look.prepared.grid.spacing_mm)
+def _mean(rows: Sequence[Millimetres]) -> Millimetres:
+    i, j, k = (sum(axis) / len(rows) for axis in zip(*rows, strict=True))
+    return i, j, k
 
 
-def _reach(look: Look) -> tuple[float, float, float] | None:
-    return None if look.energy is None else reach_mm(look.energy, look.prepared.grid.spacing_mm)
-
-
-def _times(counts: Sequence[float], spacing_mm: Sequence[float]) -> tuple[float, float, float]:
+def _times(counts: Sequence[float], spacing_mm: Sequence[float]) -> Millimetres:
     i, j, k = (n * mm for n, mm in zip(counts, spacing_mm, strict=True))
     return i, j, k
 

@@ -73,7 +73,7 @@ def write_sheets(
         RunError: a file cannot be written.
     """
     written = []
-    skips = {level.name: _is_encoder(activations, level) for level in figures if level.kind == "skip"}
+    skips = {level.name: is_encoder(activations, level) for level in figures if level.kind == "skip"}
     for level in figures:
         if skips.get(level.name):
             continue
@@ -86,7 +86,8 @@ def write_sheets(
     return written
 
 
-def _is_encoder(activations: Mapping[str, Tensor], skip: LevelFigures) -> bool:
+def is_encoder(activations: Mapping[str, Tensor], skip: LevelFigures) -> bool:
+    """Whether a skip hands on what the encoder found, as it is."""
     source = activations.get(f"encoder {skip.level}")
     return source is not None and torch.equal(source, activations[skip.name])
 
@@ -149,7 +150,8 @@ def _label_shares(scene: Scene, shape: Sequence[int]) -> Array | None:
     if classes is None or not bool(((classes > 0) & (classes < count)).any()):
         return None
     known = torch.stack([classes.cpu() == number for number in range(count)]).float()
-    return nn.functional.adaptive_avg_pool3d(known, tuple(shape)).flatten(1).double().numpy()
+    i, j, k = shape
+    return nn.functional.adaptive_avg_pool3d(known, (i, j, k)).flatten(1).double().numpy()
 
 
 def _variances(values: Array, shares: Array) -> tuple[Array, Array]:
@@ -244,7 +246,7 @@ def _draw_channel(axes: Axes, scene: Scene, channel: Channel, scale: Normalize) 
 def _draw_scale(sheet: Sheet, place_in: tuple[float, float], scale: Normalize) -> None:
     axes = sheet.axes(*place_in, 2.6, 0.11)
     bar = sheet.figure.colorbar(ScalarMappable(scale, COLOURS), cax=axes, orientation="horizontal")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     axes.tick_params(colors=FAINT, labelsize=7.5, length=2, labelfontfamily=FONT)
     sheet.text(
         place_in[0] + 2.75, place_in[1] + 0.055, "activation, one scale for all of the sheet", color=FAINT, fontsize=8
@@ -306,10 +308,15 @@ def size_of(scene: Scene, level: LevelFigures) -> str:
     """Channels and voxels of a level, in words."""
     count = f"{level.channels} channels" if level.channels != 1 else "1 channel"
     sides = " x ".join(map(str, level.shape))
+    return f"{count} of {sides} voxels of {spacing_of(scene, level.shape)} mm"
+
+
+def spacing_of(scene: Scene, shape: Sequence[int]) -> str:
+    """Sides in mm of the voxels of a level, whose (I, J, K) cover the patch; of a 2D network's, in its plane."""
     geometry = scene.window.geometry
-    mm = [side * n for side, n in zip(geometry.spacing_mm, geometry.shape, strict=True) if n > 1]
-    spacing = " x ".join(f"{total / n:.3g}" for total, n in zip(mm, level.shape, strict=True))
-    return f"{count} of {sides} voxels of {spacing} mm"
+    sides = zip(geometry.spacing_mm, geometry.shape, strict=True)
+    along_mm = [mm * n for mm, n in sides if len(shape) == 3 or n > 1]
+    return " x ".join(f"{total / n:.3g}" for total, n in zip(along_mm, shape, strict=True))
 
 
 def told(level: LevelFigures) -> tuple[str, str, str]:

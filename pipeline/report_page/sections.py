@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pipeline.expectation import sentence_of
 from pipeline.report_page.charts import COLOURS, Point, Strip, line_chart, scatter_chart, strip_chart
 from pipeline.report_page.facts import Picture, RunFacts
 from pipeline.report_tables import tables
@@ -89,6 +90,31 @@ def volumes(report: Report) -> str:
     if not charts:
         return ""
     return f'<p class="soft">{note}(±{AGREEMENT} deviations).</p><div class="charts">{"".join(charts)}</div>'
+
+
+def expectations(report: Report) -> str:
+    """What the model expected of each label in each case, against what was found."""
+    sentence = sentence_of(report.expectations)
+    if sentence is None:
+        return ""
+    charts = []
+    for column, summary in enumerate(report.summaries):
+        points = [
+            Point(
+                s.expected_dice, s.dice, f"{case.case_id}: expected {s.expected_dice:.3f}, {s.dice:.3f}", _group(case)
+            )
+            for case, s in ((case, case.scores[column]) for case in report.cases)
+            if s.expected_dice is not None and s.dice is not None
+        ]
+        if points:
+            chart = scatter_chart(points, x_label="expected Dice", y_label="Dice", levels=())
+            charts.append(f"<figure>{chart}<figcaption>{escape(summary.label)}</figcaption></figure>")
+    note = "Expected: 2 Σ p [decided] / (Σ p + decided voxels), from the probabilities p that the model gives itself; "
+    note += "correlations are of ranks. Above, the mean of a case's labels."
+    return (
+        f'<p>{escape(sentence[0].upper() + sentence[1:])}.</p><div class="charts">{"".join(charts)}</div>'
+        f'<p class="soft">{note}</p>'
+    )
 
 
 def curves(run: RunFacts) -> str:

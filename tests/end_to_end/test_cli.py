@@ -24,7 +24,7 @@ from .conftest import ROOT, Outcome, World, environment
 
 HEAVY = ("highdicom", "lightning_fabric", "matplotlib", "mlflow", "monai", "nibabel", "scipy", "SimpleITK", "torch")
 COMMANDS = ("manifest", "dicom", "check", "plan", "train", "crossval", "predict", "evaluate", "export", "view", "info",
-            "config", "pacs", "import", "bundle", "compare", "report", "runs")  # fmt: skip
+            "config", "pacs", "import", "bundle", "compare", "inspect", "report", "runs")  # fmt: skip
 Call = Callable[..., Outcome]
 
 

@@ -197,14 +197,14 @@ class TestReportValue:
 
     def test_csv(self) -> None:
         names = "volume_difference_mm3,sensitivity,precision,tolerance_mm,surface_dice,hausdorff_95_mm,hausdorff_mm"
-        lesions = "lesions_predicted,lesions_expected,lesions_matched,lesion_f1,lesion_dice"
+        lesions = "lesions_predicted,lesions_expected,lesions_matched,lesion_f1,lesion_dice,expected_dice"
         assert self.report.to_csv().splitlines() == [
             "case_id,patient_id,fold,label,status,dice,prediction_mm3,reference_mm3,"
             f"{names},average_distance_mm,{lesions}",
-            "a,a,0,Anterior,scored,0.25,1500.0,1000.0" + 13 * ",",
-            "a,a,0,Posterior,absent,,1500.0,1000.0" + 13 * ",",
-            "b,b,1,Anterior,scored,0.75,1500.0,1000.0" + 13 * ",",
-            "b,b,1,Posterior,scored,0.5,1500.0,1000.0" + 13 * ",",
+            "a,a,0,Anterior,scored,0.25,1500.0,1000.0" + 14 * ",",
+            "a,a,0,Posterior,absent,,1500.0,1000.0" + 14 * ",",
+            "b,b,1,Anterior,scored,0.75,1500.0,1000.0" + 14 * ",",
+            "b,b,1,Posterior,scored,0.5,1500.0,1000.0" + 14 * ",",
         ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.history import HISTORY, read_history
 from pipeline.inspection.figures import figures_of, record_levels
-from pipeline.inspection.live import FIGURES, Inspection, parameter_levels, rows_of, validation_window
+from pipeline.inspection.live import FIGURES, Onlooker, parameter_levels, rows_of, validation_window
 from pipeline.models.registry import build_network
 from pipeline.models.slices import as_volume_network
 from pipeline.models.spec import UNetSpec
@@ -164,7 +164,7 @@ class TestFigures:
         state = start_training(replace(task, settings=task.settings.model_copy(update={"inspect_every": 1})), fabric)
         state.averaged.register_module("heads", nn.ModuleList([Exhausted()]))
         seen = task.settings.model_copy(update={"inspect_every": 1})
-        inspection = Inspection(replace(task, settings=seen), fabric, state, notes.append)
+        inspection = Onlooker(replace(task, settings=seen), fabric, state, notes.append)
         for _ in range(2):
             state.step += 1
             assert inspection.after_update({}) == {}
