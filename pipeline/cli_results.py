@@ -1,8 +1,8 @@
-"""The subcommands that look at results: `compare`, `runs` and `report`."""
+"""The subcommands that look at results: `compare`, `promote`, `runs` and `report`."""
 
 from __future__ import annotations
 
-from datetime import datetime
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +54,31 @@ def compare_runs(
         write_json(json_file, found.to_json())
 
 
+def promote_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A tracked run's folder, or runs:/ID of MLflow.")],
+    if_better: Annotated[
+        bool, typer.Option("--if-better", help="Only on evidence, by the paired test of `compare`; else exit code 1.")
+    ] = False,
+    alias: Annotated[str, typer.Option("--alias", help="What to call the version.")] = "champion",
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Name in the registry; default: the dataset's.")
+    ] = None,
+    uri: Uri = None,
+    runs: RunsFolder = Path("runs"),
+) -> None:
+    """Give the alias `champion` to a run's model in MLflow's registry."""
+    from pipeline.promote import promote
+    from pipeline.tracking.registry import open_registry
+
+    place, run_id = _tracked_run(run, uri, runs)
+    with open_registry(place) as registry:
+        outcome = promote(registry, run_id, alias=alias, model=model, if_better=if_better)
+    print(outcome.told)
+    if outcome.comparison is not None and not outcome.moved:
+        raise typer.Exit(1)
+    print(f"in Python: mlflow.pyfunc.load_model('models:/{outcome.version.model}@{alias}').predict('study.nii.gz')")
+
+
 def list_tracked(
     uri: Uri = None,
     runs: RunsFolder = Path("runs"),
@@ -61,20 +86,36 @@ def list_tracked(
     sort: Annotated[str, typer.Option("--sort", help="started, minutes, name, or a metric's name.")] = "started",
     metric: Annotated[list[str] | None, typer.Option("--metric", help="A metric to show; may be repeated.")] = None,
     most: Annotated[int, typer.Option("--most", min=1, help="Rows that are shown.")] = 30,
+    offline: Annotated[bool, typer.Option("--offline", help="Ask the run folders, not MLflow.")] = False,
 ) -> None:
-    """List tracked runs, with their out-of-fold Dice; largest or newest first."""
+    """List tracked runs, folds below their cross-validation, with their out-of-fold Dice; largest or newest first."""
     from pipeline.cli_console import show_table
-    from pipeline.tracking import embedded_store
-    from pipeline.tracking.queries import list_runs
+    from pipeline.cli_run_rows import in_order, row_of
 
-    found = list_runs(uri or embedded_store(runs), experiment=experiment)
+    found = _runs_in(uri, runs, experiment, offline=offline)
     shown = metric or ["out_of_fold_dice/mean"]
-    rows = sorted(found, key=lambda run: _sort_key(run, sort), reverse=sort != "name")
-    show_table("runs", [_run_row(run, shown) for run in rows[:most]])
+    rows = in_order(found, sort)
+    show_table("runs", [row_of(run, shown, offline=offline) for run in rows[:most]])
     if len(rows) > most:
         print(f"{len(rows) - most} more; give --most")
     if not rows:
         print("no runs yet")
+
+
+def _runs_in(uri: str | None, runs: Path, experiment: str | None, *, offline: bool) -> list[TrackedRun]:
+    from pipeline.errors import ConfigError, RunError
+    from pipeline.tracking import embedded_store
+    from pipeline.tracking.offline import list_folders
+    from pipeline.tracking.queries import list_runs
+
+    if not offline:
+        return list_runs(uri or embedded_store(runs), experiment=experiment)
+    if uri is not None:
+        raise ConfigError("--offline asks the run folders alone; leave out --uri")
+    found = [run for run in list_folders(runs) if experiment in (None, run.experiment)]
+    if not found:
+        raise RunError(f"{runs}: holds no run of an experiment named '{experiment}'")
+    return found
 
 
 def write_page(
@@ -104,6 +145,19 @@ def _report_of(text: str, uri: str | None, runs: Path) -> Report:
 
     run_id = text.removeprefix(RUN_PREFIX)
     return Report.from_json(read_run_json(uri or embedded_store(runs), run_id, "report.json"))
+
+
+def _tracked_run(text: str, uri: str | None, runs: Path) -> tuple[str, str]:
+    """Store and id of a run that is given as a folder or by its id."""
+    from pipeline.errors import RunError
+    from pipeline.tracking import embedded_store, tracked_as
+
+    if Path(text).is_dir():
+        return tracked_as(Path(text), uri=uri)
+    run_id = text.removeprefix(RUN_PREFIX)
+    if not re.fullmatch(r"[0-9a-f]{32}", run_id):
+        raise RunError(f"{text}: neither a folder nor the id of a run in MLflow (32 hexadecimal digits)")
+    return uri or embedded_store(runs), run_id
 
 
 def _report_file(path: Path) -> Path:
@@ -145,24 +199,4 @@ def _row(row: Difference) -> dict[str, Any]:
         "p (Holm)": None if row.p_corrected is None else f"{row.p_corrected:.2g}",
         "wins": row.wins,
         "losses": row.losses,
-    }
-
-
-def _sort_key(run: TrackedRun, sort: str) -> tuple[bool, Any]:
-    """What has no value comes last."""
-    values: dict[str, Any] = {"started": run.started_ms, "minutes": run.minutes, "name": run.name}
-    value = values[sort] if sort in values else run.metrics.get(sort)
-    return (value is not None, value if value is not None else 0)
-
-
-def _run_row(run: TrackedRun, metrics: list[str]) -> dict[str, Any]:
-    started = datetime.fromtimestamp(run.started_ms / 1000).astimezone()
-    return {
-        "run": ("  " if run.parent_id else "") + run.name,
-        "experiment": run.experiment,
-        "status": run.status,
-        "started": f"{started:%Y-%m-%d %H:%M}",
-        "minutes": None if run.minutes is None else round(run.minutes, 1),
-        **{name: run.metrics.get(name) for name in metrics},
-        "id": run.run_id,
     }

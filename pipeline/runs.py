@@ -41,6 +41,7 @@ from pipeline.tracking import (
     open_tracker,
     without_password,
 )
+from pipeline.tracking.registry import DATASET_HASH_TAG, DATASET_TAG
 from transforms.labels import LabelSchema
 
 CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
@@ -54,9 +55,6 @@ CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
 
 BUNDLE, VALIDATION = "bundle", "validation"
 """In a fold's folder: its model, and its predictions of the cases held out."""
-
-DATASET_TAG = "dataset_sha256"
-"""The tag by which runs of the same cases and references are known."""
 
 CHECK_WORKERS = 2
 
@@ -200,8 +198,8 @@ def open_run_tracker(run: Run, console: Console, *, fold: int | None) -> Tracker
 def _tags(run: Run) -> dict[str, str]:
     """What a run is told from others by, first what a reader asks first."""
     told = {
-        "dataset": run.dataset.manifest.name,
-        DATASET_TAG: manifest_hash(run.dataset.manifest)[:16],
+        DATASET_TAG: run.dataset.manifest.name,
+        DATASET_HASH_TAG: manifest_hash(run.dataset.manifest)[:16],
         "plan_sha256": _plan_hash(run.plan),
         "network": run.plan.network,
         "device": run.hardware.device,

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pipeline.errors import RunError
 from pipeline.tracking.delivery import Deliverer, Destination, read_sent
 from pipeline.tracking.journal import Busy, Journal, read_facts
 from pipeline.tracking.store_uri import checked_uri, is_embedded, sqlite_uri, without_password
@@ -30,6 +31,7 @@ __all__ = [
     "open_tracker",
     "page_address",
     "page_command",
+    "tracked_as",
     "without_password",
 ]
 
@@ -69,7 +71,8 @@ def open_tracker(
         journal.append("start", start)
     deliverer = Deliverer(journal, destination, on_warning)
     deliverer.start()
-    return JournalTracker(journal, deliverer)
+    # The folds of a run tell of the machine, each for its own time; their parent would say it all again.
+    return JournalTracker(journal, deliverer, samples_machine=parent is not None)
 
 
 def deliver(run_folder: Path, *, on_warning: Callable[[str], None], uri: str | None = None) -> int:
@@ -99,6 +102,25 @@ def deliver(run_folder: Path, *, on_warning: Callable[[str], None], uri: str | N
         return deliverer.pending
     finally:
         journal.release()
+
+
+def tracked_as(run_folder: Path, *, uri: str | None = None) -> tuple[str, str]:
+    """Store and id of the run that a folder holds, after it was sent what it did not have yet.
+
+    Raises:
+        ConfigError: `uri` is neither a server's address nor an SQLite store.
+        RunError: the run was never tracked, or has not reached the store.
+    """
+    facts = read_facts(run_folder)
+    if not facts:
+        raise RunError(f"{run_folder}: was not tracked (tracking.enabled), so MLflow knows nothing of it")
+    place, told = checked_uri(uri or facts[0].body["store"]), list[str]()
+    left = deliver(run_folder, uri=place, on_warning=told.append)
+    sent = read_sent(run_folder, destination=without_password(place), key=facts[0].body["key"])
+    if left or not sent.ids:
+        reason = told[0] if told else f"{left} entries of its journal have not reached {sent.destination}"
+        raise RunError(f"{run_folder}: {reason}")
+    return place, sent.ids["run"]
 
 
 def embedded_store(runs_folder: Path) -> str:

@@ -16,6 +16,7 @@ from pipeline.errors import RunError
 from pipeline.files import sha256_of_file, sha256_of_json
 from pipeline.tracking.delivery import Deliverer
 from pipeline.tracking.journal import Fact, Journal, Kind
+from pipeline.tracking.machine import PREFIX, Sampler
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Context = Literal["train", "validation", "test", "cross-validation"]
@@ -84,11 +85,14 @@ class JournalTracker:
     """Writes a journal, whose facts are delivered in the background.
 
     Metrics that a full disk refuses are kept and come before the next fact: they stop no training. All else insists.
+    With `samples_machine` it also tells what the machine does meanwhile.
     """
 
-    def __init__(self, journal: Journal, deliverer: Deliverer) -> None:
+    def __init__(self, journal: Journal, deliverer: Deliverer, *, samples_machine: bool = False) -> None:
         self._journal = journal
         self._deliverer = deliverer
+        self._sampler = Sampler(self._tell_machine, journal.run_folder) if samples_machine else None
+        self._moments = 0
         self._finished = False
         self._params: dict[str, str] = {}
         self._points: dict[tuple[str, int], float | str] = {}
@@ -96,6 +100,8 @@ class JournalTracker:
         self._owed: list[dict[str, Any]] = []
         for fact in journal.facts:
             self._remember(fact)
+        if self._sampler is not None:
+            self._sampler.start()
 
     def params(self, values: Mapping[str, str]) -> None:
         values = discreet(values)
@@ -142,6 +148,8 @@ class JournalTracker:
         self._tell_once("note", discreet({"markdown": markdown}))
 
     def finish(self, status: Status) -> None:
+        if self._sampler is not None:
+            self._sampler.stop()
         try:
             self._tell("end", {"status": status})
         finally:
@@ -162,6 +170,11 @@ class JournalTracker:
         # What stopped the run is worth more than that its end could not be written.
         with suppress(RunError):
             self.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+
+    def _tell_machine(self, figures: Mapping[str, float]) -> None:
+        """From the sampler's thread, so past everything here but the journal, which takes one line at a time."""
+        self._moments += 1
+        self._journal.append("metrics", {"step": self._moments, "values": dict(figures)})
 
     def _tell_once(self, kind: Kind, body: dict[str, Any]) -> None:
         if body not in self._bodies:
@@ -186,6 +199,9 @@ class JournalTracker:
             self._params.update(fact.body["values"])
         elif fact.kind == "metrics":
             step = fact.body["step"]
+            if any(key.startswith(PREFIX) for key in fact.body["values"]):
+                self._moments = max(self._moments, step)
+                return
             self._points.update({(key, step): value for key, value in fact.body["values"].items()})
         elif fact.kind in {"dataset", "model", "note"}:
             self._bodies.append(fact.body)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.cli_run_rows import in_order
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError, RunError
 from pipeline.report_values import CaseScores, LabelScore
 from pipeline.summary import summarise
 from pipeline.tracking import embedded_store, open_tracker
-from pipeline.tracking.queries import list_runs, read_run_json
+from pipeline.tracking.offline import list_folders
+from pipeline.tracking.queries import TrackedRun, list_runs, read_run_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -93,12 +96,76 @@ def test_a_server_that_is_away_is_told_without_its_password() -> None:
     assert str(caught.value) == "http://127.0.0.1:9: no connection"
 
 
+def test_what_was_not_sent_is_counted(tmp_path: Path) -> None:
+    """Two facts of a fold, and its parent, whose server is away."""
+    for name, parent in (("run", None), ("run/fold_0", "run")):
+        with open_tracker(
+            tmp_path / name,
+            uri="http://127.0.0.1:9",
+            experiment="e",
+            run_name=name,
+            tags={},
+            on_warning=lambda _: None,
+            parent=tmp_path / parent if parent else None,
+        ) as tracker:
+            tracker.metrics({"dice/mean": 0.25}, step=1)
+            tracker.metrics({"dice/mean": 0.5, "loss": 2.0}, step=2)
+    fold, run = list_folders(tmp_path)
+    assert (fold.name, fold.unsent, fold.status, fold.metrics) == (
+        "run/fold_0", 4, "finished", {"dice/mean": 0.5, "loss": 2.0}
+    )  # fmt: skip
+    assert (run.name, run.parent_id, fold.parent_id) == ("run", None, run.run_id)
+    assert in_order([fold, run], "loss") == [run, fold]
+
+
+@pytest.mark.parametrize(
+    ("sort", "names"),
+    [
+        ("dice", ["b", "b fold 1", "b fold 0", "a", "c"]),  # a run without the value goes by its best fold
+        ("minutes", ["c", "a", "b", "b fold 0", "b fold 1"]),
+        ("name", ["a", "b", "b fold 0", "b fold 1", "c"]),
+    ],
+)
+def test_folds_follow_their_run_in_every_order(sort: str, names: list[str]) -> None:
+    def run(name: str, minutes: int, parent: str | None = None, **metrics: float) -> TrackedRun:
+        return TrackedRun(name, name, "e", "finished", 0, 60_000 * minutes, parent, metrics, {})
+
+    given = [
+        run("c", 9, dice=math.nan),
+        run("b fold 1", 1, "b", dice=0.9),
+        run("a", 5, dice=0.7),
+        run("b fold 0", 2, "b", dice=0.6),
+        run("b", 3),
+    ]
+    assert [found.name for found in in_order(given, sort)] == names
+
+
 class TestCommands:
-    def test_runs_sorts_by_a_metric(self, runs: Path) -> None:
+    def test_runs_sorts_by_a_metric_with_folds_below_their_run(self, runs: Path) -> None:
         done = CliRunner().invoke(app, ["runs", "--runs", str(runs), "--sort", "out_of_fold_dice/mean"])
         assert done.exit_code == 0
-        names = [line.split()[0] for line in done.output.splitlines()[2:5]]
-        assert names == ["second", "first/fold_0", "first"]
+        lines = done.output.splitlines()[2:5]
+        assert [line.split()[0] for line in lines] == ["second", "first", "first/fold_0"]
+        assert lines[2].startswith("  first/fold_0")
+
+    def test_a_metric_that_nobody_has_is_told(self, runs: Path) -> None:
+        done = CliRunner().invoke(app, ["runs", "--runs", str(runs), "--sort", "dise"])
+        assert isinstance(done.exception, ConfigError)
+        assert str(done.exception) == (
+            "--sort dise: no run has that metric; there are minutes, name, started, out_of_fold_dice/mean"
+        )
+
+    def test_run_folders_know_the_same_without_mlflow(self, runs: Path, tmp_path: Path) -> None:
+        told = {}
+        for folder, options in ((runs, []), (runs, ["--offline"])):
+            arguments = ["runs", "--runs", str(folder), "--experiment", "liver", *options]
+            done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+            assert done.exit_code == 0
+            told[bool(options)] = [line.split() for line in done.output.splitlines()[2:]]
+        assert told[True] == told[False]
+        assert len(told[True]) == 3
+        done = CliRunner().invoke(app, ["runs", "--runs", str(tmp_path), "--offline"])
+        assert "no run folder with a tracking.jsonl" in str(done.exception)
 
     def test_compare_takes_folders_and_runs_of_mlflow(self, runs: Path, tmp_path: Path) -> None:
         first = next(run for run in list_runs(embedded_store(runs)) if run.name == "first")
