@@ -18,7 +18,8 @@ from pipeline.cli_inspect import inspect_network
 from pipeline.cli_interop import bundle_app, import_app
 from pipeline.cli_manifest import manifest_app
 from pipeline.cli_pacs import Aet, CredentialsFile, KeyringUser, Reach, ReceivePort, pacs_app
-from pipeline.cli_results import compare_runs, list_tracked, write_page
+from pipeline.cli_postprocess import choose_postprocessing
+from pipeline.cli_results import compare_runs, list_tracked, promote_run, write_page
 from pipeline.cli_scores import scores_app
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ Uncertainty = Annotated[
 KeepScores = Annotated[
     int,
     typer.Option("--keep-scores", metavar="K", min=0, help="Keep each voxel's K likeliest classes, to decide again."),
+]
+PostProcess = Annotated[
+    bool, typer.Option("--postprocessing/--no-postprocessing", help="Do what the cross-validation found to help.")
 ]
 Smooth = Annotated[int, typer.Option("--smooth", metavar="ROUNDS", min=0, help="Rounds of smoothing of meshes.")]
 Deidentify = Annotated[
@@ -231,6 +235,7 @@ def predict(
     step: Step = None,
     uncertainty: Uncertainty = False,
     keep_scores: KeepScores = 0,
+    postprocessing: PostProcess = True,
 ) -> None:
     """Segment volumes, or a study of an archive; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
@@ -239,7 +244,7 @@ def predict(
 
     removal = Removal(deidentify, deidentify_source, key)
     wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal, smooth,
-                        max_memory, explain, backend, step, uncertainty, keep_scores)  # fmt: skip
+                        max_memory, explain, backend, step, uncertainty, keep_scores, postprocessing)  # fmt: skip
     if any(map(is_node, inputs)):
         if explain:
             raise typer.BadParameter("not for a study of an archive; fetch it first", param_hint="--explain")
@@ -348,7 +353,9 @@ def config_reference() -> None:
 
 app.command("compare")(compare_runs)
 app.command("inspect")(inspect_network)
+app.command("postprocess")(choose_postprocessing)
 app.command("report")(write_page)
+app.command("promote")(promote_run)
 app.command("runs")(list_tracked)
 
 INTERRUPTED = 130

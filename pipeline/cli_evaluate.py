@@ -13,6 +13,7 @@ from pipeline.files import write_json, write_text
 
 if TYPE_CHECKING:
     from pipeline.config import EvaluateConfig
+    from pipeline.postprocessing import Found
     from pipeline.report_values import Report
 
 
@@ -87,8 +88,22 @@ def show_report(title: str, report: Report) -> None:
         print()
     if (sentence := sentence_of(report.expectations)) is not None:
         print(sentence)
+    if report.postprocessing is not None:
+        show_postprocessing(report.postprocessing)
     for case in report.explanations:
         print(f"{case.case_id}: {case.sentence}; look at its header and label table before the model")
+
+
+def show_postprocessing(found: Found) -> None:
+    """What the choice of a post-processing found, on standard output."""
+    from pipeline.postprocessing_tables import honesty, postprocessing_tables
+
+    for table in postprocessing_tables(found):
+        show_table(table.title, table.rows)
+        print()
+    if note := honesty(found):
+        print(note)
+    print(f"post-processing: {found.note}")
 
 
 def _millimetres(text: str, number: str) -> float:

@@ -213,6 +213,7 @@ class Prediction:
     tile_step: float | None = None
     uncertainty: bool = False
     keep_scores: int = 0
+    postprocess: bool = True
 
 
 def predict_inputs(
@@ -238,6 +239,7 @@ def predict_inputs(
         backend=wanted.backend,
         uncertainty=wanted.uncertainty,
         keep_scores=wanted.keep_scores,
+        postprocess=wanted.postprocess,
     )
     if wanted.explain:
         plans, failures = explain_studies(model, studies, settings=settings)

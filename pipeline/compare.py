@@ -31,6 +31,9 @@ TIE = 1e-9
 
 MOST_CHANGED = 5
 
+MOST_EXACT = 50
+"""Differences up to which a test counts every way in which their signs could fall."""
+
 FIGURES: Mapping[str, bool] = {"dice": True} | {
     figure.name: figure.worst == "lowest" for figure in report_values.FIGURES if figure.worst != "farthest from 0"
 }
@@ -158,14 +161,25 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def signed_rank_p(differences: Floats) -> float | None:
     """Two-sided p of Wilcoxon's signed-rank test, zeros left out; None when nothing differs.
 
-    Exact up to 50 differences without equal sizes, else by the normal approximation with SciPy's correction for ties.
+    Exact up to `MOST_EXACT` differences, those of equal sizes sharing their mean rank; beyond, by the normal
+    approximation with SciPy's correction for ties.
     """
-    from scipy.stats import wilcoxon
+    from scipy.stats import rankdata, wilcoxon
 
     moved = differences[np.abs(differences) > TIE]
     if not moved.size:
         return None
-    return float(wilcoxon(moved, zero_method="wilcox", method="auto").pvalue)
+    if moved.size > MOST_EXACT:
+        return float(wilcoxon(moved, zero_method="wilcox", method="asymptotic").pvalue)
+    # Twice the ranks are whole numbers, so all sums that signs can make are counted one rank after the other.
+    ranks = np.rint(2 * rankdata(np.abs(moved))).astype(np.int64)
+    chance = np.zeros(int(ranks.sum()) + 1)
+    chance[0] = 1.0
+    for rank in ranks.tolist():
+        chance[rank:] = chance[rank:] / 2 + chance[:-rank] / 2
+        chance[:rank] /= 2
+    found = int(ranks[moved > 0].sum())
+    return min(1.0, 2 * float(min(chance[: found + 1].sum(), chance[found:].sum())))
 
 
 def _names(a: Report, b: Report) -> list[str]:

@@ -6,9 +6,10 @@ Where folds run is a `FoldRunner`'s matter: here, one after another, or elsewher
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.bundle import BundleFacts, save_bundle
+from pipeline.bundle import BundleFacts, load_bundle, save_bundle
 from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase
@@ -18,16 +19,18 @@ from pipeline.files import write_json
 from pipeline.folder_lock import held
 from pipeline.held_out import REPORT_CSV, REPORT_JSON, agree_on_mirroring, out_of_fold_report, score_fold, write_report
 from pipeline.history import HISTORY, read_history
+from pipeline.inspection.live import validation_window
+from pipeline.inspection.pictures import write_pictures
+from pipeline.postprocess_run import with_postprocessing
 from pipeline.provenance import provenance_tags
 from pipeline.report import dice_distribution, learning_curves
 from pipeline.report_values import Report
-from pipeline.run_note import run_note
+from pipeline.run_note import headline, run_note
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
     BUNDLE,
     DONE,
     Run,
-    model_card,
     open_run_tracker,
     public_yaml,
     read_done,
@@ -37,8 +40,12 @@ from pipeline.runs import (
     track_whole_data,
 )
 from pipeline.task import TrainingResult, TrainingTask
-from pipeline.tracking import Tracker, null_tracker
+from pipeline.tracking import ModelCard, Tracker, null_tracker
 from pipeline.train import train
+
+INSPECTION = "inspection"
+"""In a fold's folder, and among its artifacts: pictures of the network's levels, where `train.inspect_every` asks."""
+
 
 FoldRunner = Callable[[Run, Sequence[int], Console], Mapping[int, Exception]]
 """Does `train_fold` for each of some folds, somewhere; gives what stopped those that could not be finished."""
@@ -62,7 +69,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
             raise RunError(f"no fold was finished; {first}") from failed.get(first)
         for fold, changed in agree_on_mirroring(run, finished, console).items():
             write_run_page(run, run.fold_folder(fold), changed)
-        report = out_of_fold_report(run, finished)
+        report = with_postprocessing(run, finished, out_of_fold_report(run, finished), console)
         write_report(run.folder, report)
         dice_distribution(report, run.folder / "dice.png")
         tracker.metrics(_tracked(report), step=0)
@@ -72,7 +79,7 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
             tracker.artifact(run.folder / name)
         _track_page(tracker, run, run.folder, report)
         if len(finished) == run.folds.count:
-            card = model_card(run, _tracked(report), register_as=run.dataset.manifest.name)
+            card = replace(_model_card(run, report), register_as=run.dataset.manifest.name)
             tracker.model([run.fold_folder(fold) / BUNDLE for fold in finished], card)
         send_leftovers(run, console)
         if failed:
@@ -112,6 +119,8 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
         result = train(task, run.hardware, _Observer(console, tracker, fold), resume=resume)
         _save(run, fold, result)
         report = score_fold(run, fold, [case.case_id for case in validation], console)
+        if task.settings.inspect_every is not None:
+            _draw_levels(run, fold, task, tracker)
         _finish(run, fold, result, report, tracker)
     return report
 
@@ -121,6 +130,16 @@ def help_train(run: Run, fold: int) -> None:
     training, validation = run_fold_cases(run, fold, None)
     observer = _Observer(Silence(), null_tracker(), fold)
     train(_task(run, fold, training, validation), run.hardware, observer, resume=True)
+
+
+def write_whole_report(run: Run, report: Report) -> Path:
+    """Write the out-of-fold report of a run, and its page, which is given.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    write_report(run.folder, report)
+    return write_run_page(run, run.folder, report)[0]
 
 
 class _Observer:
@@ -175,6 +194,14 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
     save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)
 
 
+def _draw_levels(run: Run, fold: int, task: TrainingTask, tracker: Tracker) -> None:
+    """What flows through the finished network, in the patch that was looked at while it learnt."""
+    folder = run.fold_folder(fold)
+    bundle = load_bundle(folder / BUNDLE, run.hardware.torch_device())
+    for picture in write_pictures(folder / INSPECTION, bundle, validation_window(task)):
+        tracker.artifact(picture, INSPECTION)
+
+
 def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker: Tracker) -> None:
     folder = run.fold_folder(fold)
     learning_curves(read_history(folder / HISTORY), folder / "curves.png")
@@ -182,7 +209,7 @@ def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker
     for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
         tracker.artifact(folder / name)
     _track_page(tracker, run, folder, report)
-    tracker.model([folder / BUNDLE], model_card(run, _tracked(report), step=result.steps))
+    tracker.model([folder / BUNDLE], _model_card(run, report, step=result.steps))
     write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
     discard_checkpoints(folder)
 
@@ -193,6 +220,19 @@ def _track_page(tracker: Tracker, run: Run, folder: Path, report: Report) -> Non
     for picture in pictures:
         tracker.artifact(picture, "overlays")
     tracker.note(run_note(run, folder, report, [picture.name for picture in pictures]))
+
+
+def _model_card(run: Run, report: Report, step: int | None = None) -> ModelCard:
+    """Of a fold's model after so many steps, or of all folds' together."""
+    return ModelCard(
+        patch_shape=run.plan.patch_shape,
+        spacing_mm=run.plan.spacing_mm,
+        channels=[channel.described for channel in run.plan.channels],
+        labels=run.dataset.manifest.labels.names,
+        metrics=_tracked(report),
+        step=step or 0,
+        result=headline(report, is_fold=step is not None),
+    )
 
 
 def _headline(report: Report) -> dict[str, float]:

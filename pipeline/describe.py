@@ -44,6 +44,7 @@ def facts_of(path: Path, *, resample_uneven: bool = False) -> Facts:
 
 def _bundle(path: Path) -> Facts:
     from pipeline.bundle import load_bundle
+    from pipeline.postprocessing import described
 
     bundle = load_bundle(path)
     plan, index = bundle.plan, bundle.index
@@ -56,6 +57,7 @@ def _bundle(path: Path) -> Facts:
         "parameters": f"{sum(p.numel() for p in bundle.network.parameters()):,}",
         f"spacing (mm, {_axes(plan)})": " x ".join(f"{s:g}" for s in plan.spacing_mm),
         "patch": " x ".join(map(str, plan.patch_shape)),
+        "post-processing": described(bundle.postprocessing.actions) if bundle.postprocessing else "none",
         **{f"made with {k}": str(v) for k, v in index.provenance.items()},
         "weights sha256": bundle.digest,
     }

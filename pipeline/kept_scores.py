@@ -148,7 +148,7 @@ def read_scores(path: Path) -> KeptScores:
     """
     wrong = f"{path}: no kept scores of `volseg predict --keep-scores`"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             header = json.loads(bytes(arrays["header"]))
             if header["format"] != _FORMAT or header["levels"] != LEVELS:
                 raise VolumeError(f"{wrong} as this version writes them; predict again")

@@ -45,6 +45,18 @@ def store_postprocessing(run: Run, folds: Sequence[int], wanted: PostProcessing 
         set_postprocessing(run.fold_folder(fold) / BUNDLE, wanted)
 
 
+def with_postprocessing(run: Run, folds: Sequence[int], report: Report, console: Console) -> Report:
+    """The report with what was found of post-processing, which from now on is in the bundles of these folds.
+
+    Raises:
+        VolsegError: as for `find_postprocessing` and `store_postprocessing`.
+    """
+    found = find_postprocessing(run, report, console)
+    store_postprocessing(run, folds, found.chosen)
+    console.note(f"post-processing: {found.note}")
+    return report.model_copy(update={"postprocessing": found})
+
+
 def held_out_cases(run: Run, report: Report) -> tuple[HeldOut, ...]:
     """Those of a report that have a fold, with their files."""
     references = {reference.case_id: reference for reference in references_of_dataset(run.dataset)}

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
+from pipeline.postprocessing import Found
 
 Status = Literal["scored", "absent", "missed", "false", "unannotated"]
 Interval = tuple[float, float]
@@ -254,7 +255,8 @@ class Report(BaseModel):
     `failures` are cases that could not be scored, `missing_predictions` references that had no prediction,
     `extra_predictions` predictions that had no reference; none of them is part of any figure. `explanations` are of
     bad cases that a header or a label table may have made so. `expectations` are of labels, then regions, then of the
-    mean over these, where a prediction was asked what it expects.
+    mean over these, where a prediction was asked what it expects. `postprocessing` is what was tried of it on the
+    cases of a cross-validation; every other figure is without it.
     """
 
     model_config = _VALUE
@@ -270,6 +272,7 @@ class Report(BaseModel):
     extra_predictions: tuple[str, ...] = ()
     explanations: tuple[CaseExplanation, ...] = ()
     expectations: tuple[Expectation, ...] = ()
+    postprocessing: Found | None = None
 
     @property
     def summaries(self) -> tuple[LabelSummary, ...]:

@@ -6,61 +6,76 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.plan import Plan
-from pipeline.report_values import FigureSummary, Interval, OverallFigure, Report
+from pipeline.report_values import Interval, LabelSummary, Report
 from pipeline.run_page import PAGE
 from pipeline.runs import Run
 
 MOST_LABELS = 20
 """Labels that have a row; a description has no room for more, and the report has them all."""
 
-_FIGURES = {"surface_dice": ("surface Dice", 3), "hausdorff_95_mm": ("HD95 mm", 2)}
+_FIGURES = {"surface_dice": ("surface Dice", "", 3), "hausdorff_95_mm": ("HD95", " mm", 2)}
 
 
 def run_note(run: Run, folder: Path, report: Report, pictures: Sequence[str] = ()) -> str:
-    """Markdown about the run, or one fold of it, by its `folder`; `pictures` are names of overlays in `overlays/`."""
+    """Markdown about the run, or one fold of it, by its `folder`; `pictures` are names of overlays in `overlays/`.
+
+    MLflow shows the first lines until it is asked for more, so they hold what most come for.
+    """
+    is_fold = folder != run.folder
     parts = [
-        _headline(report, is_fold=folder != run.folder),
-        "\n".join(_table(report)),
+        f"### {_dice(report)}",
+        f"{_scope(report, is_fold=is_fold)}. Look at {_links(pictures, is_fold=is_fold)}.",
+        "\n".join(_labels(report)),
         _data(run),
         _plan(run.plan),
         _command(run, folder),
-        _links(pictures, is_fold=folder != run.folder),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _headline(report: Report, *, is_fold: bool) -> str:
+def headline(report: Report, *, is_fold: bool) -> str:
+    """The result in a sentence."""
+    scope = _scope(report, is_fold=is_fold)
+    return f"{_dice(report)}: {scope[0].lower()}{scope[1:]}"
+
+
+def _dice(report: Report) -> str:
+    mean = report.overall.mean
+    return "No case could be scored" if mean is None else f"Dice {mean:.3f}{_told(report.overall.interval_95)}"
+
+
+def _scope(report: Report, *, is_fold: bool) -> str:
     overall = report.overall
-    if overall.mean is None:
-        return "No case could be scored."
-    cases = f"{overall.n_cases} cases of {overall.n_patients} patients"
-    where = f"over the {cases} held out" if is_fold else f"out of fold over {cases}, {len(overall.folds)} folds"
-    return f"### Dice {overall.mean:.3f}{_told(overall.interval_95)}\n\n{report.headline.capitalize()}, {where}."
+    cases = f"{_count(overall.n_cases, 'case')} of {_count(overall.n_patients, 'patient')}"
+    where = (
+        f"over the {cases} held out" if is_fold else f"out of fold over {cases}, {_count(len(overall.folds), 'fold')}"
+    )
+    return f"{report.headline.capitalize()}, {where}"
 
 
 def _told(interval: Interval | None) -> str:
     return "" if interval is None else f" (95 % {interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _table(report: Report) -> list[str]:
-    names = [name for name in _FIGURES if any(figure.name == name for figure in report.overall.figures)]
-    heads = ["", "cases", "Dice", "95 %", *(_FIGURES[name][0] for name in names)]
-    rows = [_row(heads), _row(["---"] * len(heads))]
-    for label in report.summaries[:MOST_LABELS]:
-        figures = [_number(label.figure(name), _FIGURES[name][1]) for name in names]
-        interval = "" if label.interval_95 is None else f"{label.interval_95[0]:.3f} to {label.interval_95[1]:.3f}"
-        mean = "" if label.mean is None else f"{label.mean:.3f}"
-        rows.append(_row([_plain(label.label), str(label.n_scored), mean, interval, *figures]))
+def _labels(report: Report) -> list[str]:
+    """A line a label; a list and no table, which MLflow's page sets without space between its columns."""
+    rows = [_label(summary) for summary in report.summaries[:MOST_LABELS]]
     left = len(report.summaries) - MOST_LABELS
-    return [*rows, _row([f"and {left} more", *[""] * (len(heads) - 1)])] if left > 0 else rows
+    return [*rows, f"- and {left} more in the report"] if left > 0 else rows
 
 
-def _number(figure: FigureSummary | OverallFigure | None, digits: int) -> str:
-    return "" if figure is None or figure.mean is None else f"{figure.mean:.{digits}f}"
+def _label(summary: LabelSummary) -> str:
+    told = [] if summary.mean is None else [f"Dice {summary.mean:.3f}{_told(summary.interval_95)}"]
+    for name, (what, unit, digits) in _FIGURES.items():
+        figure = summary.figure(name)
+        if figure is not None and figure.mean is not None:
+            told.append(f"{what} {figure.mean:.{digits}f}{unit}")
+    cases = _count(summary.n_scored, "case")
+    return f"- **{_plain(summary.label)}**: {', '.join([*told, cases])}"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _data(run: Run) -> str:
@@ -92,7 +107,7 @@ def _links(pictures: Sequence[str], *, is_fold: bool) -> str:
     places = {PAGE: "report"} | {f"overlays/{name}": f"{which} case" for name, which in named.items()}
     if not is_fold:
         places |= {"plan.json": "plan", "config.yaml": "config", "folds.json": "folds"}
-    return "**Look at:** " + ", ".join(f"[{what}](artifact:{place})" for place, what in places.items())
+    return "the " + ", ".join(f"[{what}](artifact:{place})" for place, what in places.items())
 
 
 def _plain(text: str) -> str:

@@ -9,7 +9,7 @@ RUN/
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from pipeline.planner import make_plan
 from pipeline.provenance import provenance_tags
 from pipeline.tracking import (
     Busy,
-    ModelCard,
     Tracker,
     deliver,
     embedded_store,
@@ -205,19 +204,6 @@ def _tags(run: Run) -> dict[str, str]:
         "device": run.hardware.device,
     }
     return told | provenance_tags()
-
-
-def model_card(run: Run, metrics: Mapping[str, float], *, step: int = 0, register_as: str | None = None) -> ModelCard:
-    """What MLflow shows of a model of this run that was measured at `metrics` after `step` steps."""
-    return ModelCard(
-        patch_shape=run.plan.patch_shape,
-        spacing_mm=run.plan.spacing_mm,
-        channels=[channel.described for channel in run.plan.channels],
-        labels=run.dataset.manifest.labels.names,
-        metrics=metrics,
-        step=step,
-        register_as=register_as,
-    )
 
 
 def tracking_uri(config: Config) -> str:

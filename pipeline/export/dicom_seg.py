@@ -39,6 +39,7 @@ from pipeline.export.dicom_source import (
     source_image,
     take_identity,
 )
+from pipeline.postprocessing import described
 from pipeline.quiet import quiet
 from pipeline.segmentation import Algorithm, Segmentation
 from transforms.dicom import DicomSeries
@@ -47,6 +48,9 @@ from transforms.labels import CodedConcept, Label
 
 SERIES_NUMBER_OFFSET = 1000
 """Added to the source's series number, so that viewers list the segmentation behind the study's images."""
+
+ST_CHARACTERS = 1024
+"""The longest short text (PS3.5 section 6.2)."""
 
 MOST_PIXEL_BYTES = 2**32 - 2
 """The longest value that DICOM can hold (PS3.5 section 7.1.2)."""
@@ -150,7 +154,7 @@ def _slice_gap_mm(segmentation: Segmentation) -> float:
 
 def _segment(number: int, label: Label, segmentation: Segmentation) -> hd.seg.SegmentDescription:
     check_length(label.name, LO_CHARACTERS, f"the name of label {label.id}")
-    return hd.seg.SegmentDescription(
+    found = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=label.name,
         segmented_property_category=_code(label.category),
@@ -161,6 +165,10 @@ def _segment(number: int, label: Label, segmentation: Segmentation) -> hd.seg.Se
         tracking_id=label.name,
         display_color=hd.color.CIELabColor.from_rgb(*label.colour),
     )
+    cleaning = segmentation.postprocessing.actions if segmentation.postprocessing else ()
+    if done := [action for action in cleaning if label.name in action.labels]:
+        found.SegmentDescription = f"post-processed: {described(done)}"[:ST_CHARACTERS]
+    return found
 
 
 @lru_cache(maxsize=1)

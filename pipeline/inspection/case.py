@@ -63,6 +63,14 @@ class Look:
     asked: int
 
 
+@dataclass(frozen=True, eq=False)
+class Untouched:
+    """A case as the network is: what flowed through its levels, and the classes (I, J, K) on the case's own grid."""
+
+    sums: Mapping[str, ChannelSums]
+    classes: Classes
+
+
 class Passes:
     """A case as the model's one network sees it, and passes over it.
 
@@ -82,6 +90,12 @@ class Passes:
         self.members = members_of(model, SETTINGS)
         self.prepared = prepare(model.plan, case.channels)
         self.image = self.prepared.image.to(device)
+
+    def untouched(self) -> Untouched:
+        """The network as it is."""
+        with record_sums(self.network) as sums:
+            classes = self.run("as it is")
+        return Untouched(dict(sums), classes)
 
     def run(self, what: str) -> Classes:
         """The classes (I, J, K) that the network finds now, on the case's own grid."""
@@ -106,15 +120,14 @@ class Passes:
         return None
 
 
-def look_at(passes: Passes, changes: Sequence[Change]) -> Look:
-    """Pass over a case as it is and with each of `changes`, and backward from a few voxels.
+def look_at(passes: Passes, untouched: Untouched, changes: Sequence[Change]) -> Look:
+    """Pass over a case with each of `changes`, and backward from a few voxels.
 
     Dice is on the case's own grid, without mirroring and post-processing: against the reference, or against the
     untouched result where there is none.
     """
     case, schema = passes.case, passes.model.schema
-    with record_sums(passes.network) as sums:
-        classes = passes.run("as it is")
+    classes, sums = untouched.classes, untouched.sums
     expected = classes if case.reference is None else case.reference
     annotated = case.annotated or schema.are_annotated(None)
     means = {name: found.mean for name, found in sums.items()}
@@ -127,7 +140,7 @@ def look_at(passes: Passes, changes: Sequence[Change]) -> Look:
     energy, spacing_mm = passes.gradients(labelled), passes.prepared.grid.spacing_mm
     return Look(
         name=case.name,
-        sums=dict(sums),
+        sums=sums,
         untouched=dice_of_classes(classes, expected, schema, annotated=annotated),
         changed=rows,
         extents_mm=extents_mm(labelled, schema, passes.source.spacing_mm),

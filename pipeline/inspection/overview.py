@@ -40,7 +40,7 @@ def write_overview(
 def draw_overview(scene: Scene, activations: Mapping[str, Tensor], figures: Sequence[LevelFigures]) -> Figure:
     """Encoder on the left, decoder on the right, skips between them, finest levels on top; image and result above.
 
-    Each thumbnail is the energy (RMS over channels) of a level in the scene's plane, from its lowest to its highest.
+    Each thumbnail is the energy (RMS over channels) of a level in the scene's plane, from lowest to highest there.
     """
     u = _U(scene, figures)
     boxes = {}
@@ -101,9 +101,8 @@ def _draw_level(u: _U, features: Tensor, level: LevelFigures, words: Sequence[st
     """The thumbnail with its words beside it."""
     x_in, y_in = u.corner(level.kind, level.level)
     axes = u.sheet.axes(x_in, y_in, *u.thumb_in)
-    energy = np.sqrt(np.square(u.scene.level(features), dtype=np.float64).mean(axis=0))
-    pixels = u.scene.plane(energy)
-    u.scene.draw(axes, pixels, cmap=COLOURS, vmin=float(energy.min()), vmax=max(float(energy.max()), 1e-12))
+    pixels = u.scene.plane(np.sqrt(np.square(u.scene.level(features), dtype=np.float64).mean(axis=0)))
+    u.scene.draw(axes, pixels, cmap=COLOURS, vmin=float(pixels.min()), vmax=max(float(pixels.max()), 1e-12))
     u.scene.draw_reference(axes, width=0.8)
     name = level.name.capitalize()
     if level.dead:

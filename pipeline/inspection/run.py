@@ -12,7 +12,7 @@ from pipeline.console import Console
 from pipeline.device import choose_hardware
 from pipeline.errors import BundleError, ConfigError
 from pipeline.files import write_json
-from pipeline.inspection.case import Look, Passes, look_at
+from pipeline.inspection.case import Look, Passes, Untouched, look_at
 from pipeline.inspection.contributions import Against, changes_of
 from pipeline.inspection.levels import levels_of
 from pipeline.inspection.reading import Asked, Subject, find_subjects, read_case
@@ -21,7 +21,7 @@ from pipeline.inspection.words import words_of
 from pipeline.predict import Model
 from pipeline.segment import device_of
 
-INSPECTION = "inspection.json"
+INSPECTION, PAGE = "inspection.json", "inspection.html"
 
 
 def open_model(path: Path, device: str) -> Model:
@@ -43,7 +43,7 @@ def open_model(path: Path, device: str) -> Model:
 def inspect_cases(
     model: Model, asked: Asked, *, console: Console, out: Path | None = None, quick: bool = False
 ) -> tuple[Inspection, list[Path]]:
-    """Look at each case in turn; what was found together, and the files that were written to `out`.
+    """Look at each case in turn; what was found together, and the files and the folder of pictures written to `out`.
 
     `quick` leaves out what parts contribute. Where any case has no reference, all are compared with themselves.
 
@@ -56,22 +56,54 @@ def inspect_cases(
     with_reference = all(subject.labels is not None for subject in subjects)
     _tell_without(subjects, console)
     looks: list[Look] = []
-    files: list[Path] = []
+    pictures: list[Path] = []
     for subject in subjects:
         case = read_case(model, subject, asked)
         if not with_reference:
             case = replace(case, reference=None, annotated=())
         passes = Passes(model, case, device=device_of(model), told=console.progress)
-        looks.append(look_at(passes, changes))
-    index = model.bundles[0].index
-    name = index.name if index.fold is None else f"{index.name}, fold {index.fold}"
+        untouched = passes.untouched()
+        looks.append(look_at(passes, untouched, changes))
+        if out is not None and not pictures:
+            console.progress("drawing", 0, 1)
+            pictures = _draw(passes, untouched, out / case.name)
+            console.progress("drawing", 1, 1)
     against: Against = "reference" if with_reference else "untouched"
-    found = inspection_of(name, model.plan, model.schema, looks, against=against)
-    if out is not None:
-        words = [asdict(sentence) for sentence in words_of(found)]
-        write_json(out / INSPECTION, found.to_json() | {"words": words})
-        files.append(out / INSPECTION)
-    return found, files
+    found = inspection_of(_name(model), model.plan, model.schema, looks, against=against)
+    return found, [] if out is None else _write(found, model, pictures, out)
+
+
+def _name(model: Model) -> str:
+    index = model.bundles[0].index
+    return index.name if index.fold is None else f"{index.name}, fold {index.fold}"
+
+
+def _draw(passes: Passes, untouched: Untouched, folder: Path) -> list[Path]:
+    from pipeline.inspection.pictures import window_of_case, write_pictures
+
+    bundle, reference = passes.model.bundles[0], passes.case.reference
+    window = window_of_case(bundle, passes.prepared, passes.source, result=untouched.classes, reference=reference)
+    return write_pictures(folder, bundle, window)
+
+
+def _write(found: Inspection, model: Model, pictures: Sequence[Path], out: Path) -> list[Path]:
+    from pipeline.inspection.page import write_page
+
+    words, bundle = words_of(found), model.bundles[0]
+    write_json(out / INSPECTION, found.to_json() | {"words": [asdict(sentence) for sentence in words]})
+    compared = found.contributions is not None and found.contributions.against == "untouched"
+    facts = {
+        "model": found.model,
+        "weights": bundle.digest[:12],
+        "network": f"{model.plan.network} of {found.depth} levels",
+        "trained with": f"volseg {bundle.index.provenance.get('volseg', 'of unknown version')}",
+        "cases": ", ".join(found.cases),
+        "Dice is": "agreement with the untouched result" if compared else "against the reference",
+        "windows": "as in prediction, without mirroring and post-processing",
+        "pictures": f"of {found.cases[0]}",
+    }
+    write_page(out / PAGE, found, words, pictures, facts=facts)
+    return [out / INSPECTION, out / PAGE, pictures[0].parent]
 
 
 def _tell_without(subjects: Sequence[Subject], console: Console) -> None:

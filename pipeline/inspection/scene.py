@@ -6,7 +6,7 @@ A level's voxels are larger than the image's, but cover the same patch; both are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,7 +42,7 @@ class Scene:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of the patch, along `VIEW`."""
-        return self._along_view(self.prediction.cpu().numpy()).shape
+        return self.along_view(self.prediction.cpu().numpy()).shape
 
     @cached_property
     def view(self) -> View:
@@ -58,7 +58,7 @@ class Scene:
         for classes in (self.window.classes, self.prediction):
             if classes is None:
                 continue
-            turned = self._along_view(classes.cpu().numpy())
+            turned = self.along_view(classes.cpu().numpy())
             areas = np.count_nonzero(self._is_label(turned), axis=(self.view.across, self.view.down))
             if areas.any():
                 return (float(areas.argmax()) + 0.5) / len(areas)
@@ -72,7 +72,7 @@ class Scene:
 
     def plane(self, voxels: Array) -> Array:
         """Rows and columns (..., down, across) of voxels (..., i, j, k) of any resolution that cover the patch."""
-        turned = self._along_view(voxels)
+        turned = self.along_view(voxels)
         through = turned.ndim - 3 + self.view.through
         count = turned.shape[through]
         cut = np.take(turned, min(int(self.part * count), count - 1), axis=through)
@@ -100,9 +100,9 @@ class Scene:
         axes.set_axis_off()
         return drawn
 
-    def draw_marks(self, axes: Axes) -> None:
+    def draw_marks(self, axes: Axes, *, named: bool = True) -> None:
         """Name of the plane, sides of the patient, scale."""
-        draw_marks(axes, self.view, self.size_mm)
+        draw_marks(axes, self.view if named else replace(self.view, name=""), self.size_mm)
 
     def draw_prediction(self, axes: Axes, *, width: float = 1.6) -> None:
         """The outline of each label that was found, in its colour."""
@@ -139,7 +139,7 @@ class Scene:
     def _is_label(self, classes: Array) -> Array:
         return np.asarray((classes > 0) & (classes < self.schema.class_count))
 
-    def _along_view(self, voxels: Array) -> Array:
+    def along_view(self, voxels: Array) -> Array:
         """The last three axes permuted and flipped as those of the patch; a sheared patch is drawn as it is stored."""
         geometry = self.window.geometry
         axes = geometry.axis_map(geometry.oriented(VIEW))

@@ -82,8 +82,11 @@ class _Changes:
 
     def moves(self, change: Change) -> str:
         """As 'Dice falls by 0.003'."""
-        fall = self.found.falls(change)
-        return f"{self.score} {'rises' if fall < 0 else 'falls'} by {score_text(abs(fall))}"
+        return f"{self.score} {'rises' if self.found.falls(change) < 0 else 'falls'} by {self.size(change)}"
+
+    def size(self, change: Change) -> str:
+        """By how much."""
+        return score_text(abs(self.found.falls(change)))
 
     def is_nothing(self, change: Change) -> bool:
         """In every case."""
@@ -149,7 +152,8 @@ def _about_skips(changes: _Changes) -> Iterator[Sentence]:
     working = []
     for mean in changes.of("mean"):
         zeroed, skip = Change("zeroed", mean.level), f"skip {mean.level}"
-        by_mean = f"{changes.moves(mean)} when it is replaced by its mean"
+        replaced = "when it is replaced by its mean"
+        by_mean = f"{changes.moves(mean)} {replaced}"
         if changes.rises(mean):
             yield Sentence(skip, f"{_begun(skip)} carries noise ({by_mean}, {changes.where}).")
         elif not changes.is_nothing(mean):
@@ -157,10 +161,9 @@ def _about_skips(changes: _Changes) -> Iterator[Sentence]:
         elif changes.is_nothing(zeroed):
             yield Sentence(skip, f"{_begun(skip)} brings nothing ({by_mean}, {changes.where}).")
         else:
-            text = (
-                f"is used as a constant, not for its detail ({changes.moves(zeroed)} when it is zeroed, but {by_mean}"
-            )
-            yield Sentence(skip, f"{_begun(skip)} {text}, {changes.where}).")
+            figure = f"{changes.moves(zeroed)} when it is zeroed, by {changes.size(mean)} {replaced}"
+            text = f"{_begun(skip)} is used as a constant, not for its detail ({figure}, {changes.where})."
+            yield Sentence(skip, text)
     if working:
         yield Sentence("skips", _ranking(changes, working))
 
@@ -172,7 +175,7 @@ def _ranking(changes: _Changes, working: Sequence[Change]) -> str:
     most = changes.found.most_changed(first)
     if most is not None and len(changes.found.headline) > 1:
         text += f"; {most[0]} by {score_text(most[1])}"
-    rest = ", ".join(f"skip {c.level} ({score_text(changes.found.falls(c))})" for c in others)
+    rest = ", ".join(f"skip {c.level} ({changes.size(c)})" for c in others)
     return f"{text}){', then ' if rest else ''}{rest}."
 
 

@@ -29,7 +29,7 @@ def export_model(model: Path, out: Path, *, to: str, force: bool) -> list[str]:
         near = difflib.get_close_matches(to, EXPORTERS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ExportError(f"--to {to}: no such format; {hint}known are {', '.join(EXPORTERS)}")
-    return EXPORTERS[to](model, out, force=force)
+    return [*EXPORTERS[to](model, out, force=force), *_left_out(model)]
 
 
 def one_bundle(model: Path) -> Path:
@@ -45,6 +45,17 @@ def one_bundle(model: Path) -> Path:
     if len(bundles) > 1:
         raise BundleError(f"{model}: found {len(bundles)} folds, expected one model; give one of them, as {bundles[0]}")
     return bundles[0]
+
+
+def _left_out(model: Path) -> list[str]:
+    """What a network elsewhere does not do."""
+    from pipeline.bundle import find_bundles, load_bundle
+    from pipeline.postprocessing import described
+
+    found = load_bundle(find_bundles(model)[0]).postprocessing
+    if found is None:
+        return []
+    return [f"not part of it: the post-processing that volseg does afterwards ({described(found.actions)}); do it too"]
 
 
 def _to_nnunet(model: Path, out: Path, *, force: bool) -> list[str]:

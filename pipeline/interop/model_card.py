@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.bundle import ModelBundle
 from pipeline.interop.network_graph import Difference, has_free_sides
+from pipeline.postprocessing import described
 from transforms.patches import GAUSSIAN_SIGMA, SMALLEST_WEIGHT
 
 FORMAT = "volseg-network-1"
@@ -18,7 +19,7 @@ def model_card(bundle: ModelBundle, found: Difference) -> dict[str, Any]:
 
     `found` is how far the exported network was from the bundle's own.
     """
-    plan, index = bundle.plan, bundle.index
+    plan, index, cleaning = bundle.plan, bundle.index, bundle.postprocessing
     return {
         "format": FORMAT,
         "name": index.name,
@@ -32,6 +33,7 @@ def model_card(bundle: ModelBundle, found: Difference) -> dict[str, Any]:
         "tile_step": index.tile_step,
         "mirror": index.mirror,
         "twin_outputs": list(bundle.schema.twin_outputs),
+        "postprocessing": None if cleaning is None else cleaning.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json", exclude=TRAINING_ONLY),
         "labels": bundle.schema.model_dump(mode="json"),
     }
@@ -81,7 +83,15 @@ def _steps(bundle: ModelBundle) -> list[str]:
         "With mirror, they are averaged over every combination of plan.mirror_axes; an output mirrored along axis 0 "
         "is put in the place of its twin (twin_outputs).",
         f"Back on the volume's own grid, linearly; {last}; label_ids are the values of the label map.",
+        *_cleaning(bundle),
     ]
+
+
+def _cleaning(bundle: ModelBundle) -> list[str]:
+    """Of components that hang together over faces, edges or corners, and holes that do over faces."""
+    if bundle.postprocessing is None:
+        return []
+    return [f"Post-processing of the label map, as postprocessing says: {described(bundle.postprocessing.actions)}."]
 
 
 def _preparing(bundle: ModelBundle) -> list[str]:

@@ -47,6 +47,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A length from zero, with what it says of itself; `group` chooses the colour."""
+
+    name: str
+    value: float
+    title: str
+    group: int = 0
+
+
+@dataclass(frozen=True)
 class Scale:
     """Values from `low` to `high` on pixels from `start` to `end`."""
 
@@ -85,12 +95,43 @@ def strip_chart(strips: Sequence[Strip], *, x_label: str, low: float, high: floa
     return _svg(width, height, parts, f"Distribution of {x_label}")
 
 
+def bar_chart(bars: Sequence[Bar], *, x_label: str, width: int = 720) -> str:
+    """Bars from left to right, from a line at zero, which some may be below; each with its value behind it."""
+    left, row = 190, 30
+    height = _TOP + row * len(bars) + _BOTTOM
+    low, high = min(0.0, *(bar.value for bar in bars)), max(0.0, *(bar.value for bar in bars))
+    room = 0.14 * (high - low) or 1.0
+    scale = Scale(low - room if low < 0 else 0.0, high + room if high > 0 else 0.0, left, width - _RIGHT)
+    parts, zero = [_vertical_grid(scale, height - _BOTTOM, x_label)], scale(0.0)
+    for number, bar in enumerate(bars):
+        middle, end = _TOP + row * (number + 0.5), scale(bar.value)
+        title = f"<title>{escape(bar.title)}</title>"
+        parts.append(f'<text class="name" x="{left - 12}" y="{middle + 4:.1f}">{escape(_short(bar.name, 26))}</text>')
+        parts.append(
+            f'<rect class="c{bar.group % COLOURS}" x="{min(zero, end):.1f}" y="{middle - 9:.1f}" '
+            f'width="{max(abs(end - zero), 1.0):.1f}" height="18" rx="2">{title}</rect>'
+        )
+        anchor, x = ("end", end - 6) if bar.value < 0 else ("start", end + 6)
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{middle + 4:.1f}" text-anchor="{anchor}">{_value(bar.value)}</text>'
+        )
+    parts.append(f'<line class="level" x1="{zero:.1f}" x2="{zero:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
+    return _svg(width, height, parts, x_label)
+
+
 def scatter_chart(
-    points: Sequence[Point], *, x_label: str, y_label: str, levels: Sequence[tuple[float, str]], width: int = 340
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    y_label: str,
+    levels: Sequence[tuple[float, str]] = (),
+    width: int = 340,
+    from_zero: bool = True,
 ) -> str:
-    """Points with horizontal lines at `levels` (value, what it is)."""
+    """Points with horizontal lines at `levels` (value, what it is); `from_zero` has 0 on the upright axis too."""
     height, left = 260, 62
-    xs, ys = [p.x for p in points] or [0.0], [p.y for p in points] + [v for v, _ in levels] + [0.0]
+    xs, ys = [p.x for p in points] or [0.0], [p.y for p in points] + [v for v, _ in levels]
+    ys += [0.0] if from_zero or not ys else []
     across = Scale(*_padded(min(xs), max(xs)), left, width - _RIGHT)
     up = Scale(*_padded(min(ys), max(ys)), height - _BOTTOM, _TOP)
     parts = [_frame(across, up, x_label, y_label)]
@@ -173,6 +214,10 @@ def _mean(strip: Strip, scale: Scale, middle: float) -> str:
         part = f'<line class="interval" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>'
     corners = f"{x - 5:.1f},{middle} {x:.1f},{middle - 6} {x + 5:.1f},{middle} {x:.1f},{middle + 6}"
     return f'<g>{part}<polygon class="mean" points="{corners}"/><title>{escape(told)}</title></g>'
+
+
+def _value(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 2 else f"{value:.1f}"
 
 
 def _jitter(number: int) -> float:

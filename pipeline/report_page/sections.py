@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from pipeline.expectation import sentence_of
+from pipeline.postprocessing_tables import honesty, postprocessing_tables
 from pipeline.report_page.charts import COLOURS, Point, Strip, line_chart, scatter_chart, strip_chart
 from pipeline.report_page.facts import Picture, RunFacts
 from pipeline.report_tables import tables
@@ -107,14 +108,25 @@ def expectations(report: Report) -> str:
             if s.expected_dice is not None and s.dice is not None
         ]
         if points:
-            chart = scatter_chart(points, x_label="expected Dice", y_label="Dice", levels=())
+            chart = scatter_chart(points, x_label="expected Dice", y_label="Dice", from_zero=False)
             charts.append(f"<figure>{chart}<figcaption>{escape(summary.label)}</figcaption></figure>")
-    note = "Expected: 2 Σ p [decided] / (Σ p + decided voxels), from the probabilities p that the model gives itself; "
-    note += "correlations are of ranks. Above, the mean of a case's labels."
+    note = "Expected of each label in each case: 2 Σ p [decided] / (Σ p + decided voxels), from the model's own "
+    note += "probabilities p. The sentence is of the mean over a case's labels; the axes begin where the points do."
     return (
         f'<p>{escape(sentence[0].upper() + sentence[1:])}.</p><div class="charts">{"".join(charts)}</div>'
         f'<p class="soft">{note}</p>'
     )
+
+
+def postprocessing(report: Report) -> str:
+    """What was tried on finished label maps, what was chosen, and what it does."""
+    found = report.postprocessing
+    if found is None:
+        return ""
+    body = "".join(f"<h3>{escape(t.title)}</h3>{table(t.rows)}" for t in postprocessing_tables(found))
+    note = honesty(found)
+    told = f'<p class="soft">{escape(note[0].upper() + note[1:])}.</p>' if note else ""
+    return f"<p>{escape(found.note[0].upper() + found.note[1:])}.</p>{body}{told}"
 
 
 def curves(run: RunFacts) -> str:

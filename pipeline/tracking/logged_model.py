@@ -24,7 +24,7 @@ from pipeline.tracking.journal import Fact
 from pipeline.tracking.store_uri import is_embedded
 from pipeline.tracking.texts import as_key, shortened
 
-_BUNDLE_TAG = "volseg.bundle_sha256"
+_BUNDLE_TAG, _RESULT_TAG = "volseg.bundle_sha256", "result"
 _SHOWN = ("patch_shape", "spacing_mm", "channels", "labels")
 _EXAMPLE = "study.nii.gz"
 _MOST_PARAM = 500
@@ -76,7 +76,14 @@ def register(client: MlflowClient, name: str, model_id: str, *, run_id: str) -> 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = client.create_model_version(name, source, run_id=run_id, model_id=model_id, await_creation_for=0)
+    made = client.create_model_version(
+        name,
+        source,
+        run_id=run_id,
+        description=logged.tags.get(_RESULT_TAG),
+        model_id=model_id,
+        await_creation_for=0,
+    )
     # By this tag the run's page finds its versions.
     versions = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
     versions.append({"name": name, "version": int(made.version)})
@@ -98,7 +105,7 @@ def _model_id(client: MlflowClient, ids: Ids, fact: Fact) -> str:
         ids["experiment"],
         re.sub(r"[^\w -]", "_", body["name"]),
         source_run_id=ids["run"],
-        tags={_BUNDLE_TAG: body["sha256"]},
+        tags={_BUNDLE_TAG: body["sha256"], _RESULT_TAG: body["result"]},
         params={key: _told(body[key]) for key in _SHOWN} | {"networks": str(len(body["paths"]))},
         model_type="segmentation",
     )

@@ -30,7 +30,8 @@ class ModelCard:
 
     `patch_shape` (I, J, K) and `spacing_mm` are the plan's. `channels` and `labels` are named as a person would.
     `metrics` are the model's own, as `Tracker.metrics` takes them, after `step` steps. `register_as` is the name under
-    which it becomes a version in the registry at once; None leaves it where it can still be registered.
+    which it becomes a version in the registry at once; None leaves it where it can still be registered. `result` says
+    in a sentence how good it is.
     """
 
     patch_shape: Sequence[int]
@@ -40,6 +41,7 @@ class ModelCard:
     metrics: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
     register_as: str | None = None
+    result: str = ""
 
 
 class Tracker(Protocol):
@@ -141,6 +143,7 @@ class JournalTracker:
             "metrics": {key: _as_json(value) for key, value in card.metrics.items()},
             "step": card.step,
             "register_as": card.register_as,
+            "result": card.result,
         }
         self._tell_once("model", body)
 

@@ -24,7 +24,8 @@ from .conftest import ROOT, Outcome, World, environment
 
 HEAVY = ("highdicom", "lightning_fabric", "matplotlib", "mlflow", "monai", "nibabel", "scipy", "SimpleITK", "torch")
 COMMANDS = ("manifest", "dicom", "check", "plan", "train", "crossval", "predict", "evaluate", "export", "view", "info",
-            "config", "pacs", "import", "bundle", "compare", "inspect", "report", "runs")  # fmt: skip
+            "config", "pacs", "import", "bundle", "compare", "inspect", "promote", "report", "runs",
+            "scores")  # fmt: skip
 Call = Callable[..., Outcome]
 
 
@@ -62,11 +63,11 @@ print("loaded:", *sorted(set({HEAVY}) & set(sys.modules)))
     def test_every_option_of_every_subcommand_is_explained(self) -> None:
         group: Any = typer.main.get_command(app)
         commands = dict(group.commands)
-        for name in ("manifest", "dicom", "pacs", "import", "bundle"):
+        for name in ("manifest", "dicom", "pacs", "import", "bundle", "scores"):
             # `bundle export` is not `export`.
             commands |= {f"{name} {inner}": command for inner, command in group.commands[name].commands.items()}
         nested = ("manifest build", "dicom ls", "pacs echo", "pacs find", "pacs fetch", "pacs send",
-                  "import nnunet", "import monai", "bundle export")  # fmt: skip
+                  "import nnunet", "import monai", "bundle export", "scores combine")  # fmt: skip
         assert set(commands) == {*COMMANDS, *nested}
         for name, found in commands.items():
             assert found.help, name

@@ -128,3 +128,23 @@ def test_what_cannot_be_compared_is_told_in_one_line() -> None:
 
 def test_nothing_differs_is_no_test() -> None:
     assert signed_rank_p(np.zeros(5)) is None
+
+
+def test_signed_ranks_are_counted_exactly_with_and_without_equal_sizes() -> None:
+    """SciPy counts without equal sizes; with them, every way in which the signs could fall is gone through here."""
+    from itertools import product
+
+    from scipy.stats import rankdata, wilcoxon
+
+    random = np.random.default_rng(3)
+    for size in (1, 6, 23, 50):
+        plain = random.normal(0.3, 1.0, size)
+        assert signed_rank_p(plain) == pytest.approx(wilcoxon(plain, method="exact").pvalue)
+    for _ in range(5):
+        tied = random.integers(1, 4, 9) * random.choice([-0.01, 0.01], 9)
+        ranks = rankdata(np.abs(np.round(tied, 6)))
+        sums = [ranks[np.array(signs)].sum() for signs in product([False, True], repeat=9)]
+        found = ranks[tied > 0].sum()
+        low, high = np.mean(np.array(sums) <= found), np.mean(np.array(sums) >= found)
+        assert signed_rank_p(np.round(tied, 6)) == pytest.approx(min(1.0, 2 * min(low, high)))
+    assert signed_rank_p(np.arange(1.0, 80.0)) == pytest.approx(0.0, abs=1e-10)

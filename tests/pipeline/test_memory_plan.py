@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,33 @@ class TestPlan:
         assert [line.split(":")[0] for line in lines[:4]] == ["preparing", "network", "restoring", "labels"]
         assert lines[-2] == "at most 1.02 GB of 4.00 GB"
         assert lines[-1] == "windows at a time: 1; planes restored at a time: 16"
+
+
+class TestUncertainty:
+    ASKED = PredictSettings(True, uncertainty=True, keep_scores=2)
+
+    def test_it_is_counted_where_it_is_held_and_only_if_asked_for(self, small_bundle: Path) -> None:
+        bundle = load_bundle(small_bundle)
+        mirrored = bundle.plan.model_copy(update={"mirror_axes": (1,)})
+        grid = Geometry((64, 80, 96), torch.eye(4).numpy())
+        plans = {}
+        for name, plan, settings in (
+            ("plain", mirrored, PredictSettings(True)),
+            ("asked", mirrored, self.ASKED),
+            ("alone", bundle.plan.model_copy(update={"mirror_axes": ()}), self.ASKED),
+        ):
+            found = explain(Model((replace(bundle, plan=plan),)), grid, settings=settings, device=CPU)
+            plans[name] = {stage.name: dict(stage.parts) for stage in found.stages}
+        voxels = 64 * 80 * 96
+        assert "uncertainty" not in plans["plain"]
+        # Two maps in half precision, or one; the numbers and levels of two classes.
+        for name, size in (("asked", 2 * 2 + 2 * 2), ("alone", 2 + 2 * 2)):
+            stages = plans[name]
+            held = {stages[stage]["uncertainty and scores"] for stage in ("network", "restoring", "uncertainty")}
+            assert held == {size * voxels}
+        ring = plans["asked"]["network"]["unfinished scores"] - plans["plain"]["network"]["unfinished scores"]
+        # One channel more of a ring that holds three of them and the coverage.
+        assert ring == plans["plain"]["network"]["unfinished scores"] / 4
 
 
 class TestExplain:
@@ -148,14 +176,14 @@ from transforms.labels import schema_from_names
 from transforms.volume import Volume
 
 plan = Plan.model_validate_json(Path(sys.argv[1]).read_text())
-shape, mirror, limit = json.loads(sys.argv[2])
+shape, mirror, limit, asked = json.loads(sys.argv[2])
 outputs = plan.unet.out_channels
 schema = schema_from_names({n: f"label {n}" for n in range(1, outputs)})
 network = build_network(plan.network, plan.unet, plan.patch_shape, generator=torch.Generator().manual_seed(1)).eval()
 index = BundleIndex(name="x", fold=None, mirror=mirror, tile_step=0.5, provenance={}, sha256={})
 model = Model((ModelBundle(index, plan, schema, network, ""),))
 geometry = Geometry(tuple(shape), np.diag([1.0, 1.0, 2.0, 1.0]))
-settings = PredictSettings(mirror, limit)
+settings = PredictSettings(mirror, limit, uncertainty=asked, keep_scores=3 if asked else 0)
 error = peak = digest = planned = None
 try:
     planned = explain(model, geometry, settings=settings, device=torch.device("cpu")).peak_bytes
@@ -174,10 +202,10 @@ print(json.dumps({"peak": peak, "digest": digest, "planned": planned, "error": e
 
 
 def predict_within(
-    limit: int | None, plan: Plan, folder: Path, *, shape: tuple[int, int, int], mirror: bool
+    limit: int | None, plan: Plan, folder: Path, *, shape: tuple[int, int, int], mirror: bool, asked: bool
 ) -> dict[str, Any]:
     (folder / "plan.json").write_text(plan.model_dump_json())
-    command = [sys.executable, "-c", WORKER, str(folder / "plan.json"), json.dumps([shape, mirror, limit])]
+    command = [sys.executable, "-c", WORKER, str(folder / "plan.json"), json.dumps([shape, mirror, limit, asked])]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
     found: dict[str, Any] = json.loads(outcome.stdout.splitlines()[-1])
@@ -186,20 +214,26 @@ def predict_within(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "outputs", "mirror"),
-    [((96, 96, 64), 3, True), ((160, 160, 48), 3, False), ((96, 96, 48), 60, False)],
+    ("shape", "outputs", "mirror", "asked"),
+    [
+        ((96, 96, 64), 3, True, False),
+        ((160, 160, 48), 3, False, False),
+        ((96, 96, 48), 60, False, False),
+        ((128, 128, 64), 8, True, True),
+    ],
 )
 def test_the_promise_is_kept_and_the_result_is_the_same(
-    small_plan: Plan, tmp_path: Path, shape: tuple[int, int, int], outputs: int, mirror: bool
+    small_plan: Plan, tmp_path: Path, shape: tuple[int, int, int], outputs: int, mirror: bool, asked: bool
 ) -> None:
+    """`asked`: with maps of uncertainty and the scores of three classes."""
     unet = small_plan.unet.model_copy(update={"out_channels": outputs})
     values = {"unet": unet, "class_count": outputs, "patch_shape": (48, 48, 32), "spacing_mm": (1.5, 1.5, 1.5)}
     plan = small_plan.model_copy(update=values)
-    free = predict_within(None, plan, tmp_path, shape=shape, mirror=mirror)
-    refused = predict_within(10**8, plan, tmp_path, shape=shape, mirror=mirror)
+    free = predict_within(None, plan, tmp_path, shape=shape, mirror=mirror, asked=asked)
+    refused = predict_within(10**8, plan, tmp_path, shape=shape, mirror=mirror, asked=asked)
     least = re.search(r"--max-memory ([\d.]+)GB", refused["error"])
     assert least is not None
-    tight = predict_within(round(float(least[1]) * 1e9), plan, tmp_path, shape=shape, mirror=mirror)
+    tight = predict_within(round(float(least[1]) * 1e9), plan, tmp_path, shape=shape, mirror=mirror, asked=asked)
     for found, limit in ((free, free["planned"]), (tight, float(least[1]) * 1e9)):
         assert found["error"] is None
         assert 0.5 * limit < found["peak"] <= limit

@@ -86,6 +86,20 @@ def test_slabs_of_any_size_are_the_same_bits(shape: Triple, outputs: int) -> Non
         assert torch.equal(found, whole)
 
 
+@pytest.mark.parametrize("outputs", [3, MOST_FLOAT32_OUTPUTS, MOST_FLOAT32_OUTPUTS + 1])
+@pytest.mark.parametrize("mirror", [(), (1,)])
+def test_a_figure_is_one_channel_more_and_changes_no_other(outputs: int, mirror: tuple[int, ...]) -> None:
+    members = [Member(network(outputs, seed), settings(outputs=outputs, mirror_axes=mirror)) for seed in range(2)]
+    image = volume((13, 14, 30))
+    layout = lay_out(image.shape[1:], [member.settings for member in members])
+    plain, _ = streamed(members, image)
+    slabs = stream_windows(members, image, layout, figure=lambda scores: scores[0] - 2 * scores[1])
+    found = torch.cat([slab.clone() for _, slab in slabs], dim=layout.axis + 1)
+    assert torch.equal(found[:-1], plain)
+    # This one is linear, so that its mean is the figure of the mean.
+    torch.testing.assert_close(found[-1], plain[0] - 2 * plain[1], atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("block", ["plain", "residual"])
 def test_a_batch_of_windows_gives_the_same_bits(block: str) -> None:
     spec = UNetSpec(

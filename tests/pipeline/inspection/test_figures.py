@@ -18,17 +18,9 @@ from pipeline.models.slices import SliceNetwork
 from pipeline.models.spec import UNetSpec
 from pipeline.models.unet import UNet
 
+from .worlds import generator, small_spec
+
 WITHOUT_SKIPS = {"segresnet", "mednext"}
-
-
-def small_spec(**changes: object) -> UNetSpec:
-    values: dict[str, object] = {"features": (8, 16, 32), "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))}
-    values |= {"kernel_shapes": ((3, 3, 3),) * 3, "encoder_blocks": (1, 1, 1), "decoder_blocks": (1, 1)}
-    return UNetSpec.model_validate(values | changes)
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
 
 
 def test_channels_that_never_rise_are_dead() -> None:

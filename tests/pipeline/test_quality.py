@@ -1,0 +1,162 @@
+"""What a model expects of itself: the Dice by hand, the table, and its correlation with the true one."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+
+from pipeline.config import EvaluateConfig
+from pipeline.dice_tally import DiceTally
+from pipeline.errors import RunError
+from pipeline.expectation import correlation, expectations_of, ranks, sentence_of, with_expected
+from pipeline.quality import QUALITY_CSV, QUALITY_JSON, LabelEstimate, QualityEstimate, look_first, read_quality
+from pipeline.quality import record_quality as record
+from pipeline.report_tables import tables
+from pipeline.report_values import CaseScores, LabelScore, Report
+from pipeline.summary import summarise
+from transforms.labels import LabelSchema, Region, schema_from_names
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCHEMA = schema_from_names({1: "a", 2: "b"})
+SETTINGS = EvaluateConfig(bootstrap_samples=200)
+
+
+def estimate(**labels: float | None) -> QualityEstimate:
+    found = (LabelEstimate(label=n, expected_dice=v, decided_mm3=1.0, expected_mm3=1.0) for n, v in labels.items())
+    return QualityEstimate(labels=tuple(found))
+
+
+class TestTally:
+    def test_by_hand(self) -> None:
+        tally = DiceTally(SCHEMA)
+        # Four voxels in two planes: a, a, background, background; b nowhere.
+        tally.add(torch.tensor([[0.1, 0.4], [0.9, 0.6], [0.0, 0.0]])[:, :, None])
+        tally.add(torch.tensor([[0.7, 1.0], [0.3, 0.0], [0.0, 0.0]])[:, :, None])
+        a, b = tally.estimate(2.0).labels
+        assert a.expected_dice == pytest.approx(2 * (0.9 + 0.6) / (1.8 + 2))
+        assert (a.decided_mm3, a.expected_mm3) == (4.0, pytest.approx(3.6))
+        assert (b.expected_dice, b.decided_mm3) == (None, 0.0)
+        assert tally.estimate(2.0).not_found == ("b",)
+        assert tally.estimate(2.0).mean == a.expected_dice
+
+    def test_a_sure_model_expects_to_be_right(self) -> None:
+        tally = DiceTally(SCHEMA)
+        tally.add(torch.eye(3)[:, :, None])
+        assert [label.expected_dice for label in tally.estimate(1.0).labels] == [1.0, 1.0]
+
+    def test_regions_are_each_a_yes_or_no(self) -> None:
+        regions = (Region(name="whole", labels=("a", "b"), paints="b"), Region(name="core", labels=("a",), paints="a"))
+        tally = DiceTally(LabelSchema(labels=SCHEMA.labels, regions=regions))
+        tally.add(torch.tensor([[0.9, 0.8], [0.2, 0.4]])[:, :, None])
+        whole, core = tally.estimate(1.0).labels
+        assert (whole.label, whole.expected_dice) == ("whole", pytest.approx(2 * 1.7 / (1.7 + 2)))
+        assert (core.label, core.expected_dice) == ("core", None)
+
+    def test_it_is_the_dice_where_probabilities_are_right(self) -> None:
+        """Truths drawn by the very probabilities: their mean Dice is what was expected."""
+        generator = torch.Generator().manual_seed(0)
+        p = torch.rand((1, 40, 40), generator=generator)
+        tally = DiceTally(schema_from_names({1: "a"}))
+        tally.add(torch.cat([1 - p, p]))
+        expected = tally.estimate(1.0).labels[0].expected_dice
+        decided, truths = p[0] > 0.5, torch.rand((200, 40, 40), generator=generator) < p
+        dice = 2 * (truths & decided).sum((1, 2)) / (truths.sum((1, 2)) + decided.sum())
+        assert expected == pytest.approx(float(dice.mean()), abs=0.003)
+
+
+class TestTable:
+    def test_the_first_row_is_to_be_looked_at_first(self, tmp_path: Path) -> None:
+        record(tmp_path, "good", estimate(a=0.9, b=0.8))
+        record(tmp_path, "bad", estimate(a=0.4, b=None))
+        record(tmp_path, "empty", estimate(a=None, b=None))
+        record(tmp_path, "good", estimate(a=0.95, b=0.85))
+        rows = list(csv.DictReader((tmp_path / QUALITY_CSV).read_text().splitlines()))
+        assert [row["study"] for row in rows] == ["empty", "bad", "good"] == look_first(read_quality(tmp_path))
+        assert [row["mean_expected_dice"] for row in rows] == ["", "0.4000", "0.9000"]
+        assert [row["not_found"] for row in rows] == ["a b", "b", ""]
+        assert read_quality(tmp_path)["bad"] == estimate(a=0.4, b=None)
+
+    def test_there_may_be_none_but_no_damaged_one(self, tmp_path: Path) -> None:
+        assert read_quality(tmp_path) == {}
+        for text in ("", "[]", '{"studies": 3}', '{"studies": {"a": {}}}', '{"studies": {"a": {"labels": [1]}}}'):
+            (tmp_path / QUALITY_JSON).write_text(text)
+            with pytest.raises(RunError, match="damaged"):
+                read_quality(tmp_path)
+
+
+def case(name: str, *dices: float | None, patient: str | None = None) -> CaseScores:
+    labels = tuple(
+        LabelScore(label=label, status="scored", dice=dice, prediction_mm3=1.0, reference_mm3=1.0)
+        for label, dice in zip("ab", dices, strict=False)
+    )
+    return CaseScores(case_id=name, patient_id=patient or name, labels=labels)
+
+
+def report(expected: list[float | None], found: list[float | None]) -> Report:
+    cases = [case(f"c{n:02}", dice) for n, dice in enumerate(found)]
+    return with_expected(
+        summarise(cases, settings=SETTINGS), {f"c{n:02}": estimate(a=v) for n, v in enumerate(expected)}
+    )
+
+
+class TestExpectation:
+    def test_figures_are_those_of_scipy(self) -> None:
+        generator = np.random.default_rng(1)
+        expected = generator.uniform(size=30).round(1)
+        found = (expected / 2 + generator.uniform(0, 0.4, size=30)).round(2)
+        of_label, of_case = report(expected.tolist(), found.tolist()).expectations
+        assert of_label.spearman == pytest.approx(spearmanr(expected, found).statistic)
+        assert of_label.pearson == pytest.approx(pearsonr(expected, found).statistic)
+        assert (of_label.expected, of_label.found) == (pytest.approx(expected.mean()), pytest.approx(found.mean()))
+        assert of_label.interval_95 is not None
+        assert of_label.interval_95[0] < of_label.spearman < of_label.interval_95[1]
+        assert of_case.model_copy(update={"label": "a"}) == of_label
+
+    def test_ranks_of_equals_are_shared(self) -> None:
+        assert ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
+        assert correlation(np.full(3, 0.1), np.array([1.0, 2.0, 3.0])) is None
+
+    def test_only_cases_with_both_count(self) -> None:
+        found = report([0.1, 0.2, 0.3, None, 0.9, 0.5], [0.2, 0.3, 0.4, 0.1, None, 0.5]).expectations[0]
+        assert (found.n, found.spearman) == (4, pytest.approx(1.0))
+
+    def test_a_case_is_the_mean_of_what_it_has(self) -> None:
+        cases = [case(name, *dices) for name, *dices in (("x", 0.2, 0.4), ("y", 0.6, None), ("z", 0.9, 0.9))]
+        estimates = {"x": estimate(a=0.5, b=None), "y": estimate(a=0.6, b=0.8), "z": estimate(a=0.8, b=0.8)}
+        whole = with_expected(summarise(cases, settings=SETTINGS), estimates).expectations[-1]
+        assert (whole.label, whole.n) == ("mean of labels", 3)
+        assert whole.expected == pytest.approx((0.5 + 0.7 + 0.8) / 3)
+        assert whole.found == pytest.approx((0.3 + 0.6 + 0.9) / 3)
+
+    def test_a_report_keeps_it(self) -> None:
+        found = report([0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.1, 0.6])
+        assert Report.from_json(found.to_json()) == found
+        # Folds that are put together are looked at together.
+        assert summarise(found.cases, settings=SETTINGS).expectations == found.expectations
+        assert [t.title for t in tables(found)].count("Dice that the model expected by its own probabilities") == 1
+
+    def test_without_expectations_nothing_is_said(self) -> None:
+        found = with_expected(summarise([case("x", 0.2)], settings=SETTINGS), {})
+        assert (found.expectations, sentence_of(found.expectations)) == ((), None)
+        assert expectations_of(found.cases, SETTINGS) == ()
+
+    def test_the_sentence_is_honest(self) -> None:
+        rising = [n / 20 for n in range(20)]
+        of_case = report(list(rising), list(rising)).expectations[-1]
+        for rho, interval, words in (
+            (0.8, (0.6, 0.9), "the expected Dice tells bad cases from good ones (rank correlation 0.80, 20 cases"),
+            (0.4, (0.1, 0.6), "tells bad cases from good ones only in part"),
+            (0.4, (-0.1, 0.6), "it is not shown that the expected Dice tells"),
+            (0.9, None, "it is not shown that the expected Dice tells"),
+        ):
+            found = of_case.model_copy(update={"spearman": rho, "interval_95": interval})
+            assert words in (sentence_of([found]) or "")
+        # Of two cases nothing can be said, nor where all are the same.
+        for expected, dices in (([0.1, 0.2], [0.1, 0.2]), ([0.5] * 8, rising[:8])):
+            assert "cannot be told" in (sentence_of(report(list(expected), list(dices)).expectations) or "")
