@@ -162,6 +162,21 @@ def set_postprocessing(folder: Path, wanted: PostProcessing | None) -> None:
     _write_index(folder, index, without | {POSTPROCESSING: sha256_of_file(folder / POSTPROCESSING)})
 
 
+def set_mirror(folder: Path, wanted: bool, reason: dict[str, Any]) -> bool:
+    """Have a bundle predict with mirrored passes or without, and keep what says why; the weights are left as they are.
+
+    True where it did otherwise before.
+
+    Raises:
+        BundleError: it is no bundle.
+        RunError: it cannot be written.
+    """
+    index = _read_index(folder)
+    changes = {"mirror": wanted, "provenance": {**index.provenance, "mirroring": reason}}
+    _write_index(folder, index.model_copy(update=changes), index.sha256)
+    return index.mirror != wanted
+
+
 def network_of(plan: Plan) -> nn.Module:
     """The plan's network for volumes (B, C, I, J, K), with weights drawn from torch's global generator.
 

@@ -22,9 +22,10 @@ def choose_postprocessing(
     """Choose post-processing on out-of-fold predictions, where it evidently helps, and put it into the bundles."""
     from pipeline.cli_console import TerminalConsole
     from pipeline.cli_evaluate import show_postprocessing
-    from pipeline.crossval import out_of_fold_report, write_whole_report
+    from pipeline.crossval import write_whole_report
     from pipeline.errors import RunError
     from pipeline.files import write_json
+    from pipeline.held_out import out_of_fold_report
     from pipeline.postprocess_run import find_postprocessing, store_postprocessing
 
     console = TerminalConsole()

@@ -110,7 +110,11 @@ class NetworkConfig(Section):
 class PredictConfig(Section):
     """Sliding-window inference."""
 
-    mirror: bool = Field(True, description="average over mirrored passes along the axes used in training")
+    mirror: Literal["auto"] | bool = Field(
+        "auto",
+        description="average over mirrored passes along the axes used in training; auto: where held-out cases show "
+        "that it is worth its time",
+    )
     tile_step: float = Field(0.5, gt=0, le=1, description="distance of tiles, as part of the patch")
 
 

@@ -5,8 +5,6 @@ Where folds run is a `FoldRunner`'s matter: here, one after another, or elsewher
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,46 +14,34 @@ from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase
 from pipeline.device import describe
-from pipeline.errors import RunError, VolsegError, describe_fault
-from pipeline.evaluate import evaluate_files
-from pipeline.export import Source, export
-from pipeline.failures import Failure
-from pipeline.files import write_json, write_text
+from pipeline.errors import RunError, describe_fault
+from pipeline.files import write_json
 from pipeline.folder_lock import held
+from pipeline.held_out import REPORT_CSV, REPORT_JSON, agree_on_mirroring, out_of_fold_report, score_fold, write_report
 from pipeline.history import HISTORY, read_history
 from pipeline.inspection.live import validation_window
 from pipeline.inspection.pictures import write_pictures
-from pipeline.manifest import Case, Dataset
 from pipeline.postprocess_run import with_postprocessing
-from pipeline.predict import Model, PredictSettings, predict
 from pipeline.provenance import provenance_tags
-from pipeline.quality import record_quality
-from pipeline.references import SCHEMA_FILE
 from pipeline.report import dice_distribution, learning_curves
-from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
+from pipeline.report_values import Report
 from pipeline.run_note import headline, run_note
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
     BUNDLE,
     DONE,
-    VALIDATION,
     Run,
     open_run_tracker,
     public_yaml,
     read_done,
     run_fold_cases,
     send_leftovers,
-    tell_set_aside,
     track_data,
     track_whole_data,
 )
-from pipeline.summary import summarise
 from pipeline.task import TrainingResult, TrainingTask
 from pipeline.tracking import ModelCard, Tracker, null_tracker
 from pipeline.train import train
-from transforms.volume import read_volume
-
-REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
 
 INSPECTION = "inspection"
 """In a fold's folder, and among its artifacts: pictures of the network's levels, where `train.inspect_every` asks."""
@@ -81,8 +67,10 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         finished = [fold for fold in range(run.folds.count) if run.is_done(fold)]
         if not finished:
             raise RunError(f"no fold was finished; {first}") from failed.get(first)
+        for fold, changed in agree_on_mirroring(run, finished, console).items():
+            write_run_page(run, run.fold_folder(fold), changed)
         report = with_postprocessing(run, finished, out_of_fold_report(run, finished), console)
-        _write_report(run.folder, report)
+        write_report(run.folder, report)
         dice_distribution(report, run.folder / "dice.png")
         tracker.metrics(_tracked(report), step=0)
         for fold in finished:
@@ -144,51 +132,13 @@ def help_train(run: Run, fold: int) -> None:
     train(_task(run, fold, training, validation), run.hardware, observer, resume=True)
 
 
-def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
-    """Predict held-out cases with the fold's bundle on their own grids, write the label maps and score them."""
-    folder = run.fold_folder(fold)
-    model = Model((load_bundle(folder / BUNDLE, run.hardware.torch_device()),))
-    cases = [case for case in run.dataset.manifest.cases if case.case_id in set(case_ids)]
-    target = folder / VALIDATION
-    shutil.rmtree(target, ignore_errors=True)
-    failures = []
-    for done, case in enumerate(cases, start=1):
-        try:
-            _predict_case(run, model, case, target)
-        except RunError:
-            raise
-        except VolsegError as error:
-            failures.append(Failure(case.case_id, str(error)))
-        console.progress("predicting held-out cases", done, len(cases))
-    if failures:
-        tell_set_aside(folder / "set_aside_predictions.json", failures, console)
-    write_text(target / SCHEMA_FILE, run.dataset.manifest.labels.model_dump_json(indent=2) + "\n")
-    report = evaluate_files(target, _part(run, fold, case_ids), settings=run.config.evaluate, allow_missing=True)
-    _write_report(folder, report)
-    return report
-
-
-def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
-    """Every case scored by the model that never saw it, all folds together."""
-    cases: list[CaseScores] = []
-    failures: list[CaseFailure] = []
-    explanations: list[CaseExplanation] = []
-    for fold in folds:
-        report = Report.from_json(json.loads((run.fold_folder(fold) / REPORT_JSON).read_bytes()))
-        cases += report.cases
-        failures += report.failures
-        explanations += report.explanations
-    whole = summarise(cases, settings=run.config.evaluate, failures=failures)
-    return whole.model_copy(update={"explanations": tuple(explanations)})
-
-
 def write_whole_report(run: Run, report: Report) -> Path:
     """Write the out-of-fold report of a run, and its page, which is given.
 
     Raises:
         RunError: a file cannot be written.
     """
-    _write_report(run.folder, report)
+    write_report(run.folder, report)
     return write_run_page(run, run.folder, report)[0]
 
 
@@ -229,7 +179,7 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
     facts = BundleFacts(
         name=run.config.name,
         fold=fold,
-        mirror=run.config.predict.mirror,
+        mirror=run.config.predict.mirror is True,
         tile_step=run.config.predict.tile_step,
         plan=run.plan,
         schema=run.dataset.manifest.labels,
@@ -242,25 +192,6 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
         },
     )
     save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)
-
-
-def _predict_case(run: Run, model: Model, case: Case, target: Path) -> None:
-    volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
-    settings = PredictSettings(model.mirror, estimate=True, postprocess=False)
-    segmentation = predict(model, volumes, settings=settings, device=run.hardware.torch_device())
-    if segmentation.confidence is not None and segmentation.confidence.estimate is not None:
-        record_quality(target, case.case_id, segmentation.confidence.estimate)
-    source = Source(next(volume for volume in volumes if volume is not None))
-    export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=source)
-    # The figures of reading back are for results that leave the house.
-    (target / f"{case.case_id}.verification.json").unlink(missing_ok=True)
-
-
-def _part(run: Run, fold: int, case_ids: Sequence[str]) -> Dataset:
-    """The dataset with the held-out cases alone, each told its fold."""
-    wanted = set(case_ids)
-    cases = tuple(c.model_copy(update={"fold": fold}) for c in run.dataset.manifest.cases if c.case_id in wanted)
-    return run.dataset.model_copy(update={"manifest": run.dataset.manifest.model_copy(update={"cases": cases})})
 
 
 def _draw_levels(run: Run, fold: int, task: TrainingTask, tracker: Tracker) -> None:
@@ -327,11 +258,6 @@ def _of_fold(report: Report, fold: int) -> dict[str, float]:
     rows = {summary.label: summary.folds for summary in report.summaries} | {"mean": report.overall.folds}
     found = {label: mean.mean for label, folds in rows.items() for mean in folds if mean.fold == fold}
     return {f"dice_of_fold/{label}": mean for label, mean in found.items() if mean is not None}
-
-
-def _write_report(folder: Path, report: Report) -> None:
-    write_json(folder / REPORT_JSON, report.to_json())
-    write_text(folder / REPORT_CSV, report.to_csv())
 
 
 def fold_seconds(run: Run, fold: int) -> float:

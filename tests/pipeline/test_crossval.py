@@ -12,9 +12,10 @@ from pipeline import crossval
 from pipeline.checkpoint import CHECKPOINT
 from pipeline.config import Config, parse_config
 from pipeline.console import Silence
-from pipeline.crossval import cross_validate, out_of_fold_report, train_fold
+from pipeline.crossval import cross_validate, train_fold
 from pipeline.errors import ConfigError, ManifestError, PlanError, RunError
 from pipeline.folder_lock import LOCK_NAME, held
+from pipeline.held_out import out_of_fold_report
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.metrics import confusion_counts, dice_from_counts
 from pipeline.runs import Run, open_run, read_done

@@ -1,0 +1,157 @@
+"""The cases that a fold's model never saw: predicted on their own grids and scored, and those of all folds together.
+
+Where the config leaves it open whether mirrored passes are taken, they are predicted both ways; the bundles are told.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.bundle import load_bundle, set_mirror
+from pipeline.console import Console
+from pipeline.errors import RunError, VolsegError
+from pipeline.evaluate import evaluate_files
+from pipeline.export import Source, export
+from pipeline.failures import Failure
+from pipeline.files import write_json, write_text
+from pipeline.manifest import Case, Dataset
+from pipeline.mirroring import weigh_mirroring
+from pipeline.predict import Model, PredictSettings, predict
+from pipeline.quality import record_quality
+from pipeline.references import SCHEMA_FILE
+from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
+from pipeline.runs import BUNDLE, VALIDATION, Run, tell_set_aside
+from pipeline.summary import summarise
+from transforms.volume import read_volume
+
+REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
+
+PLAIN_JSON, MIRRORED_JSON = "report_plain.json", "report_mirrored.json"
+"""The same cases in one pass and in mirrored ones, where both were tried."""
+
+
+def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
+    """Predict held-out cases with the fold's bundle on their own grids, write the label maps and score them."""
+    folder = run.fold_folder(fold)
+    if _is_open(run):
+        report = _score_both_ways(run, fold, case_ids, console)
+    else:
+        report = _score(run, fold, case_ids, console, target=folder / VALIDATION, mirror=None)
+    write_report(folder, report)
+    return report
+
+
+def agree_on_mirroring(run: Run, folds: Sequence[int], console: Console) -> dict[int, Report]:
+    """Where it was left open, let the cases of all these folds decide together.
+
+    Folds that decided otherwise by themselves are predicted again; what comes back are their reports.
+    """
+    if not _is_open(run) or not all((run.fold_folder(fold) / MIRRORED_JSON).is_file() for fold in folds):
+        return {}
+    found = weigh_mirroring(_joined(run, folds, PLAIN_JSON), _joined(run, folds, MIRRORED_JSON), run.config.evaluate)
+    console.note(found.sentence)
+    changed = {}
+    for fold in folds:
+        folder = run.fold_folder(fold)
+        if set_mirror(folder / BUNDLE, found.worth_it, found.to_json()):
+            case_ids = [case.case_id for case in _read_report(folder / PLAIN_JSON).cases]
+            changed[fold] = _score(run, fold, case_ids, console, target=folder / VALIDATION, mirror=None)
+            write_report(folder, changed[fold])
+    return changed
+
+
+def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
+    """Every case scored by the model that never saw it, all folds together."""
+    return _joined(run, folds, REPORT_JSON)
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """As JSON and CSV, of a fold or of all."""
+    write_json(folder / REPORT_JSON, report.to_json())
+    write_text(folder / REPORT_CSV, report.to_csv())
+
+
+def _is_open(run: Run) -> bool:
+    return run.config.predict.mirror == "auto" and bool(run.plan.mirror_axes)
+
+
+def _score_both_ways(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
+    """Of the way that is worth its time by these cases; the bundle is told which."""
+    folder = run.fold_folder(fold)
+    target, other = folder / VALIDATION, folder / f"{VALIDATION}_mirrored"
+    plain = _score(run, fold, case_ids, console, target=target, mirror=False)
+    mirrored = _score(run, fold, case_ids, console, target=other, mirror=True)
+    write_json(folder / PLAIN_JSON, plain.to_json())
+    write_json(folder / MIRRORED_JSON, mirrored.to_json())
+    found = weigh_mirroring(plain, mirrored, run.config.evaluate)
+    console.note(f"fold {fold}: {found.sentence}")
+    set_mirror(folder / BUNDLE, found.worth_it, found.to_json())
+    if found.worth_it:
+        shutil.rmtree(target)
+        other.rename(target)
+        return mirrored
+    shutil.rmtree(other)
+    return plain
+
+
+def _score(
+    run: Run, fold: int, case_ids: Sequence[str], console: Console, *, target: Path, mirror: bool | None
+) -> Report:
+    """The label maps go to `target`, in place of what is there; `mirror` None is as the bundle says."""
+    folder = run.fold_folder(fold)
+    model = Model((load_bundle(folder / BUNDLE, run.hardware.torch_device()),))
+    cases = [case for case in run.dataset.manifest.cases if case.case_id in set(case_ids)]
+    shutil.rmtree(target, ignore_errors=True)
+    failures = []
+    for done, case in enumerate(cases, start=1):
+        try:
+            _predict_case(run, model, case, target, mirror=model.mirror if mirror is None else mirror)
+        except RunError:
+            raise
+        except VolsegError as error:
+            failures.append(Failure(case.case_id, str(error)))
+        console.progress("predicting held-out cases", done, len(cases))
+    if failures:
+        tell_set_aside(folder / "set_aside_predictions.json", failures, console)
+    write_text(target / SCHEMA_FILE, run.dataset.manifest.labels.model_dump_json(indent=2) + "\n")
+    return evaluate_files(target, _part(run, fold, case_ids), settings=run.config.evaluate, allow_missing=True)
+
+
+def _predict_case(run: Run, model: Model, case: Case, target: Path, *, mirror: bool) -> None:
+    volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
+    settings = PredictSettings(mirror, estimate=True, postprocess=False)
+    segmentation = predict(model, volumes, settings=settings, device=run.hardware.torch_device())
+    if segmentation.confidence is not None and segmentation.confidence.estimate is not None:
+        record_quality(target, case.case_id, segmentation.confidence.estimate)
+    source = Source(next(volume for volume in volumes if volume is not None))
+    export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=source)
+    # The figures of reading back are for results that leave the house.
+    (target / f"{case.case_id}.verification.json").unlink(missing_ok=True)
+
+
+def _part(run: Run, fold: int, case_ids: Sequence[str]) -> Dataset:
+    """The dataset with the held-out cases alone, each told its fold."""
+    wanted = set(case_ids)
+    cases = tuple(c.model_copy(update={"fold": fold}) for c in run.dataset.manifest.cases if c.case_id in wanted)
+    return run.dataset.model_copy(update={"manifest": run.dataset.manifest.model_copy(update={"cases": cases})})
+
+
+def _joined(run: Run, folds: Sequence[int], name: str) -> Report:
+    """The reports of this name of several folds as one."""
+    cases: list[CaseScores] = []
+    failures: list[CaseFailure] = []
+    explanations: list[CaseExplanation] = []
+    for fold in folds:
+        report = _read_report(run.fold_folder(fold) / name)
+        cases += report.cases
+        failures += report.failures
+        explanations += report.explanations
+    whole = summarise(cases, settings=run.config.evaluate, failures=failures)
+    return whole.model_copy(update={"explanations": tuple(explanations)})
+
+
+def _read_report(path: Path) -> Report:
+    return Report.from_json(json.loads(path.read_bytes()))
