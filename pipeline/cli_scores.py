@@ -42,7 +42,7 @@ def combine(
     formats: Annotated[str, typer.Option("--as", metavar="FORMAT,...", help=", ".join(FORMATS))] = "nifti",
     force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
 ) -> None:
-    """Average kept scores of the same studies, and write their label maps; no network is run."""
+    """Average kept scores of the same studies, and write label maps: no network is run, nothing is post-processed."""
     from pipeline.cli_console import TerminalConsole
     from pipeline.combining import segment_scores
     from pipeline.files import write_text

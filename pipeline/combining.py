@@ -20,7 +20,7 @@ _SLAB_VALUES = 1 << 24
 
 
 def segment_scores(scores: Sequence[KeptScores], thresholds: Mapping[str, float] | None = None) -> Segmentation:
-    """The label map of the mean of several models' scores of one study, on the study's grid.
+    """The label map of the mean of several models' scores of one study, on the study's grid, not post-processed.
 
     Without thresholds the likeliest class wins, and a region is where it is likelier than not. A label's threshold t
     is its share against any one other class from which on it is taken: it wins over class c where p / (p + p_c) > t,

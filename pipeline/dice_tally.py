@@ -27,9 +27,10 @@ class DiceTally:
             self._agreed += (flat * decided).sum(dim=1, dtype=torch.float64).cpu()
             self._decided += decided.sum(dim=1).cpu()
             return
-        best, winner = flat.max(dim=0)
-        self._agreed += torch.bincount(winner, weights=best.double(), minlength=len(flat)).cpu()
-        self._decided += torch.bincount(winner, minlength=len(flat)).cpu()
+        # On a GPU sums of this kind come out another way each time.
+        best, winner = (found.cpu() for found in flat.max(dim=0))
+        self._agreed += torch.bincount(winner, weights=best.double(), minlength=len(flat))
+        self._decided += torch.bincount(winner, minlength=len(flat))
 
     def estimate(self, voxel_mm3: float) -> QualityEstimate:
         """Of the planes that have come; the background is left out."""

@@ -2,7 +2,8 @@
 
 What is not kept of a voxel's probability, 1 minus the sum of what is, counts as spread evenly over the other classes.
 Of equals the class that won is still the first, so that one study's scores decide the same again wherever nothing is
-interpolated. Where something is, a voxel can differ if two classes are closer than the levels are.
+interpolated. Where something is, a voxel can differ if two classes are closer than the levels are. Of models whose
+logits are interpolated, as those of nnU-Net, probabilities are here: borders then lie elsewhere by part of a voxel.
 """
 
 from __future__ import annotations
