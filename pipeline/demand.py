@@ -88,6 +88,7 @@ def demand_of(
         slab_plane=slab_plane if on_host else 0,
         restoring=MIXED_VOLUMES * FLOAT_BYTES * outputs * plane if on_host else 0,
         label_map=volume * class_dtype(bundles[0].schema).itemsize,
+        empty=FLOAT_BYTES * outputs * _window_voxels(layout) if on_host else 0,
     )
 
 
@@ -99,16 +100,23 @@ def with_confidence(
     figure = figure_for(members, asked) is not None and demand.network > 0
     window = max(math.prod(row.window) for row in layout.rows)
     network = FLOAT_BYTES * (window + 2 * CHUNK_VALUES) if figure else 0
+    empty = FLOAT_BYTES * _window_voxels(layout) if figure else 0
     live = FLOAT_BYTES * math.prod(layout.live_shape) if figure else 0
     plane = math.prod(n for axis, n in enumerate(layout.shape) if axis != layout.axis)
     return replace(
         demand,
         network=demand.network + network,
         live=demand.live + live,
+        empty=demand.empty + empty,
         restoring=demand.restoring + WORK_PLANES * FLOAT_BYTES * output_count * plane,
         gathered=gathered_bytes(members, asked, math.prod(layout.shape), output_count),
         moving=MOVING_BYTES * math.prod(source.shape) if asked.maps else 0,
     )
+
+
+def _window_voxels(layout: Layout) -> int:
+    """Of one window of each network that has windows of its own."""
+    return sum(math.prod(window) for window, _ in {(row.window, row.members) for row in layout.rows})
 
 
 def _preparing_volumes(plan: Plan) -> float:

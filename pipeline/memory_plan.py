@@ -40,13 +40,14 @@ class MemoryPlan:
     """The stages of a prediction, one after the other, and the choices that keep each below the limit.
 
     `limit_bytes` is of the whole process. `batch` windows pass through the network together; `slab_planes` planes of
-    scores are restored at a time.
+    scores are restored at a time; with `skip_empty` the answer to windows of air is kept and not asked for again.
     """
 
     stages: tuple[Stage, ...]
     limit_bytes: int
     batch: int
     slab_planes: int
+    skip_empty: bool = True
 
     @property
     def peak_bytes(self) -> int:
@@ -60,6 +61,8 @@ class MemoryPlan:
             for stage in self.stages
         ]
         chosen = f"windows at a time: {self.batch}; planes restored at a time: {self.slab_planes}"
+        if not self.skip_empty:
+            chosen += "; windows of air pass through the network one by one"
         return (*rows, f"at most {shown(self.peak_bytes)} of {shown(self.limit_bytes)}", chosen)
 
 
@@ -69,9 +72,10 @@ class Demand:
 
     `process` is held already, without the study's own voxels. `network` is for one batch of windows with the answer,
     and for adding up its passes. `live` are scores that are not finished; `slab_plane` is what each plane of a slab
-    takes, `restoring` what restoring takes besides. Where more is asked for than labels, `gathered` is what is held of
-    it from the first window on, and `moving` what bringing it to the study's grid takes, which ends with maps there.
-    `cleaning` is what post-processing of the finished labels takes.
+    takes, `restoring` what restoring takes besides; `empty` is the answer to windows of air, if it is kept. Where more
+    is asked for than labels, `gathered` is what is held of it from the first window on, and `moving` what bringing it
+    to the study's grid takes, which ends with maps there. `cleaning` is what post-processing of the finished labels
+    takes.
     """
 
     process: int
@@ -83,21 +87,25 @@ class Demand:
     slab_plane: int
     restoring: int
     label_map: int
+    empty: int = 0
     gathered: int = 0
     moving: int = 0
     cleaning: int = 0
 
-    def stages(self, slab_planes: int) -> tuple[Stage, ...]:
+    def stages(self, slab_planes: int, *, skip_empty: bool) -> tuple[Stage, ...]:
         """In the order of the work."""
         held = (("process", self.process), ("study", self.study))
         image, labels = ("image", self.image), ("label map", self.label_map)
         beside = (("uncertainty and scores", self.gathered),) if self.gathered else ()
-        unfinished = ("unfinished scores", self.live)
+        scores = (
+            ("unfinished scores", self.live),
+            *((("answer to air", self.empty),) if skip_empty and self.empty else ()),
+        )
         slab = ("finished scores", slab_planes * self.slab_plane + self.restoring)
         return (
             Stage("preparing", (*held, ("work", round(HEADROOM * self.preparing)), image)),
-            Stage("network", (*held, image, labels, *beside, unfinished, ("network", round(HEADROOM * self.network)))),
-            Stage("restoring", (*held, image, labels, *beside, unfinished, slab)),
+            Stage("network", (*held, image, labels, *beside, *scores, ("network", round(HEADROOM * self.network)))),
+            Stage("restoring", (*held, image, labels, *beside, *scores, slab)),
             *((Stage("uncertainty", (*held, image, labels, *beside, ("work", self.moving))),) if self.moving else ()),
             Stage("labels", (*held, ("work", 2 * self.label_map), labels, *beside)),
             *((Stage("post-processing", (*held, ("work", self.cleaning), labels, *beside)),) if self.cleaning else ()),
@@ -105,13 +113,17 @@ class Demand:
 
 
 def plan_memory(demand: Demand, *, limit_bytes: int, batch: int) -> MemoryPlan:
-    """The largest slabs that stay below the limit.
+    """The largest slabs that stay below the limit, with the answer to windows of air kept if that goes along.
 
     Raises:
         PlanError: none do; the message names the least that suffices.
     """
     counts = [n for n in SLAB_PLANES if n * demand.slab_plane <= MOST_SLAB_BYTES] or [1]
-    plans = [MemoryPlan(demand.stages(n), limit_bytes, batch, n) for n in counts]
+    plans = [
+        MemoryPlan(demand.stages(n, skip_empty=skip), limit_bytes, batch, n, skip)
+        for skip in (True, False)
+        for n in counts
+    ]
     for plan in plans:
         if plan.peak_bytes <= limit_bytes:
             return plan

@@ -43,9 +43,8 @@ class PredictSettings:
 
     `mirror`: average over mirrored passes. `max_memory_bytes`: what the process may hold in all (resident); None is
     80 % of what is free. It decides how much is worked on at a time, never the result. `tile_step`: distance of tiles
-    as part of the patch; None is the model's own. `skip_empty`: of windows that show nothing, every channel at its
-    lowest to within a thousandth of a deviation, the network sees one. `held_bytes`: what the process holds meanwhile
-    beside the study, other studies that are read or written at the same time included; None is what it holds now.
+    as part of the patch; None is the model's own. `held_bytes`: what the process holds meanwhile beside the study,
+    other studies that are read or written at the same time included; None is what it holds now.
 
     Asked for beside the labels (`Segmentation.confidence`): `uncertainty`, maps of entropy and disagreement and an
     estimate of quality; `estimate`, that alone; `keep_scores`, the probabilities of so many likeliest outputs a voxel.
@@ -55,7 +54,6 @@ class PredictSettings:
     mirror: bool
     max_memory_bytes: int | None = None
     tile_step: float | None = None
-    skip_empty: bool = False
     held_bytes: int | None = None
     uncertainty: bool = False
     estimate: bool = False
@@ -153,7 +151,7 @@ def predict(
     planned = _planned(model, source, settings, device, study=study, is_there=True)
     prepared = prepare(model.plan, channels)
     image, grids = prepared.image.to(device), (prepared.grid, prepared.field)
-    pace = Pace(planned.batch, planned.slab_planes, settings.skip_empty)
+    pace = Pace(planned.batch, planned.slab_planes, planned.skip_empty)
     members = members_of(model, settings)
     gatherer = Gatherer(members, model.schema, prepared.grid, settings.asked) if settings.asked.anything else None
     told = Listeners(on_window) if gatherer is None else Listeners(on_window, gatherer.add, gatherer.figure)

@@ -31,20 +31,18 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 
-EMPTY_RANGE = 1e-3
-"""A window whose channels vary by no more than this, in what the network sees (deviation 1), shows nothing."""
-
 
 @dataclass(frozen=True)
 class Pace:
     """How much is in memory at a time: windows in a batch, finished planes in a slab. It changes no result.
 
-    `skip_empty`: the network sees one window that shows nothing, and the others get its answer.
+    `skip_empty`: of windows that hold nothing but the lowest value of each channel, as those in air do, the network
+    sees one, and its answer is kept for the others.
     """
 
     batch: int = 1
     slab_planes: int = 1 << 30
-    skip_empty: bool = False
+    skip_empty: bool = True
 
 
 AT_ONCE = Pace()
@@ -159,7 +157,7 @@ class _Scorer:
         for start in empty:
             del tiles[start]
             if not self._of_empty:
-                nothing = self.lowest.reshape(-1, 1, 1, 1).expand(-1, *self.window)
+                nothing = self.lowest.reshape(-1, 1, 1, 1).expand(-1, *self.window).contiguous()
                 pieces = score_tiles(self.members, nothing[None], self.figure)
                 self._of_empty = [(low, piece.clone()) for _, low, piece in pieces]
             yield from ((start, low, piece) for low, piece in self._of_empty)
@@ -182,7 +180,7 @@ class _Scorer:
         return tile
 
     def _is_empty(self, tile: Tensor) -> bool:
-        return bool((tile.flatten(1).amax(dim=1) <= self.lowest + EMPTY_RANGE).all())
+        return bool((tile == self.lowest.reshape(-1, 1, 1, 1)).all())
 
 
 def _add(live: LiveScores, start: Triple, low: int, scores: Tensor, weights: Tensor) -> None:

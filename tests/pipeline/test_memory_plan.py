@@ -46,6 +46,15 @@ class TestPlan:
             4,
         ]
 
+    def test_the_answer_to_air_is_kept_where_there_is_room_for_it(self) -> None:
+        demand = replace(DEMAND, empty=100_000_000)
+        # Beside the network 1,010 MB are held with it, and 910 without.
+        plans = [plan_memory(demand, limit_bytes=mb * 10**6, batch=1) for mb in (4000, 1010, 1009, 910)]
+        assert [plan.skip_empty for plan in plans] == [True, True, False, False]
+        assert [plan.slab_planes for plan in plans] == [16, 4, 8, 4]
+        assert "air" in plans[2].lines()[-1]
+        assert all(plan.peak_bytes <= plan.limit_bytes for plan in plans)
+
     def test_too_little_is_one_line_that_names_what_suffices(self) -> None:
         with pytest.raises(PlanError) as caught:
             plan_memory(DEMAND, limit_bytes=800_000_000, batch=1)

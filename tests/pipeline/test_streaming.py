@@ -239,9 +239,6 @@ class TestEmptyWindows:
         # Windows begin every 4 voxels; those from 20 to 36 meet the box along the first axis, of 15 in all.
         assert (every, some) == (15 * 9, 5 * 9 + 1)
 
-    def test_hardly_any_noise_is_nothing_and_some_is_not(self) -> None:
-        whole, every = self.counted(self.phantom(1e-4), skip=False)
-        found, some = self.counted(self.phantom(1e-4), skip=True)
-        assert some < every / 2
-        torch.testing.assert_close(found, whole, atol=1e-3, rtol=0)
-        assert self.counted(self.phantom(0.1), skip=True)[1] == every
+    def test_the_faintest_noise_is_something(self) -> None:
+        _, every = self.counted(self.phantom(1e-4), skip=False)
+        assert self.counted(self.phantom(1e-4), skip=True)[1] == every
