@@ -155,7 +155,7 @@ class _Judged:
             p_value=self.p_value,
             p_corrected=self.p_corrected,
             is_chosen=is_chosen,
-            why="chosen" if is_chosen else "helps, another one more" if self.helps else self.why,
+            why="chosen" if is_chosen else "helps, another is chosen" if self.helps else self.why,
         )
 
 

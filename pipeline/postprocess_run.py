@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from pipeline.bundle import set_postprocessing
 from pipeline.cleaning_cases import Cases, HeldOut
-from pipeline.cleaning_choice import LEAST_PATIENTS, MOST_LOSS, choose
+from pipeline.cleaning_choice import LEAST_PATIENTS, MOST_LOSS, Floats, JudgedCase, SurfaceGain, choose
 from pipeline.cleaning_effects import candidates
 from pipeline.console import Console
-from pipeline.postprocessing import FoldChoice, Found, PostProcessing, Tried, described
+from pipeline.postprocessing import Action, FoldChoice, Found, PostProcessing, Tried, described
 from pipeline.references import references_of_dataset
 from pipeline.report_values import Report
 from pipeline.runs import BUNDLE, VALIDATION, Run
@@ -79,9 +79,8 @@ def _found(cases: Cases, folds: Sequence[int], patients: int) -> Found:
     choices = []
     for fold in folds:
         others = [row for row, case in enumerate(judged) if case.fold != fold]
-        enough = len({judged[row].patient_id for row in others}) >= LEAST_PATIENTS
-        some, _ = choose(actions, [judged[row] for row in others], lambda action, rows=others: gains(action)[rows])
-        choices.append(FoldChoice(fold=fold, actions=some if enough else ()))
+        some = _chosen_by(others, judged, actions, gains)
+        choices.append(FoldChoice(fold=fold, actions=some))
     found = Found(
         cases=len(judged), patients=patients, note=_note(tried), chosen=None, tried=tried, folds=tuple(choices)
     )
@@ -92,6 +91,19 @@ def _found(cases: Cases, folds: Sequence[int], patients: int) -> Found:
         return _refused(found, worst_change)
     wanted = PostProcessing(actions=chosen) if chosen else None
     return found.model_copy(update={"chosen": wanted, "effects": effects})
+
+
+def _chosen_by(
+    rows: Sequence[int], judged: Sequence[JudgedCase], actions: Sequence[Action], gains: SurfaceGain
+) -> tuple[Action, ...]:
+    """What some of the cases choose; nothing where they are too few."""
+    if len({judged[row].patient_id for row in rows}) < LEAST_PATIENTS:
+        return ()
+
+    def theirs(action: Action) -> Floats:
+        return gains(action)[list(rows)]
+
+    return choose(actions, [judged[row] for row in rows], theirs)[0]
 
 
 def _refused(found: Found, worst_change: float) -> Found:

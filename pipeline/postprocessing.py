@@ -97,10 +97,10 @@ class PostProcessing(BaseModel):
                 if group & other and not (group <= other or other <= group):
                     raise ValueError(f"{name} and {other_name} share labels, and neither holds the other")
         cleaned = [action for action in self.actions if action.removes]
-        for action in cleaned:
-            for other in cleaned:
-                if action.becomes in other.labels and not set(action.labels) <= set(other.labels):
-                    raise ValueError(f"{action.name} becomes {action.becomes}, which is cleaned itself")
+        for one in cleaned:
+            for another in cleaned:
+                if one.becomes in another.labels and not set(one.labels) <= set(another.labels):
+                    raise ValueError(f"{one.name} becomes {one.becomes}, which is cleaned itself")
         return self
 
     @property

@@ -15,7 +15,7 @@ def postprocessing_tables(found: Found) -> list[Table]:
     """What was tried, what it does to cases that had no say in it, and what each fold's cases were cleaned with."""
     tables = [
         Table(_tried_title(found), tuple(_tried_row(row) for row in _shown(found))),
-        Table("Before and after post-processing, means over cases", _effect_rows(found)),
+        Table("Before and after post-processing, means over cases, labels that it changes", _effect_rows(found)),
         Table("What is chosen without the cases of a fold", _fold_rows(found)),
     ]
     return [table for table in tables if table.rows]
@@ -53,13 +53,15 @@ def _tried_row(row: Tried) -> Row:
         "patients changed": row.patients_changed,
         "Dice": row.before,
         "after": row.after,
-        "worst change": f"{row.worst_change:+.4f}",
+        "worst loss": f"{-row.worst_change:.4f}" if row.worst_change < 0 else "none",
         "p (Holm)": None if row.p_corrected is None else f"{row.p_corrected:.2g}",
         "verdict": row.why,
     }
 
 
 def _effect_rows(found: Found) -> tuple[Row, ...]:
+    """Of labels that anything of it changes."""
+    changed = {e.label for e in found.effects if not e.before == e.nested == e.chosen}
     return tuple(
         {
             "label": effect.label,
@@ -69,6 +71,7 @@ def _effect_rows(found: Found) -> tuple[Row, ...]:
             "in sample": effect.chosen,
         }
         for effect in found.effects
+        if effect.label in changed
     )
 
 

@@ -46,7 +46,7 @@ class ReceptiveField:
     of the plan), None where it is not known; `patch_mm`: of the patch. `radius_mm`: of the ball around an output voxel
     that holds 95 % of its gradient's energy, and `reach_mm` of the slab across each axis, averaged over `voxels` output
     voxels; None where that was not measured. `extents_mm`: longest side of the box around the largest piece of each
-    label, the longest of all cases.
+    label, the longest of all cases. `slice_axis`: the axis across the slices of a 2D network.
     """
 
     deepest_voxels: Triple | None
@@ -56,6 +56,7 @@ class ReceptiveField:
     reach_mm: Millimetres | None
     voxels: int
     extents_mm: dict[str, float] = field(default_factory=dict)
+    slice_axis: int | None = None
 
 
 def deepest_field(plan: Plan) -> Triple | None:

@@ -90,6 +90,7 @@ def _receptive(plan: Plan, looks: Sequence[Look]) -> ReceptiveField:
         reach_mm=_mean(reaches) if reaches else None,
         voxels=sum(look.asked for look in looks),
         extents_mm=extents,
+        slice_axis=plan.slice_axis,
     )
 
 

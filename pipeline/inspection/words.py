@@ -193,7 +193,8 @@ def _about_channels(figures: Sequence[LevelFigures]) -> Iterator[Sentence]:
 def _of_channels(level: LevelFigures) -> Iterator[str]:
     where = "the bottleneck" if level.kind == "bottleneck" else level.name
     if level.dead_share >= DEAD_SHARE:
-        yield f"{level.dead} of {level.channels} channels of {where} are dead: they never rise above zero."
+        are = "is dead: it never rises" if level.dead == 1 else "are dead: they never rise"
+        yield f"{level.dead} of {level.channels} channels of {where} {are} above zero."
     elif level.sparsity >= SILENT_SHARE:
         yield f"{_begun(where)} is nearly silent: {level.sparsity:.0%} of its activations are zero or below."
     repeated = round(level.redundant_share * level.channels)
@@ -219,12 +220,13 @@ def _about_gates(figures: Sequence[LevelFigures]) -> Iterator[Sentence]:
 def _about_sight(sight: ReceptiveField) -> Iterator[Sentence]:
     if sight.radius_mm is None:
         return
-    text = f"The network looks {mm_text(sight.radius_mm)} around a voxel (95 % of its gradient lies there)"
+    where = "around a voxel" if sight.slice_axis is None else "around a voxel in its slice"
+    text = f"The network looks {mm_text(sight.radius_mm)} {where} (95 % of its gradient lies there)"
     if sight.extents_mm:
         name, extent = max(sight.extents_mm.items(), key=lambda item: item[1])
         text += f"; {name} is {mm_text(extent)} long, {_seen(sight.radius_mm, extent)}"
     yield Sentence("sight", f"{text}.")
-    if sight.deepest_mm is not None:
+    if sight.deepest_mm is not None and sight.slice_axis is None:
         yield from _about_limits(sight.deepest_mm, sight)
 
 

@@ -123,7 +123,9 @@ def postprocessing(report: Report) -> str:
     found = report.postprocessing
     if found is None:
         return ""
-    body = "".join(f"<h3>{escape(t.title)}</h3>{table(t.rows)}" for t in postprocessing_tables(found))
+    body = "".join(
+        f"<h3>{escape(t.title)}</h3>{table(t.rows, text='fold' in t.rows[0])}" for t in postprocessing_tables(found)
+    )
     note = honesty(found)
     told = f'<p class="soft">{escape(note[0].upper() + note[1:])}.</p>' if note else ""
     return f"<p>{escape(found.note[0].upper() + found.note[1:])}.</p>{body}{told}"

@@ -24,7 +24,7 @@ from .conftest import ROOT, Outcome, World, environment
 
 HEAVY = ("highdicom", "lightning_fabric", "matplotlib", "mlflow", "monai", "nibabel", "scipy", "SimpleITK", "torch")
 COMMANDS = ("manifest", "dicom", "check", "plan", "train", "crossval", "predict", "evaluate", "export", "view", "info",
-            "config", "pacs", "import", "bundle", "compare", "inspect", "promote", "report", "runs",
+            "config", "pacs", "import", "bundle", "compare", "postprocess", "inspect", "promote", "report", "runs",
             "scores")  # fmt: skip
 Call = Callable[..., Outcome]
 
@@ -207,3 +207,12 @@ class TestStages:
         assert {case["fold"] for case in json.loads((world.run / "report.json").read_text())["cases"]} == {0, 1}
         done = in_process("crossval", world.config, "--folds", "2")
         assert (done.code, done.err) == (1, "error: fold 2: there are folds 0 to 1 (folds.count)\n")
+        done = in_process("postprocess", world.run, "--dry-run")
+        assert done.code == 0, done.err
+        assert "nothing chosen: 4 patients in 2 finished folds; at least 10 patients" in done.out
+        assert "nothing was written (--dry-run)" in done.out
+        done = in_process("postprocess", world.run, "--none")
+        assert (done.code, done.out) == (0, "no post-processing from now on in the bundles of folds 0, 1\n")
+        done = in_process("postprocess", world.run / "fold_0")
+        assert done.code == 1
+        assert "not the folder of a cross-validation (no dataset.json in it)" in done.err

@@ -281,7 +281,7 @@ class TestOneOfMany:
         more = [x + 0.01 for x in CLEAR]
         rows = told([LARGEST, SMALL, LARGE], cases_of(CLEAR, CLEAR, more))
         assert [a for a in rows if rows[a].is_chosen] == [LARGE]
-        assert rows[SMALL].why == rows[LARGEST].why == "helps, another one more"
+        assert rows[SMALL].why == rows[LARGEST].why == "helps, another is chosen"
 
     def test_of_equal_dice_the_better_surface_and_then_the_mildest(self) -> None:
         both = cases_of(CLEAR, CLEAR)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from pipeline.step import start_training
 from pipeline.task import TrainingTask
 
 from ..tiny_training import CPU, Listener, another, press_ctrl_c, run, same, tiny_task
+
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,6 +77,16 @@ class TestTheTraining:
         flat = another(replace(task, plan=plan), "flat", steps=2, inspect_every=1)
         run(flat)
         assert looks(flat.folder)[0]["inspect/encoder_1/energy"] > 0
+
+    @pytest.mark.slow
+    def test_of_two_processes_one_looks(self, small_plan: Plan, tmp_path: Path) -> None:
+        for name in ("blind", "seen"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "plan.json").write_text(small_plan.model_dump_json())
+        command = [sys.executable, "-m", "tests.pipeline.inspection.two_looking", str(tmp_path)]
+        outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
+        assert outcome.returncode == 0, outcome.stderr
+        assert (tmp_path / "told").exists()
 
 
 class TestGradients:

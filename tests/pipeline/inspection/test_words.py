@@ -99,8 +99,8 @@ class TestSkips:
     def test_a_constant(self) -> None:
         (text,) = texts(found({Change("mean", 2): 0.0003, Change("zeroed", 2): 0.2}))
         assert text == (
-            "Skip 2 is used as a constant, not for its detail (Dice falls by 0.20 when it is zeroed, by 0.0003 when it is "
-            "replaced by its mean, in this one case)."
+            "Skip 2 is used as a constant, not for its detail (Dice falls by 0.20 when it is zeroed, by 0.0003 when it "
+            "is replaced by its mean, in this one case)."
         )
 
     def test_those_that_work_are_ranked(self) -> None:
@@ -149,6 +149,12 @@ class TestChannels:
     )
     def test_what_stands_out(self, changes: dict[str, float], text: str) -> None:
         assert texts(found(figures=[level("bottleneck 6", **changes)])) == [text]
+
+    def test_one_dead_channel(self) -> None:
+        figures = [level("bottleneck 6", channels=8, dead_share=1 / 8, effective_rank=8.0)]
+        assert texts(found(figures=figures)) == [
+            "1 of 8 channels of the bottleneck is dead: it never rises above zero."
+        ]
 
     def test_a_rank_that_few_voxels_bound_is_not_low(self) -> None:
         assert texts(found(figures=[level("bottleneck 6", effective_rank=30.0, voxels=64)])) == []
@@ -200,6 +206,13 @@ class TestSight:
         assert self.sight(46.0, 90.0)[1] == (
             "It looks as far as its patch goes (48 mm from the middle): a larger patch might help."
         )
+
+    def test_slices_bound_what_a_2d_network_sees_and_that_is_no_news(self) -> None:
+        sight = ReceptiveField(
+            (99, 99, 1), (99.0, 99.0, 5.0), (96.0, 96.0, 5.0), 20.0, (20.0, 20.0, 0.0), 8, {"a": 50.0}, 2
+        )
+        (text,) = texts(found(sight=sight))
+        assert text.startswith("The network looks 20 mm around a voxel in its slice (95 %")
 
 
 def test_every_sentence_has_its_figure() -> None:
