@@ -18,10 +18,13 @@ from pipeline.inspection.figures import LevelFigures
 from pipeline.inspection.scene import Scene
 from pipeline.inspection.sheets import COLOURS, WARNING, Sheet, is_encoder, save, spacing_of, told
 
-_WIDTH_IN, _EDGE_IN, _HEADER_IN, _FOOTER_IN = 14.0, 0.35, 0.95, 0.7
-_AREA_IN2, _MOST_IN = 2.1, (2.3, 1.75)
-_ROW_GAP_IN, _INDENT_IN, _TEXT_IN = 0.42, 0.3, 2.75
+_EDGE_IN, _HEADER_IN, _FOOTER_IN = 0.35, 0.95, 0.7
+_AREA_IN2, _MOST_IN = 2.1, (2.6, 1.75)
+_TEXT_IN, _GAP_IN, _SKIP_TEXT_IN, _LEAST_WIDTH_IN = 2.3, 0.7, 2.05, 13.0
+_ROW_GAP_IN, _INDENT_IN = 0.42, 0.3
 _LINE_IN = 0.185
+_LINES = 5.6
+"""Of text beside a thumbnail; the arrow across runs below them."""
 
 Place = tuple[float, float]
 
@@ -66,17 +69,21 @@ class _U:
         aspect = scene.size_mm[0] / scene.size_mm[1]
         width_in = min((_AREA_IN2 * aspect) ** 0.5, _MOST_IN[0], _MOST_IN[1] * aspect)
         self.thumb_in = width_in, width_in / aspect
-        self.row_in = max(self.thumb_in[1], 4 * _LINE_IN) + _ROW_GAP_IN
+        self.row_in = max(self.thumb_in[1], _LINES * _LINE_IN) + _ROW_GAP_IN
         height_in = _HEADER_IN + (self.depth + 1) * self.row_in - _ROW_GAP_IN + _FOOTER_IN
-        self.sheet = Sheet(_WIDTH_IN, height_in)
+        deepest_in = _TEXT_IN + _INDENT_IN * (self.depth - 1)
+        needed_in = 2 * deepest_in + 3 * width_in + _GAP_IN + _SKIP_TEXT_IN
+        spare_in = max(0.0, _LEAST_WIDTH_IN - needed_in) / 2
+        self.skip_in = deepest_in + width_in + _GAP_IN + spare_in
+        self.sheet = Sheet(needed_in + 2 * spare_in, height_in)
 
     def corner(self, kind: str, level: int) -> Place:
         """Upper left of the thumbnail of a level; level 0 is the image's and the result's."""
         indent_in = _INDENT_IN * max(level - 1, 0)
         x_in = {
             "encoder": _TEXT_IN + indent_in,
-            "decoder": _WIDTH_IN - _TEXT_IN - indent_in - self.thumb_in[0],
-        }.get(kind, (_WIDTH_IN - self.thumb_in[0]) / 2)
+            "decoder": self.sheet.width_in - _TEXT_IN - indent_in - self.thumb_in[0],
+        }.get(kind, self.skip_in)
         return x_in, _HEADER_IN + level * self.row_in
 
     def flows(self) -> list[tuple[str, str]]:
@@ -164,8 +171,7 @@ def _letters(axes: Axes, letters: str) -> None:
 def _draw_arrow(sheet: Sheet, start: Box, end: Box) -> None:
     """From edge to edge: downwards, across or upwards."""
     if abs(start[1] - end[1]) < 0.01:
-        # Below the words of a skip.
-        y_in = start[1] + min(max(0.82 * start[3], 5.6 * _LINE_IN), start[3])
+        y_in = start[1] + max(0.82 * start[3], _LINES * _LINE_IN)
         a, b = (start[0] + start[2], y_in), (end[0], y_in)
     elif start[1] < end[1]:
         a, b = (start[0] + start[2] / 2, start[1] + start[3]), (end[0] + end[2] / 2, end[1])

@@ -20,8 +20,8 @@ from pipeline.export.planes import VIEW, VIEWS, Array, View, draw_marks, grey_wi
 from pipeline.inspection.window import Window
 from transforms.labels import LabelSchema
 
-TIE = 1.01
-"""Planes whose pixels differ in area by less are equally fine; the axial one comes first."""
+ENOUGH = 0.5
+"""A plane with this part of the most pixels shows as much as any; of several the axial one comes first."""
 
 DASHES = (0, (3.5, 2.0))
 
@@ -46,11 +46,9 @@ class Scene:
 
     @cached_property
     def view(self) -> View:
-        """The plane with the finest pixels; of a patch of one slice, the slice."""
-        flat = [view for view in VIEWS if self.shape[view.through] == 1]
-        areas = [self.spacing_mm[view.across] * self.spacing_mm[view.down] for view in VIEWS]
-        fine = [view for view, area in zip(VIEWS, areas, strict=True) if area < TIE * min(areas)]
-        return (flat or fine)[0]
+        """The plane that shows most of the patch: through slices that are thick or few; of one slice, the slice."""
+        pixels = [self.shape[view.across] * self.shape[view.down] for view in VIEWS]
+        return next(view for view, count in zip(VIEWS, pixels, strict=True) if count >= ENOUGH * max(pixels))
 
     @cached_property
     def part(self) -> float:

@@ -82,16 +82,26 @@ class TestScene:
         assert scene.part == pytest.approx(2.5 / 16)
         assert (scene.plane(classes.numpy()) == 1).sum() == 16
 
-    def test_the_plane_is_the_finest(self) -> None:
-        assert world(spacing_mm=(1.0, 1.0, 3.0)).view.name == "Axial"
-        assert world(spacing_mm=(1.0, 3.0, 1.0)).view.name == "Coronal"
-        assert world(spacing_mm=(3.0, 1.0, 1.0)).view.name == "Sagittal"
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [
+            ((32, 32, 8), "Axial"),
+            ((32, 8, 32), "Coronal"),
+            ((8, 32, 32), "Sagittal"),
+            ((1, 32, 32), "Sagittal"),
+            ((32, 40, 40), "Axial"),
+        ],
+    )
+    def test_the_plane_is_one_that_shows_most(self, shape: tuple[int, int, int], expected: str) -> None:
+        classes = torch.zeros(shape, dtype=torch.uint8)
+        window = Window(classes[None].float(), classes, Geometry(shape, np.eye(4)), (0, 0, 0))
+        assert Scene(window, classes, SCHEMA).view.name == expected
 
     def test_lengths_are_to_scale(self) -> None:
         scene = world(spacing_mm=(1.0, 3.0, 1.0))
-        assert scene.size_mm == (8.0, 16.0)
+        assert scene.size_mm == (8.0, 36.0)
         axes = draw_sheet(scene, halved(scene.window.image), level("encoder 2", halved(scene.window.image))).axes[0]
-        assert tuple(axes.images[0].get_extent()) == (0.0, 8.0, 16.0, 0.0)
+        assert tuple(axes.images[0].get_extent()) == (0.0, 8.0, 36.0, 0.0)
         assert axes.get_aspect() == 1.0
 
     def test_a_slice_stays_a_slice(self) -> None:
