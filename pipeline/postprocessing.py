@@ -19,6 +19,9 @@ Kind = Literal["largest", "islands", "holes"]
 VOXEL_BYTES = 10
 """For each voxel of a label map, what it takes beside it: a copy, a mask, numbers of components (measured: 9)."""
 
+LIBRARY_BYTES = 45_000_000
+"""What the process grows by in its first post-processing."""
+
 _VALUE = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -213,3 +216,8 @@ class Found(BaseModel):
 def described(actions: Sequence[Action]) -> str:
     """Actions in one line, in an order that does not hang on how they are listed."""
     return "; ".join(sorted(action.words for action in actions)) or "nothing"
+
+
+def cleaning_bytes(voxel_count: int) -> int:
+    """What post-processing of a label map takes at most, beside the map, where a few per cent of it are removed."""
+    return LIBRARY_BYTES + VOXEL_BYTES * voxel_count

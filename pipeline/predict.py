@@ -18,8 +18,7 @@ from pipeline.kept_scores import Grids
 from pipeline.memory_plan import MemoryPlan, plan_memory
 from pipeline.outputs import Listeners, layout_on, segment_image
 from pipeline.plan import ChannelPlan, Plan
-from pipeline.postprocessing import VOXEL_BYTES as VOXEL_BYTES_CLEANED
-from pipeline.postprocessing import PostProcessing
+from pipeline.postprocessing import PostProcessing, cleaning_bytes
 from pipeline.preparing import Prepared, grid_of, prepare, put_back
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.windows import Member, Pace, Progress, window_settings
@@ -212,7 +211,7 @@ def _planned(
             outputs = model.schema.output_count
             demand = with_confidence(demand, members, layout, source, asked=settings.asked, output_count=outputs)
         if _cleaning_of(model, settings) is not None:
-            demand = replace(demand, cleaning=VOXEL_BYTES_CLEANED * math.prod(source.shape))
+            demand = replace(demand, cleaning=cleaning_bytes(math.prod(source.shape)))
         process = held + max(0, demand.process - come)
         return plan_memory(replace(demand, process=process, study=study), limit_bytes=limit, batch=batch)
 

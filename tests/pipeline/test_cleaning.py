@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from pipeline.cleaning import background_pockets, postprocessed
-from pipeline.postprocessing import Action, PostProcessing
+from pipeline.postprocessing import LIBRARY_BYTES, Action, PostProcessing, cleaning_bytes
 from transforms.geometry import Geometry
 from transforms.labels import Label, LabelSchema, Region, schema_from_names
 
@@ -273,6 +274,22 @@ class TestLaws:
             found[tuple(np.argwhere(inside)[0] - 1)] = set(padded[around].tolist())
         firsts = [tuple(pockets.places[pockets.numbers == n][0]) for n in range(len(pockets.borders))]
         assert {place: set(pockets.borders[n]) for n, place in enumerate(firsts)} == found
+
+
+@pytest.mark.parametrize("kind", ["largest", "islands", "holes"])
+def test_it_takes_the_memory_that_was_promised(kind: str) -> None:
+    world = np.zeros((96, 96, 96), np.uint8)
+    world[2:90, 2:90, 2:90] = 1
+    world[30:40, 30:40, 30:40] = 0
+    world[94:, ::3, ::3] = 1
+    action = {"largest": largest("liver"), "islands": islands(20, "liver"), "holes": holes("liver")}[kind]
+    clean(world, action)
+    tracemalloc.start()
+    found = clean(world, action)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found != world).any()
+    assert peak <= cleaning_bytes(world.size) - LIBRARY_BYTES
 
 
 class TestRefusals:

@@ -22,12 +22,13 @@ from pipeline.errors import BundleError, RunError
 from pipeline.evaluate import evaluate_files
 from pipeline.export.nifti import write_nifti
 from pipeline.folds import Folds
+from pipeline.interop.exporting import export_model
 from pipeline.manifest import Case, Channel, Dataset, Manifest
 from pipeline.plan import Plan
 from pipeline.postprocess_run import find_postprocessing, store_postprocessing, with_postprocessing
 from pipeline.postprocessing import Action, Found, PostProcessing
 from pipeline.postprocessing_tables import honesty, postprocessing_tables
-from pipeline.predict import Model, PredictSettings, predict
+from pipeline.predict import Model, PredictSettings, explain, predict
 from pipeline.report_page import RunFacts
 from pipeline.report_page import page as page_of
 from pipeline.report_values import Report
@@ -314,3 +315,29 @@ class TestStoring:
         without = replace(settings, postprocess=False)
         with pytest.raises(RunError, match="holds results of another model or setting"):
             segment_studies(model, [Study("a", (image,))], out, settings=without, console=Silence())
+
+    def test_an_exported_network_comes_with_what_it_does_not_do(self, run: Run) -> None:
+        out, words = run.folder / "model.pt", "Anterior: keep the largest component"
+        bundle = run.fold_folder(0) / "bundle"
+        plain = export_model(bundle, out, to="torchscript", force=False)
+        store_postprocessing(run, [0], self.ANTERIOR)
+        lines = export_model(bundle, out, to="torchscript", force=True)
+        assert lines[-1] == f"not part of it: the post-processing that volseg does afterwards ({words}); do it too"
+        assert len(lines) == len(plain) + 1
+        card = json.loads((run.folder / "model.pt.json").read_text())
+        assert PostProcessing.model_validate(card["postprocessing"]) == self.ANTERIOR
+        assert card["steps"][-1].endswith(f"{words}.")
+
+    def test_its_memory_is_planned(self, run: Run) -> None:
+        grid, cpu = Geometry((64, 64, 64), np.eye(4)), torch.device("cpu")
+        store_postprocessing(run, [0], self.ANTERIOR)
+        named = {
+            wanted: [
+                stage.name
+                for stage in explain(
+                    self.model(run, 0), grid, settings=PredictSettings(False, postprocess=wanted), device=cpu
+                ).stages
+            ]
+            for wanted in (True, False)
+        }
+        assert named[True] == [*named[False], "post-processing"]

@@ -20,6 +20,7 @@ from pipeline.errors import ExportError
 from pipeline.export import Source, export
 from pipeline.export.dicom_seg import write_seg
 from pipeline.export.verify_seg import verify_seg
+from pipeline.postprocessing import Action, PostProcessing
 from pipeline.segmentation import Segmentation
 from tests.pipeline.export.highdicom_reader import read_by_highdicom
 from transforms.dicom import DicomSeries
@@ -100,6 +101,14 @@ def test_segments_are_the_schema(phantom: Segmentation, source: Source, tmp_path
         algorithm = segment.SegmentationAlgorithmIdentificationSequence[0]
         assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("phantom", "1.2")
     assert len({segment.TrackingUID for segment in segments}) == 3
+
+
+def test_a_segment_says_what_was_done_to_it(phantom: Segmentation, source: Source, tmp_path: Path) -> None:
+    name = phantom.schema.labels[0].name
+    cleaned = PostProcessing(actions=(Action(kind="largest", name=name, labels=(name,)),))
+    path = written(replace(phantom, postprocessing=cleaned), source, tmp_path)
+    told = [segment.get("SegmentDescription") for segment in pydicom.dcmread(path).SegmentSequence]
+    assert told == [f"post-processed: {name}: keep the largest component", *[None] * (len(told) - 1)]
 
 
 def test_the_gap_is_that_of_the_positions(phantom: Segmentation, source: Source, tmp_path: Path) -> None:
