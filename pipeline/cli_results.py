@@ -68,6 +68,7 @@ def promote_run(
 ) -> None:
     """Give the alias `champion` to a run's model in MLflow's registry."""
     from pipeline.promote import promote
+    from pipeline.tracking import without_password
     from pipeline.tracking.registry import open_registry
 
     place, run_id = _tracked_run(run, uri, runs)
@@ -76,7 +77,9 @@ def promote_run(
     print(outcome.told)
     if outcome.comparison is not None and not outcome.moved:
         raise typer.Exit(1)
-    print(f"in Python: mlflow.pyfunc.load_model('models:/{outcome.version.model}@{alias}').predict('study.nii.gz')")
+    address = f"models:/{outcome.version.model}@{alias}"
+    print(f"in Python: mlflow.set_tracking_uri('{without_password(place)}')")
+    print(f"           mlflow.pyfunc.load_model('{address}').predict('study.nii.gz')")
 
 
 def list_tracked(

@@ -19,6 +19,12 @@ from pipeline.tracking.texts import shortened
 
 _REQUEST_SECONDS = 10
 _MOST_REASON = 200
+_STATUS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}
+_ADVICE = {
+    401: "the server does not take the user name and password, or was given none; set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD, or write them into ~/.mlflow/credentials",
+    403: "the server knows this user and does not allow it; ask whoever runs it",
+}
 
 
 def settle_mlflow() -> None:
@@ -64,18 +70,12 @@ def reason_of(error: BaseException) -> str:
 
 def _refused_as(error: BaseException) -> str | None:
     """Of a server that wants to know who asks: what to do about it. None for any other error."""
+    status: int | None = None
     if isinstance(error, HTTPError) and error.response is not None:
         status = error.response.status_code
     elif isinstance(error, MlflowException):
-        status = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}.get(error.error_code)
-    else:
-        return None
-    if status == 401:
-        return (
-            "the server does not take the user name and password, or was given none; set MLFLOW_TRACKING_USERNAME "
-            "and MLFLOW_TRACKING_PASSWORD, or write them into ~/.mlflow/credentials"
-        )
-    return "the server knows this user and does not allow it; ask whoever runs it" if status == 403 else None
+        status = _STATUS.get(error.error_code)
+    return _ADVICE.get(status or 0)
 
 
 def _create_tables(uri: str) -> None:

@@ -75,7 +75,7 @@ def register(client: MlflowClient, name: str, model_id: str, *, run_id: str) -> 
         if found.source == source:
             return int(found.version)
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=_describe(logged.params))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -92,6 +92,17 @@ def register(client: MlflowClient, name: str, model_id: str, *, run_id: str) -> 
     versions.append({"name": name, "version": int(made.version)})
     client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})
     return int(made.version)
+
+
+def _describe(params: Mapping[str, str]) -> str:
+    """What the registry says of a model: what it is for and how it is asked."""
+    return (
+        f"Segments {params.get('labels', '')} on {params.get('channels', '')}.\n\n"
+        "`predict(PATH)` takes the path of a study: an image file, a DICOM folder, or a folder of NAME_0000, NAME_0001 "
+        "and so on for several channels; or a list of them, or a table with the column `path`. It gives label maps, or "
+        'with `params={"out": FOLDER}` the paths of NIfTI files that are written there.\n\n'
+        "`volseg promote RUN --if-better` moves the alias `champion`."
+    )
 
 
 def registered_name(text: str) -> str:

@@ -171,7 +171,8 @@ class TestCommand:
     def test_a_folder_and_an_id_are_the_same(self, world: World) -> None:
         done = command(world, str(world.runs / "better"), "--if-better")
         assert done.exit_code == 0
-        first, second = done.output.splitlines()
+        first, place, second = done.output.splitlines()
+        assert place == f"in Python: mlflow.set_tracking_uri('{world.uri}')"
         assert first.startswith("champion of liver is version 2 (run better), moved from version 1")
         assert "mlflow.pyfunc.load_model('models:/liver@champion')" in second
         again = command(world, f"runs:/{world.ids['better']}", "--if-better")
