@@ -19,6 +19,7 @@ from pipeline.held_out import out_of_fold_report
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.metrics import confusion_counts, dice_from_counts
 from pipeline.runs import Run, open_run, read_done
+from pipeline.tracking.journal import read_facts
 from transforms.volume import read_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,11 +129,31 @@ def test_a_run_folder_holds_what_it_is_made_of(finished: tuple[Run, list[str], l
     assert {p.name for p in run.folder.rglob(".*")} == {LOCK_NAME}
 
 
+@pytest.mark.slow
+def test_levels_are_drawn_and_tracked_where_looking_was_asked_for(
+    finished: tuple[Run, list[str], list[str]], home: Path
+) -> None:
+    store = {"enabled": True, "uri": f"sqlite:///{home / 'mlflow.db'}"}
+    run = open_run(config_at(home, train={"steps": 2, "inspect_every": 1}, tracking=store), home / "seen", Silence())
+    train_fold(run, 0, Silence(), resume=False)
+    names = {"overview.png", "encoder_1.png", "bottleneck_2.png", "decoder_1.png"}
+    assert {path.name for path in (run.fold_folder(0) / "inspection").iterdir()} == names
+    facts = read_facts(run.fold_folder(0))
+    assert {f.body["path"] for f in facts if f.kind == "artifact" and f.body["folder"] == "inspection"} == {
+        f"inspection/{name}" for name in names
+    }
+    told = [f.body for f in facts if f.kind == "metrics" and "inspect/encoder_1/energy" in f.body["values"]]
+    assert [body["step"] for body in told] == [1, 2]
+    assert not (finished[0].fold_folder(0) / "inspection").exists()
+
+
 class TestOpening:
     def test_a_run_goes_on_with_the_same_config(self, finished: tuple[Run, list[str], list[str]], home: Path) -> None:
         run, _, _ = finished
         again = open_run(config_at(home), run.folder, Silence())
         assert (again.plan, again.folds) == (run.plan, run.folds)
+        looked_into = open_run(config_at(home, train={"inspect_every": 2}), run.folder, Silence())
+        assert looked_into.config.train.inspect_every == 2
 
     def test_not_with_another(self, finished: tuple[Run, list[str], list[str]], home: Path) -> None:
         run, _, _ = finished
