@@ -54,17 +54,30 @@ def test_reach_tells_axes_apart() -> None:
     assert reach_mm(energy, SPACING_MM) == pytest.approx((0.0, 4.0, 3.0))
 
 
+class Cubes(nn.Module):
+    """Its gradient at a voxel depends on the voxel alone, and is 0 where that is 0."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.cat((image**3, torch.zeros_like(image)), dim=1)
+
+
 def test_each_voxel_counts_the_same() -> None:
-    """Whatever the size of its gradient: the second is a thousand times larger."""
+    """Whatever the size of its gradient: the second is a million times larger."""
     image = noise(1, 12, 12, 12)
-
-    class Cubes(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat((x**3, torch.zeros_like(x)), dim=1)
-
     image[0, 6, 6, 6], image[0, 5, 5, 5] = 1.0, 1000.0
     energy = gradient_energy(Cubes(), image, PATCH, [MIDDLE, (5, 5, 5)])
     assert float(energy.sum()) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("voxel", [(6, 6, 6), (0, 11, 3)])
+@pytest.mark.parametrize("patch", [(8, 8, 8), (5, 6, 7)])
+def test_the_voxel_that_is_asked_lies_in_the_middle(voxel: tuple[int, int, int], patch: tuple[int, int, int]) -> None:
+    image = torch.zeros(1, 12, 12, 12)
+    image[(0, *voxel)] = 1.0
+    energy = gradient_energy(Cubes(), image, patch, [voxel])
+    assert float(energy[patch[0] // 2, patch[1] // 2, patch[2] // 2]) == pytest.approx(1.0)
+    beside = (voxel[0] + 1, *voxel[1:])
+    assert float(gradient_energy(Cubes(), image, patch, [beside]).sum()) == 0.0
 
 
 def test_a_network_that_ignores_its_input_looks_nowhere() -> None:
