@@ -18,6 +18,8 @@ from pipeline.folder_lock import LOCK_NAME, held
 from pipeline.held_out import out_of_fold_report
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.metrics import confusion_counts, dice_from_counts
+from pipeline.quality import read_quality
+from pipeline.report_values import Report
 from pipeline.runs import Run, open_run, read_done
 from pipeline.tracking.journal import read_facts
 from transforms.volume import read_label
@@ -103,6 +105,19 @@ def test_every_case_is_scored_once_by_the_model_that_never_saw_it(
         names = {p.name.removesuffix(".nii.gz") for p in (run.fold_folder(fold) / "validation").glob("*.nii.gz")}
         assert names == set(run.folds.validation_cases(fold))
         assert not names & set(run.folds.training_cases(fold))
+
+
+def test_every_case_is_asked_what_it_expects(finished: tuple[Run, list[str], list[str]]) -> None:
+    run, _, _ = finished
+    report = out_of_fold_report(run, [0, 1])
+    for fold in (0, 1):
+        expected = read_quality(run.fold_folder(fold) / "validation")
+        assert set(expected) == set(run.folds.validation_cases(fold))
+        for case in (case for case in report.cases if case.fold == fold):
+            found = [label.expected_dice for label in expected[case.case_id].labels]
+            assert [score.expected_dice for score in case.labels] == found
+    assert report.expectations[-1].label == "mean of labels"
+    assert report.expectations == Report.from_json(json.loads((run.folder / "report.json").read_text())).expectations
 
 
 def test_scores_are_those_of_the_files(finished: tuple[Run, list[str], list[str]], small_dataset: Dataset) -> None:
