@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from pipeline.report_values import Report
     from pipeline.tracking.queries import TrackedRun
 
-Uri = Annotated[
-    str | None, typer.Option("--uri", help="MLflow server or store; default: mlflow.db in the folder of the runs.")
-]
+URI_HELP = (
+    "MLflow server or store; default: mlflow.db in the folder of the runs. User and password of a server: "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials."
+)
+Uri = Annotated[str | None, typer.Option("--uri", help=URI_HELP)]
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
 
 RUN_PREFIX = "runs:/"

@@ -8,7 +8,7 @@ from pipeline.compare import Comparison, compare
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
 from pipeline.report_values import Report
-from pipeline.tracking.registry import Registry, Version
+from pipeline.tracking.registry import Candidate, Registry, Version
 
 REPORT = "report.json"
 
@@ -49,13 +49,13 @@ def promote(registry: Registry, run_id: str, *, alias: str, model: str | None, i
     Raises:
         RunError: the run has no model, or with `if_better` the two were not scored on the same cases and references.
     """
-    version = registry.version_of(run_id, model=model)
-    before = registry.aliased(version.model, alias)
-    comparison = None
+    candidate = registry.candidate(run_id, model=model)
+    before = registry.aliased(candidate.model, alias)
+    # Before anything is written, because it may refuse.
+    comparison = _compared(registry, before, candidate) if before is not None and if_better else None
+    version = registry.register(candidate)
     if before is not None and before.number == version.number:
         return Promotion(alias, version, before, None, moved=False)
-    if before is not None and if_better:
-        comparison = _compared(registry, before, version)
     moved = comparison is None or is_better(comparison)
     outcome = Promotion(alias, version, before, comparison, moved)
     if moved:
@@ -72,19 +72,18 @@ def is_better(comparison: Comparison, *, of_a: bool = False) -> bool:
     return (low > 0) if comparison.more_is_better != of_a else (high < 0)
 
 
-def _compared(registry: Registry, before: Version, version: Version) -> Comparison:
-    a, b = before.dataset_sha256, version.dataset_sha256
-    advice = "evaluate both on the same cases, or leave out --if-better"
+def _compared(registry: Registry, before: Version, candidate: Candidate) -> Comparison:
+    a, b = before.dataset_sha256, candidate.dataset_sha256
+    name, advice = f"run {candidate.run_name}", "evaluate both on the same cases, or leave out --if-better"
     if a and b and a != b:
         raise RunError(
-            f"{version.told} was not scored on the cases and references of {before.told} (manifest {b} against {a}); "
-            f"{advice}"
+            f"{name} was not scored on the cases and references of {before.told} (manifest {b} against {a}); {advice}"
         )
-    reports = [Report.from_json(registry.read_json(which.run_id, REPORT)) for which in (before, version)]
+    reports = [Report.from_json(registry.read_json(run_id, REPORT)) for run_id in (before.run_id, candidate.run_id)]
     found = compare(*reports, settings=EvaluateConfig())
     if found.only_in_a or found.only_in_b:
         raise RunError(
-            f"{version.told} was not scored on the cases of {before.told}: {found.overall.n_cases} are in both, "
+            f"{name} was not scored on the cases of {before.told}: {found.overall.n_cases} are in both, "
             f"{len(found.only_in_a)} only there, {len(found.only_in_b)} only here; {advice}"
         )
     return found

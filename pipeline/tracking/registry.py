@@ -15,8 +15,22 @@ DATASET_TAG, DATASET_HASH_TAG = "dataset", "dataset_sha256"
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A run's model, registered or not, under the name that it has or would get.
+
+    The hash is of the run's dataset, None where it is not known.
+    """
+
+    model: str
+    model_id: str
+    run_id: str
+    run_name: str
+    dataset_sha256: str | None
+
+
+@dataclass(frozen=True)
 class Version:
-    """A version of a model, and the run that made it. The hash is of the run's dataset, None where it is not known."""
+    """A version of a model, and the run that made it; the hash as in `Candidate`."""
 
     model: str
     number: int
@@ -36,42 +50,50 @@ class Registry:
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    def version_of(self, run_id: str, *, model: str | None = None) -> Version:
-        """The version of a run's newest model, which is registered now if it was not.
-
-        `model` is the name it has or gets; None takes that of the run's dataset.
+    def candidate(self, run_id: str, *, model: str | None = None) -> Candidate:
+        """A run's newest model. `model` is its name in the registry; None takes that of the run's dataset.
 
         Raises:
             RunError: the run has no model, or no dataset to call it after.
         """
-        from pipeline.tracking.logged_model import register, registered_name
+        from pipeline.tracking.logged_model import registered_name
 
         run = self._client.get_run(run_id)
-        name = model or run.data.tags.get(DATASET_TAG)
+        tags, run_name = run.data.tags, run.info.run_name or run_id
+        name = model or tags.get(DATASET_TAG)
         if not name:
-            raise RunError(f"run {run.info.run_name} does not say what its dataset is; give --model NAME")
+            raise RunError(f"run {run_name} does not say what its dataset is; give --model NAME")
         outputs = run.outputs.model_outputs if run.outputs else []
         logged = [self._client.get_logged_model(output.model_id) for output in outputs]
         if not logged:
             raise RunError(
-                f"run {run.info.run_name} has no model; a cross-validation has one once all its folds are finished: "
-                "run `volseg crossval` again, finished folds are kept"
+                f"run {run_name} has no model; a cross-validation has one once all its folds are finished: "
+                "run `volseg crossval` again, finished folds are kept, or give the folder of one fold"
             )
         newest = max(logged, key=lambda found: found.creation_timestamp)
-        number = register(self._client, name, newest.model_id, run_id=run_id)
-        return _version(registered_name(name), number, run)
+        return Candidate(registered_name(name), newest.model_id, run_id, run_name, tags.get(DATASET_HASH_TAG))
+
+    def register(self, candidate: Candidate) -> Version:
+        """The candidate's version, which is made if there is none."""
+        from pipeline.tracking.logged_model import register
+
+        number = register(self._client, candidate.model, candidate.model_id, run_id=candidate.run_id)
+        return Version(candidate.model, number, candidate.run_id, candidate.run_name, candidate.dataset_sha256)
 
     def aliased(self, model: str, alias: str) -> Version | None:
         """The version that has the alias; None if none has."""
-        aliases = self._client.get_registered_model(model).aliases
-        if alias not in aliases:
-            return None
-        found = self._client.get_model_version(model, aliases[alias])
+        for registered in self._client.search_registered_models(f"name = '{model}'"):
+            if alias in registered.aliases:
+                return self._version(model, registered.aliases[alias])
+        return None
+
+    def _version(self, model: str, number: str) -> Version:
+        found = self._client.get_model_version(model, number)
         if not found.run_id:
-            raise RunError(
-                f"version {found.version} of {model} was made by no run, so there is nothing to compare with"
-            )
-        return _version(model, int(found.version), self._client.get_run(found.run_id))
+            raise RunError(f"version {number} of {model} was made by no run, so there is nothing to compare with")
+        run = self._client.get_run(found.run_id)
+        name = run.info.run_name or found.run_id
+        return Version(model, int(number), found.run_id, name, run.data.tags.get(DATASET_HASH_TAG))
 
     def move(self, version: Version, alias: str, *, because: str) -> None:
         """Give the alias to a version, which keeps the reason as a tag."""
@@ -97,8 +119,3 @@ def open_registry(uri: str) -> Iterator[Registry]:
     """
     with open_client(uri) as client:
         yield Registry(client)
-
-
-def _version(model: str, number: int, run: Any) -> Version:
-    name = run.info.run_name or run.info.run_id
-    return Version(model, number, run.info.run_id, name, run.data.tags.get(DATASET_HASH_TAG))
