@@ -110,6 +110,8 @@ def train_one_fold(
         console.close()
         show_report(f"fold {fold}, held-out cases", report)
     print(f"model: {folder / 'bundle'}\nreport: {folder / 'report.json'}")
+    if (folder / "inspection").is_dir():
+        print(f"levels of the network: {folder / 'inspection' / 'overview.png'}")
     _show_tracking(config)
 
 

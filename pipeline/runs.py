@@ -3,6 +3,7 @@
 RUN/
   config.yaml plan.json fingerprint.json folds.json dataset.json set_aside.json provenance.json
   fold_K/  history.jsonl checkpoint.pt bundle/ validation/*.nii.gz report.json report.csv curves.png done.json
+           inspection/*.png                                             (with train.inspect_every)
   report.json report.csv dice.png                                       (after a cross-validation)
 """
 

@@ -93,7 +93,7 @@ def _tiles(found: Inspection) -> str:
     if bottom is not None:
         rows.append(("effective rank, bottleneck", f"{bottom.effective_rank:.1f}", f"of {bottom.channels} channels"))
     if found.receptive.radius_mm is not None:
-        rows.append(("radius it really uses", f"{found.receptive.radius_mm:.0f} mm", "95 % of the gradient"))
+        rows.append(("radius it really uses", f"{found.receptive.radius_mm:.1f} mm", "95 % of the gradient"))
     body = "".join(
         f'<div class="tile"><span>{escape(what)}</span><b>{escape(value)}</b><span>{escape(note)}</span></div>'
         for what, value, note in rows
@@ -161,10 +161,9 @@ def _sight(sight: ReceptiveField) -> str:
         bars.append(
             Bar("the deepest level", min(sight.deepest_mm), f"the deepest level: {_mm(sight.deepest_mm)} mm", 6)
         )
-    if sight.reach_mm is not None:
-        across_mm = tuple(2 * mm for mm in sight.reach_mm)
-        told = f"95 % of the gradient lies within {_mm(across_mm)} mm"
-        bars.append(Bar("95 % of its answer", min(across_mm), told, 0))
+    if sight.radius_mm is not None:
+        told = f"95 % of the gradient lies within {sight.radius_mm:.1f} mm of a voxel"
+        bars.append(Bar("95 % of its answer", 2 * sight.radius_mm, told, 0))
     longest = sorted(sight.extents_mm.items(), key=lambda item: -item[1])[:MOST_LABELS]
     bars += [Bar(name, mm, f"{name}: longest side {mm:.1f} mm", 2) for name, mm in longest]
     keys = (
@@ -173,8 +172,8 @@ def _sight(sight: ReceptiveField) -> str:
         '<span class="key"><i class="k2"></i>the object</span>'
     )
     note = (
-        "Of the network, the shortest of three axes; of an object, the longest side of its largest piece. "
-        "95 % of the energy of the gradient of an answer, to both sides of it (Luo et al. 2016)."
+        "Of a patch and a level, the shortest of three axes; of an object, the longest side of its largest piece. Of an "
+        "answer, the width of the ball around it that holds 95 % of its gradient's energy (Luo et al. 2016)."
     )
     return f'<p>{keys}</p>{bar_chart(bars, x_label="mm")}<p class="soft">{note}</p>'
 
