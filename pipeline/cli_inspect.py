@@ -111,6 +111,8 @@ def _sight_rows(sight: ReceptiveField) -> list[dict[str, Any]]:
     if sight.reach_mm is not None and sight.radius_mm is not None:
         rows.append({"what": "95 % of the gradient, to either side along each axis", "mm": _times(sight.reach_mm)})
         rows.append({"what": "95 % of the gradient, within a radius of", "mm": f"{sight.radius_mm:.1f}"})
+    else:
+        rows.append({"what": "95 % of the gradient", "mm": "not known: no gradient, or no memory"})
     longest = sorted(sight.extents_mm.items(), key=lambda item: -item[1])[:MOST_LABELS]
     return rows + [{"what": f"{name}, longest side", "mm": f"{mm:.1f}"} for name, mm in longest]
 

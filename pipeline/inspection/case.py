@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.free_memory import free_bytes
 from pipeline.gradients import is_out_of_memory
 from pipeline.inspection.contributions import Change, Row, changed
 from pipeline.inspection.figures import ChannelSums, record_sums
@@ -111,6 +112,8 @@ class Passes:
     def gradients(self, classes: Classes) -> Tensor | None:
         """See `gradient_energy`, of voxels in these labels; None where memory does not suffice."""
         schema, patch = self.model.schema, self.model.plan.patch_shape
+        if self.image.device.type == "cpu" and self._backward_bytes() > free_bytes():
+            return None  # a system that runs out of memory may end the process without an error
         try:
             asked = voxels_to_ask(classes, schema, self.source, self.prepared.grid)
             return gradient_energy(self.network, self.image, patch, asked)
@@ -118,6 +121,10 @@ class Passes:
             if not is_out_of_memory(error):
                 raise
         return None
+
+    def _backward_bytes(self) -> float:
+        """What going backward through one patch takes at most: its part of a training step; 0 where it is not known."""
+        return 1e9 * self.model.plan.memory_gb / self.model.plan.batch_size
 
 
 def look_at(passes: Passes, untouched: Untouched, changes: Sequence[Change]) -> Look:

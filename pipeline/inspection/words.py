@@ -98,6 +98,12 @@ class _Changes:
         falls = self._falls(change)
         return self.found.falls(change) <= -self.nothing and 2 * sum(fall < 0 for fall in falls) > len(falls)
 
+    def mixed(self, change: Change) -> str | None:
+        """As 'helps in 2 of 5 cases and harms in 1', of what is changed; None where it harms in no case."""
+        falls = self._falls(change)
+        helped, harmed = (sum(sign * fall >= self.nothing for fall in falls) for sign in (1, -1))
+        return f"helps in {helped} of {len(falls)} cases and harms in {harmed}" if harmed else None
+
     def of(self, how: How) -> list[Change]:
         """Those of a kind, from the finest level."""
         return sorted((change for change in self.found.changed if change.how == how), key=lambda c: c.level)
@@ -130,7 +136,9 @@ def _about_depth(changes: _Changes, found: Inspection) -> Iterator[Sentence]:
 
     useless = next((cut for cut in cuts if changes.is_nothing(cut) or changes.rises(cut)), None)
     if useless is None:
-        yield Sentence("depth", f"The depth is used, down to level {found.depth} ({without(cuts[-1], 'it')}).")
+        mixed, figure = changes.mixed(cuts[-1]), without(cuts[-1], "it")
+        said = f"The depth is used, down to level {found.depth}" if mixed is None else f"Level {found.depth} {mixed}"
+        yield Sentence("depth", f"{said} ({figure}).")
         return
     one = useless.level + 1 == found.depth
     if changes.is_nothing(useless):
@@ -156,6 +164,8 @@ def _about_skips(changes: _Changes) -> Iterator[Sentence]:
         by_mean = f"{changes.moves(mean)} {replaced}"
         if changes.rises(mean):
             yield Sentence(skip, f"{_begun(skip)} carries noise ({by_mean}, {changes.where}).")
+        elif (mixed := changes.mixed(mean)) is not None:
+            yield Sentence(skip, f"{_begun(skip)} {mixed} ({by_mean}, {changes.where}).")
         elif not changes.is_nothing(mean):
             working.append(mean)
         elif changes.is_nothing(zeroed):

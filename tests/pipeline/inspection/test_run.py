@@ -200,16 +200,20 @@ class TestRefusals:
         assert "network Conv3d: its levels are not known" in text
 
 
+@pytest.mark.parametrize("how", ["by an error", "by what is free"])
 def test_where_memory_does_not_suffice_for_gradients_the_rest_is_told(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     full = MemoryError("not enough")
     assert is_out_of_memory(full)
 
     def gradient_energy(*_: object) -> None:
+        assert how == "by an error"
         raise full
 
     monkeypatch.setattr("pipeline.inspection.case.gradient_energy", gradient_energy)
+    if how == "by what is free":
+        monkeypatch.setattr("pipeline.inspection.case.free_bytes", lambda: 1000)
     found = looked(model, CASE, manifest=MANIFEST, quick=True)
     assert found.receptive.radius_mm is None
     assert found.figures
