@@ -19,10 +19,10 @@ from pipeline.inspection.scene import Scene
 from pipeline.inspection.sheets import COLOURS, WARNING, Sheet, is_encoder, save, spacing_of, told
 
 _EDGE_IN, _HEADER_IN, _FOOTER_IN = 0.35, 0.95, 0.7
-_AREA_IN2, _MOST_IN = 2.1, (2.6, 1.75)
-_TEXT_IN, _GAP_IN, _SKIP_TEXT_IN, _LEAST_WIDTH_IN = 2.3, 0.7, 2.05, 13.0
+_AREA_IN2, _MOST_IN = 2.1, (2.2, 1.75)
+_TEXT_IN, _GAP_IN = 2.3, 2.05
 _ROW_GAP_IN, _INDENT_IN = 0.42, 0.3
-_LINE_IN = 0.185
+_LINE_IN = 0.195
 _LINES = 5.6
 """Of text beside a thumbnail; the arrow across runs below them."""
 
@@ -72,10 +72,7 @@ class _U:
         self.row_in = max(self.thumb_in[1], _LINES * _LINE_IN) + _ROW_GAP_IN
         height_in = _HEADER_IN + (self.depth + 1) * self.row_in - _ROW_GAP_IN + _FOOTER_IN
         deepest_in = _TEXT_IN + _INDENT_IN * (self.depth - 1)
-        needed_in = 2 * deepest_in + 3 * width_in + _GAP_IN + _SKIP_TEXT_IN
-        spare_in = max(0.0, _LEAST_WIDTH_IN - needed_in) / 2
-        self.skip_in = deepest_in + width_in + _GAP_IN + spare_in
-        self.sheet = Sheet(needed_in + 2 * spare_in, height_in)
+        self.sheet = Sheet(2 * deepest_in + 3 * width_in + 2 * _GAP_IN, height_in)
 
     def corner(self, kind: str, level: int) -> Place:
         """Upper left of the thumbnail of a level; level 0 is the image's and the result's."""
@@ -83,7 +80,7 @@ class _U:
         x_in = {
             "encoder": _TEXT_IN + indent_in,
             "decoder": self.sheet.width_in - _TEXT_IN - indent_in - self.thumb_in[0],
-        }.get(kind, self.skip_in)
+        }.get(kind, (self.sheet.width_in - self.thumb_in[0]) / 2)
         return x_in, _HEADER_IN + level * self.row_in
 
     def flows(self) -> list[tuple[str, str]]:
@@ -147,7 +144,7 @@ def _labels(u: _U, place: Place) -> None:
         y_in = place[1] + row * _LINE_IN + 0.09
         u.sheet.line([place[0], place[0] + 0.18], [y_in, y_in], color=u.scene.colour_of(row + 1), linewidth=1.8)
         name = label.name if len(label.name) <= 22 else label.name[:21] + "…"
-        u.sheet.text(place[0] + 0.26, y_in, name, fontsize=8.5)
+        u.sheet.text(place[0] + 0.26, y_in, name, fontsize=9.2)
     if (more := len(u.scene.schema.labels) - most) > 0:
         u.sheet.text(place[0], place[1] + most * _LINE_IN + 0.09, f"and {more} more", fontsize=8, color=FAINT)
 
@@ -155,9 +152,9 @@ def _labels(u: _U, place: Place) -> None:
 def _lines(sheet: Sheet, place: Place, lines: Sequence[str], *, ha: str, warns: bool = False) -> None:
     for row, line in enumerate(lines):
         y_in = place[1] + 0.09 + row * _LINE_IN + (0.03 if row else 0.0)
-        style: dict[str, Any] = {"fontsize": 8.5, "color": FAINT}
+        style: dict[str, Any] = {"fontsize": 9.2, "color": FAINT}
         if row == 0:
-            style = {"fontsize": 10.5, "fontweight": "bold", "color": WARNING if warns else TEXT}
+            style = {"fontsize": 11.5, "fontweight": "bold", "color": WARNING if warns else TEXT}
         sheet.text(place[0], y_in, line, ha=ha, **style)
 
 

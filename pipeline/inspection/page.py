@@ -172,8 +172,8 @@ def _sight(sight: ReceptiveField) -> str:
         '<span class="key"><i class="k2"></i>the object</span>'
     )
     note = (
-        "Of a patch and a level, the shortest of three axes; of an object, the longest side of its largest piece. Of an "
-        "answer, the width of the ball around it that holds 95 % of its gradient's energy (Luo et al. 2016)."
+        "Of a patch and a level, the shortest of three axes; of an object, the longest side of its largest piece; of "
+        "an answer, the width of the ball around it that holds 95 % of its gradient's energy (Luo et al. 2016)."
     )
     return f'<p>{keys}</p>{bar_chart(bars, x_label="mm")}<p class="soft">{note}</p>'
 
