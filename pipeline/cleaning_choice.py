@@ -205,12 +205,18 @@ def _best_of_one(rows: Sequence[_Judged], surface_gain: SurfaceGain) -> _Judged:
     """The largest gain of Dice; of equal ones that of surface Dice; of these again the one that does least."""
     most = max(row.gain for row in rows)
     equal = [row for row in rows if row.gain > most - _TOGETHER]
-    if len(equal) == 1:
-        return equal[0]
+    mildest = min(equal, key=_reach)
+    # Where all do the same to every case there is nothing to measure.
+    if all(np.allclose(row.table.after, mildest.table.after, rtol=0, atol=TIE) for row in equal):
+        return mildest
     gains = [float(np.nansum(surface_gain(row.table.action)[row.table.rows])) / len(row.table.rows) for row in equal]
     best = max(gains)
-    near = [row for row, gain in zip(equal, gains, strict=True) if gain > best - _TOGETHER]
-    return min(near, key=lambda row: (row.table.is_changed.sum(), row.table.action.below_mm3 or np.inf))
+    return min((row for row, gain in zip(equal, gains, strict=True) if gain > best - _TOGETHER), key=_reach)
+
+
+def _reach(row: _Judged) -> tuple[int, float]:
+    """How much an action does: cases that it changes, and the size of its islands."""
+    return int(row.table.is_changed.sum()), row.table.action.below_mm3 or np.inf
 
 
 def _total(rows: Iterable[_Judged]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from pipeline.cleaning import Pockets, background_pockets, dropped, mask_of, sizes_of, values_of
 from pipeline.detection import components
 from pipeline.label_boxes import Box, boxes_of_values, joined
+from pipeline.label_parts import label_parts
 from pipeline.postprocessing import Action
 from transforms.labels import LabelSchema
 
@@ -26,6 +28,9 @@ Mask = npt.NDArray[np.bool_]
 
 ISLANDS_MM3 = (10.0, 100.0, 1000.0, 10000.0)
 """Sizes below which islands are tried."""
+
+MOST_TOGETHER = 16
+"""Labels up to which all of them are also tried as one structure."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class CaseEffect:
 
 
 def candidates(schema: LabelSchema) -> tuple[Action, ...]:
-    """Everything that is tried: for each label, and for all together, or for each region where there are regions.
+    """Everything that is tried: for each label, and for all together where they are few, or for each region.
 
     What is removed of a region becomes what the smallest region around it paints. A region is left out that shares
     labels with another of which neither holds the other, or that has nothing to become.
@@ -105,24 +110,25 @@ class _Case:
         self.id_of = {label.name: label.id for label in schema.labels}
         ids = sorted(schema.ids)
         self.boxes = (boxes_of_values(prediction, ids), boxes_of_values(reference, ids))
-        self._pockets: Pockets | None = None
 
     def box_of(self, values: Sequence[int]) -> Box | None:
         """The least box that holds these values on both sides; None where neither has any."""
         held = [side[value] for side in self.boxes for value in values if value in side]
         return joined(held) if held else None
 
-    def counted(self, box: Box) -> Mask:
-        """Where the reference says anything."""
-        ignored = self.schema.ignore
-        return np.ones(self.reference[box].shape, np.bool_) if ignored is None else self.reference[box] != ignored
+    def counted(self, reference: Array) -> Mask:
+        """Where a part of the reference says anything."""
+        return np.asarray(reference != (-1 if self.schema.ignore is None else self.schema.ignore))
 
-    @property
+    @cached_property
     def pockets(self) -> Pockets:
         """Of the prediction's background."""
-        if self._pockets is None:
-            self._pockets = background_pockets(self.prediction)
-        return self._pockets
+        return background_pockets(self.prediction)
+
+    @cached_property
+    def labels(self) -> _Labels:
+        """Of every label by itself."""
+        return _Labels(self)
 
 
 def _effects(case: _Case, actions: Sequence[Action]) -> list[CaseEffect]:
@@ -131,71 +137,125 @@ def _effects(case: _Case, actions: Sequence[Action]) -> list[CaseEffect]:
     if box is None:
         return [CaseEffect(1.0, 1.0, is_changed=False)] * len(actions)
     parts = [tuple(case.id_of[name] for name in part) for part in parts_of(actions[0], case.schema)]
-    structure = _Structure(case, box, values, parts)
-    return [structure.removal(action) if action.removes else structure.filling(action) for action in actions]
+    structure = case.labels.structure(values[0]) if parts == [values] and len(values) == 1 else _whole(case, box, parts)
+    return [
+        structure.removal(action, case.voxel_volume_mm3) if action.removes else _filling(structure, action, case, parts)
+        for action in actions
+    ]
 
 
+@dataclass(frozen=True, eq=False)
 class _Structure:
-    """One structure of a case: its components, and for each (rows) and part (columns) the voxels and overlaps."""
+    """One structure of a case: of its components the `sizes` (C,), and for each part what is counted of them, `voxels`
+    and `overlaps` with the reference (C, P); voxels of the reference (P,); and which component touches which of the
+    reference's, as pairs (2, T).
+    """
 
-    def __init__(self, case: _Case, box: Box, values: Sequence[int], parts: Sequence[Sequence[int]]) -> None:
-        self._case, self._values, self._parts = case, values, parts
-        found, expected, counted = case.prediction[box], case.reference[box], case.counted(box)
-        mask = mask_of(found, values)
-        numbers, self._count = components(mask)
-        self._sizes = sizes_of(numbers, self._count)
-        where = [counted & mask_of(found, part) for part in parts]
-        truth = [mask_of(expected, part) for part in parts]
-        self._voxels = self._per_component(numbers, where)
-        self._overlaps = self._per_component(numbers, [w & t for w, t in zip(where, truth, strict=True)])
-        self._expected = np.array([np.count_nonzero(t) for t in truth])
-        true_numbers, true_count = components(mask_of(expected, values))
-        both = mask & (true_numbers > 0)
-        pairs = (numbers[both].astype(np.int64) - 1) * max(true_count, 1) + true_numbers[both] - 1
-        self._touching = np.stack(np.divmod(np.unique(pairs), max(true_count, 1)))
+    sizes: Counts
+    voxels: Counts
+    overlaps: Counts
+    expected: Counts
+    touching: Counts
 
-    def removal(self, action: Action) -> CaseEffect:
+    def removal(self, action: Action, voxel_volume_mm3: float) -> CaseEffect:
         """Without the components that the action removes."""
-        drop = dropped(self._sizes, action, self._case.voxel_volume_mm3)
-        before = self._dice(self._voxels.sum(axis=0), self._overlaps.sum(axis=0))
+        drop = dropped(self.sizes, action, voxel_volume_mm3)
+        before = self.dice(self.voxels.sum(axis=0), self.overlaps.sum(axis=0))
         if not drop.any():
             return CaseEffect(before, before, is_changed=False)
-        after = self._dice(self._voxels[~drop].sum(axis=0), self._overlaps[~drop].sum(axis=0))
-        component, lesion = self._touching
+        after = self.dice(self.voxels[~drop].sum(axis=0), self.overlaps[~drop].sum(axis=0))
+        component, lesion = self.touching
         lost = np.setdiff1d(lesion, lesion[~drop[component]])
         return CaseEffect(before, after, is_changed=True, parts_lost=int(lost.size))
 
-    def filling(self, action: Action) -> CaseEffect:
-        """With the pockets that it fills."""
-        voxels, overlaps = self._voxels.sum(axis=0), self._overlaps.sum(axis=0)
-        before = self._dice(voxels, overlaps)
-        pockets = self._case.pockets
-        at = tuple(pockets.places[pockets.bordered_by(self._values)].T)
-        if not at[0].size:
-            return CaseEffect(before, before, is_changed=False)
-        truth = self._case.reference[at]
-        counted = truth != (-1 if self._case.schema.ignore is None else self._case.schema.ignore)
-        fill = self._case.id_of[action.becomes or action.labels[0]]
-        gets = np.array([fill in part for part in self._parts])
-        right = np.array([np.count_nonzero(mask_of(truth, part)) for part in self._parts])
-        after = self._dice(voxels + gets * np.count_nonzero(counted), overlaps + gets * right)
-        return CaseEffect(before, after, is_changed=True)
-
-    def _per_component(self, numbers: npt.NDArray[np.int32], masks: Sequence[Mask]) -> Counts:
-        counts = [np.bincount(numbers[mask], minlength=self._count + 1)[1:] for mask in masks]
-        return np.stack(counts, axis=1).astype(np.int64)
-
-    def _dice(self, voxels: Counts, overlaps: Counts) -> float:
-        whole = voxels + self._expected
+    def dice(self, voxels: Counts, overlaps: Counts) -> float:
+        """The mean over the parts."""
+        whole = voxels + self.expected
         dice = np.divide(2.0 * overlaps, whole, out=np.ones(len(whole)), where=whole > 0)
         return float(dice.mean())
+
+
+def _filling(structure: _Structure, action: Action, case: _Case, parts: Sequence[Sequence[int]]) -> CaseEffect:
+    """With the pockets that an action fills."""
+    voxels, overlaps = structure.voxels.sum(axis=0), structure.overlaps.sum(axis=0)
+    before = structure.dice(voxels, overlaps)
+    at = tuple(case.pockets.places[case.pockets.bordered_by(values_of(action, case.id_of))].T)
+    if not at[0].size:
+        return CaseEffect(before, before, is_changed=False)
+    truth = case.reference[at]
+    fill = case.id_of[action.becomes or action.labels[0]]
+    gets = np.array([fill in part for part in parts])
+    right = np.array([np.count_nonzero(mask_of(truth, part)) for part in parts])
+    after = structure.dice(voxels + gets * np.count_nonzero(case.counted(truth)), overlaps + gets * right)
+    return CaseEffect(before, after, is_changed=True)
+
+
+def _whole(case: _Case, box: Box, parts: Sequence[Sequence[int]]) -> _Structure:
+    """Several labels taken together."""
+    values = sorted({value for part in parts for value in part})
+    found, expected = case.prediction[box], case.reference[box]
+    counted, mask = case.counted(expected), mask_of(found, values)
+    numbers, count = components(mask)
+    lesions, lesion_count = components(mask_of(expected, values))
+    voxels, overlaps, truths = [], [], []
+    for part in parts:
+        where, truth = counted & mask_of(found, part), mask_of(expected, part)
+        voxels.append(np.bincount(numbers[where], minlength=count + 1)[1:])
+        overlaps.append(np.bincount(numbers[where & truth], minlength=count + 1)[1:])
+        truths.append(np.count_nonzero(truth))
+    both = mask & (lesions > 0)
+    touching = _pairs(numbers[both] - 1, lesions[both] - 1, lesion_count)
+    sizes = sizes_of(numbers, count)
+    return _Structure(sizes, np.stack(voxels, axis=1), np.stack(overlaps, axis=1), np.array(truths), touching)
+
+
+class _Labels:
+    """Every label by itself, from one look at both label maps, so that a hundred labels cost about what one does."""
+
+    def __init__(self, case: _Case) -> None:
+        box = case.box_of(case.schema.ids) or (slice(0, 0),) * 3
+        found, expected = (np.ascontiguousarray(side[box]) for side in (case.prediction, case.reference))
+        counted = case.counted(expected)
+        expected = expected * counted
+        self._parts, lesions = label_parts(found), label_parts(expected)
+        numbers, count = self._parts.painted(found.shape), self._parts.sizes.size
+        same = (found == expected) & (found > 0)
+        self._voxels = np.bincount(numbers[counted & (found > 0)], minlength=count)
+        self._overlaps = np.bincount(numbers[same], minlength=count)
+        self._expected = np.bincount(lesions.values, weights=lesions.sizes, minlength=max(case.schema.ids) + 1)
+        touching = _pairs(numbers[same], lesions.painted(found.shape)[same], lesions.sizes.size)
+        values = self._parts.values[touching[0]]
+        by_value = np.argsort(values, kind="stable")
+        self._touching, self._touching_values = touching[:, by_value], values[by_value]
+        self._order = np.argsort(self._parts.values, kind="stable")
+        self._ordered = self._parts.values[self._order]
+
+    def structure(self, value: int) -> _Structure:
+        """Of one label."""
+        low, high = np.searchsorted(self._ordered, [value, value + 1])
+        own = self._order[low:high]
+        first, last = np.searchsorted(self._touching_values, [value, value + 1])
+        component, lesion = self._touching[:, first:last]
+        return _Structure(
+            self._parts.sizes[own],
+            self._voxels[own][:, None],
+            self._overlaps[own][:, None],
+            self._expected[[value]].astype(np.int64),
+            np.stack([np.searchsorted(own, component), lesion]),
+        )
+
+
+def _pairs(left: Array, right: Array, right_count: int) -> Counts:
+    """Which pairs occur, once each, as (2, T) in the order of the first."""
+    wide = max(right_count, 1)
+    return np.stack(np.divmod(np.unique(left.astype(np.int64) * wide + right), wide))
 
 
 def _structures(schema: LabelSchema) -> list[tuple[str, tuple[str, ...], str | None]]:
     """Names, labels, and what is put where voxels of them are removed."""
     if not schema.regions:
         single = [(name, (name,), None) for name in schema.names]
-        return [*single, ("all labels", schema.names, None)] if len(single) > 1 else list(single)
+        return [*single, ("all labels", schema.names, None)] if 1 < len(single) <= MOST_TOGETHER else list(single)
     sets = {region.name: frozenset(region.labels) for region in schema.regions}
     found = []
     for region in schema.regions:

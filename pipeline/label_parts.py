@@ -35,6 +35,13 @@ class LabelParts:
     values: Counts
     sizes: Counts
 
+    def painted(self, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
+        """The number of each voxel's component, -1 where there is none, in a map (I, J, K) of that shape."""
+        found = np.full(int(np.prod(shape)), -1, dtype=np.int32)
+        places, numbers = self.voxels_of(np.ones(self.sizes.size, dtype=np.bool_))
+        found[places] = numbers
+        return found.reshape(shape)
+
     def voxels_of(self, wanted: npt.NDArray[np.bool_]) -> tuple[Counts, Counts]:
         """Flat places (N,) of the voxels of the wanted components (C,), and the number of each voxel's component."""
         chosen = np.flatnonzero(wanted[self.numbers])

@@ -284,10 +284,14 @@ class TestOneOfMany:
         assert rows[SMALL].why == rows[LARGEST].why == "helps, another is chosen"
 
     def test_of_equal_dice_the_better_surface_and_then_the_mildest(self) -> None:
-        both = cases_of(CLEAR, CLEAR)
+        both = cases_of(CLEAR, [x + 0.00001 * (-1) ** n for n, x in enumerate(CLEAR)])
         rows = told([SMALL, LARGE], both, surface({SMALL: 0.01, LARGE: 0.02}, 12))
         assert [a for a in rows if rows[a].is_chosen] == [LARGE]
         rows = told([SMALL, LARGE], both, surface({SMALL: 0.01, LARGE: 0.01}, 12))
+        assert [a for a in rows if rows[a].is_chosen] == [SMALL]
+
+    def test_what_does_the_same_to_every_case_is_not_measured(self) -> None:
+        rows = told([LARGEST, LARGE, SMALL], cases_of(CLEAR, CLEAR, CLEAR), no_surface)
         assert [a for a in rows if rows[a].is_chosen] == [SMALL]
 
     def test_labels_of_their_own_are_chosen_beside_each_other(self) -> None:
