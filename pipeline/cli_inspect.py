@@ -34,7 +34,7 @@ def inspect_network(
     ] = None,
     root: Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for inspection.json and pictures of every level.")
+        Path | None, typer.Option("--out", help="Folder for inspection.json, a page, and pictures of every level.")
     ] = None,
     series: Annotated[
         str | None, typer.Option("--series", help="Which series, where a DICOM folder holds several.")

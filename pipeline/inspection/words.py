@@ -101,8 +101,18 @@ class _Changes:
     def mixed(self, change: Change) -> str | None:
         """As 'helps in 2 of 5 cases and harms in 1', of what is changed; None where it harms in no case."""
         falls = self._falls(change)
-        helped, harmed = (sum(sign * fall >= self.nothing for fall in falls) for sign in (1, -1))
-        return f"helps in {helped} of {len(falls)} cases and harms in {harmed}" if harmed else None
+        harmed = sum(fall <= -self.nothing for fall in falls)
+        helped = sum(fall >= self.nothing for fall in falls)
+        if not harmed:
+            return None
+        if not helped:
+            return f"helps in no case and harms in {harmed} of {len(falls)}"
+        return f"helps in {helped} of {len(falls)} cases and harms in {harmed}"
+
+    def helps_nowhere(self, change: Change) -> bool:
+        """What is changed is needed in no case."""
+        falls = self._falls(change)
+        return bool(falls) and all(fall < self.nothing for fall in falls)
 
     def of(self, how: How) -> list[Change]:
         """Those of a kind, from the finest level."""
@@ -134,7 +144,7 @@ def _about_depth(changes: _Changes, found: Inspection) -> Iterator[Sentence]:
     def without(cut: Change, pronoun: str) -> str:
         return f"{changes.moves(cut)} without {pronoun}, {changes.where}"
 
-    useless = next((cut for cut in cuts if changes.is_nothing(cut) or changes.rises(cut)), None)
+    useless = next((cut for cut in cuts if changes.helps_nowhere(cut) or changes.rises(cut)), None)
     if useless is None:
         mixed, figure = changes.mixed(cuts[-1]), without(cuts[-1], "it")
         said = f"The depth is used, down to level {found.depth}" if mixed is None else f"Level {found.depth} {mixed}"
@@ -143,8 +153,10 @@ def _about_depth(changes: _Changes, found: Inspection) -> Iterator[Sentence]:
     one = useless.level + 1 == found.depth
     if changes.is_nothing(useless):
         does = "changes nothing" if one else "change nothing"
-    else:
+    elif changes.rises(useless):
         does = "does harm" if one else "do harm"
+    else:
+        does = "helps in no case" if one else "help in no case"
     levels, figure = _levels(useless.level + 1, found.depth), without(useless, "it" if one else "them")
     yield Sentence("depth", f"The bottleneck is too deep: {levels} {does} ({figure}).{_worth_a_try(useless, found)}")
 

@@ -73,6 +73,10 @@ class TestDepth:
         (text,) = texts(found({Change("cut", 5): 0.062, Change("cut", 4): 0.3}))
         assert text == "The depth is used, down to level 6 (Dice falls by 0.062 without it, in this one case)."
 
+    def test_a_level_that_no_case_needs(self) -> None:
+        (text,) = texts(found({Change("cut", 5): (0.001, -0.003, -0.0025), Change("cut", 4): (0.1, 0.1, 0.1)}))
+        assert text.startswith("The bottleneck is too deep: level 6 helps in no case (Dice rises by 0.0015 without it")
+
     def test_nothing_is_nothing_in_every_case(self) -> None:
         """A mean of 0.0005 hides a case that needs the level."""
         (text,) = texts(found({Change("cut", 5): (0.03, -0.029, 0.0005)}))
@@ -96,6 +100,10 @@ class TestSkips:
             "Skip 1 helps in 2 of 3 cases and harms in 1 (Dice rises by 0.010 when it is replaced by its mean, in the "
             "mean of 3 cases)."
         )
+
+    def test_a_skip_that_no_case_needs(self) -> None:
+        (text,) = texts(found({Change("mean", 1): (0.001, -0.003, -0.0025), Change("zeroed", 1): (0.1, 0.1, 0.1)}))
+        assert text.startswith("Skip 1 helps in no case and harms in 2 of 3 (Dice rises by 0.0015 when")
 
     def test_nothing(self) -> None:
         (text,) = texts(found({Change("mean", 2): 0.0003, Change("zeroed", 2): 0.001}))
