@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from pipeline.bundle import ModelBundle
 from pipeline.inspection.attention import attention_maps, write_attention
-from pipeline.inspection.figures import LevelFigures, figures_of, record_levels
+from pipeline.inspection.figures import figures_of, record_levels
 from pipeline.inspection.overview import write_overview
 from pipeline.inspection.scene import Scene
 from pipeline.inspection.sheets import write_sheets
@@ -30,30 +29,22 @@ Array = npt.NDArray[Any]
 OVERVIEW = "overview.png"
 
 
-def write_pictures(
-    folder: Path, bundle: ModelBundle, window: Window, *, figures: Sequence[LevelFigures] | None = None
-) -> list[Path]:
+def write_pictures(folder: Path, bundle: ModelBundle, window: Window) -> list[Path]:
     """Draw what flows through the bundle's network in a window, on the network's device; the files, overview first.
-
-    `figures` are drawn with the levels; by default those of the window itself.
 
     Raises:
         PlanError: the levels of the network are not known.
         RunError: a file cannot be written.
     """
-    device = next(bundle.network.parameters()).device
-    image = window.image.to(device)
+    image = window.image.to(next(bundle.network.parameters()).device)
     with record_levels(bundle.network) as activations:
         prediction = _classes(bundle, image, window.geometry)
-    scene = Scene(window, prediction, bundle.schema)
-    # Of a whole case, windows may be larger than the one that is drawn.
-    shown = [
-        replace(level, shape=tuple(activations[level.name].shape[2:])) for level in figures or figures_of(activations)
-    ]
+    scene, figures = Scene(window, prediction, bundle.schema), figures_of(activations)
     folder.mkdir(parents=True, exist_ok=True)
-    write_overview(folder / OVERVIEW, scene, activations, shown)
+    write_overview(folder / OVERVIEW, scene, activations, figures)
     maps = attention_maps(bundle.network, image[None], window.centre_ijk)
-    return [folder / OVERVIEW, *write_attention(folder, scene, maps), *write_sheets(folder, scene, activations, shown)]
+    sheets = write_sheets(folder, scene, activations, figures)
+    return [folder / OVERVIEW, *write_attention(folder, scene, maps), *sheets]
 
 
 def window_of_case(
