@@ -91,17 +91,18 @@ def _write(found: Inspection, model: Model, pictures: Sequence[Path], out: Path)
 
     words, bundle = words_of(found), model.bundles[0]
     write_json(out / INSPECTION, found.to_json() | {"words": [asdict(sentence) for sentence in words]})
-    compared = found.contributions is not None and found.contributions.against == "untouched"
     facts = {
         "model": found.model,
         "weights": bundle.digest[:12],
         "network": f"{model.plan.network} of {found.depth} levels",
         "trained with": f"volseg {bundle.index.provenance.get('volseg', 'of unknown version')}",
         "cases": ", ".join(found.cases),
-        "Dice is": "agreement with the untouched result" if compared else "against the reference",
         "windows": "as in prediction, without mirroring and post-processing",
         "pictures": f"of {found.cases[0]}",
     }
+    if found.contributions is not None:
+        with_reference = found.contributions.against == "reference"
+        facts["Dice is"] = "against the reference" if with_reference else "agreement with the untouched result"
     write_page(out / PAGE, found, words, pictures, facts=facts)
     return [out / INSPECTION, out / PAGE, pictures[0].parent]
 
