@@ -94,8 +94,14 @@ def test_features_that_are_not_finite_do_not_pass_for_figures() -> None:
     assert math.isnan(figures.effective_rank)
 
 
-@pytest.mark.parametrize("dimensions", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize(
+    ("name", "dimensions"),
+    [
+        *((name, 2) for name in sorted(NETWORKS)),
+        ("unet", 3),
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("dynunet", "segresnet", "mednext")),
+    ],
+)
 def test_every_network_names_its_levels(name: str, dimensions: Literal[2, 3]) -> None:
     ones, twos = (1,) * dimensions, (2,) * dimensions
     kernels = ((3,) * dimensions,) * 4
