@@ -35,7 +35,7 @@ FIGURES = ("dice", "surface_dice", "hausdorff_95_mm")
 """That are told before and after."""
 
 _DICE, _SURFACE_DICE = FIGURES.index("dice"), FIGURES.index("surface_dice")
-_MOST_THREADS = 4
+_MOST_THREADS = 2  # each holds a case with the components of both its label maps
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,6 @@ class _Labels:
         box = case.box_of(case.schema.ids) or (slice(0, 0),) * 3
         found, expected = (np.ascontiguousarray(side[box]) for side in (case.prediction, case.reference))
         counted = case.counted(expected)
-        expected = expected * counted
         self._parts, lesions = label_parts(found), label_parts(expected)
         numbers, count = self._parts.painted(found.shape), self._parts.sizes.size
         same = (found == expected) & (found > 0)

@@ -54,6 +54,8 @@ FoldRunner = Callable[[Run, Sequence[int], Console], Mapping[int, Exception]]
 def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: FoldRunner | None = None) -> Report:
     """Train the folds that aren't finished, then score the out-of-fold predictions of all finished ones together.
 
+    The post-processing that helps these goes into the folds' bundles; scores are without it (`postprocess_run`).
+
     Raises:
         RunError: at least one fold failed; the others were done first.
     """
