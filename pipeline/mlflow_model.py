@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.studies import Study
     from transforms.volume import Volume
 
-LabelMap = npt.NDArray[np.unsignedinteger[Any]]
+LabelMap = npt.NDArray[np.int32]
 
 PATH_COLUMN = "path"
 
@@ -46,10 +46,10 @@ class ServedModel:
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Segment studies, or arrays.
 
-        A path, a list of paths or a table with the column `path` gives a list of label maps, each (I, J, K) of label
-        ids on the study's own grid; with `params={"out": FOLDER}` they are written there as NIfTI files, and the list
-        is of their paths. A path is all that one study is: an image file, a DICOM folder, or a folder of NAME_0000,
-        NAME_0001 and so on for several channels.
+        A path, a list of paths or a table with the column `path` gives a list of label maps, each (I, J, K) int32
+        of label ids on the study's own grid; with `params={"out": FOLDER}` they are written there as NIfTI files, and
+        the list is of their paths. A path is all that one study is: an image file, a DICOM folder, or a folder of
+        NAME_0000, NAME_0001 and so on for several channels.
 
         Voxels (B, C, I, J, K), in HU for CT, on the plan's axes and spacing already, give label ids (B, I, J, K)
         int32. A channel that is NaN everywhere is missing, which an optional one may be. MLflow lets them through to
@@ -72,7 +72,7 @@ class ServedModel:
         sources = [image.read() for image in open_study(study, self._model.plan, series=None, resample_uneven=False)]
         found = self._segment(list(self._channels(study, sources)))
         if out is None:
-            return found.label_map
+            return found.label_map.astype(np.int32)
         (file,) = export(found, formats=["nifti"], out=out, name=study.name, source=sources[0])
         return str(file.path)
 

@@ -35,6 +35,8 @@ def run_note(run: Run, folder: Path, report: Report, pictures: Sequence[str] = (
 
 def headline(report: Report, *, is_fold: bool) -> str:
     """The result in a sentence."""
+    if report.overall.mean is None:
+        return _dice(report)
     scope = _scope(report, is_fold=is_fold)
     return f"{_dice(report)}: {scope[0].lower()}{scope[1:]}"
 

@@ -27,7 +27,7 @@ Figures = dict[str, float]
 class Sampler:
     """Tells of the machine from a thread of its own, after two seconds and then every ten, until it is stopped.
 
-    `tell` gets the figures of one moment; what a full disk refuses is left out.
+    `tell` gets the figures of one moment; what a disk refuses is left out.
     """
 
     def __init__(self, tell: Callable[[Figures], None], folder: Path) -> None:
@@ -42,13 +42,14 @@ class Sampler:
     def stop(self) -> None:
         """Tell nothing from now on."""
         self._stopping.set()
-        self._thread.join()
+        # No longer than that, where a driver hangs.
+        self._thread.join(_INTERVAL_S)
 
     def _loop(self) -> None:
         before, wait_s = _processor_s(), _FIRST_S
         while not self._stopping.wait(wait_s):
             now = _processor_s()
-            with suppress(RunError):
+            with suppress(RunError, OSError):
                 self._tell(_busy(before, now) | machine_figures(self._folder))
             before, wait_s = now, _INTERVAL_S
 

@@ -144,6 +144,7 @@ class TestPaths:
         for paths in given:
             (label_map,) = model.predict(paths)
             np.testing.assert_array_equal(label_map, expected)
+            assert label_map.dtype == np.int32  # as the signature says
 
     def test_studies_of_different_shapes_come_back_in_order(self, tracked: tuple[Path, str]) -> None:
         folder, _ = tracked
