@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError, ManifestError, PlanError, RunError, Vol
 from pipeline.fingerprint import Measuring
 from pipeline.manifest import Channel, Dataset, Manifest, parse_manifest, save_manifest
 from pipeline.manifest_build import PatientRule, build_manifest
-from pipeline.mlflow_model import GridModel
+from pipeline.mlflow_model import ServedModel
 from pipeline.models.registry import build_network
 from pipeline.plan import Budget, Fingerprint, Plan
 from pipeline.planner import make_plan
@@ -343,14 +343,15 @@ class TestPrediction:
         model = write_bundle(tmp_path / "bundle", planned(write_world(tmp_path, BOTH)))
         voxels = np.random.default_rng(0).normal(100, 10, (1, 2, *SHAPE)).astype(np.float32)
         voxels[0, 1] = np.nan
-        found = GridModel(model).predict(voxels)
+        served = ServedModel(model, torch.device("cpu"))
+        found = served.predict(voxels)
         volume = Volume(voxels[0, 0], Geometry(SHAPE, np.eye(4)), None, 0.0)
         assert np.array_equal(
             found[0],
             predict(model, [volume, None], settings=PredictSettings(False), device=torch.device("cpu")).label_map,
         )
         with pytest.raises(VolumeError, match=r"channel FLAIR \(MR\) is missing"):
-            GridModel(model).predict(voxels[:, ::-1])
+            served.predict(voxels[:, ::-1])
 
     def test_info_says_which_are_optional(self, tmp_path: Path) -> None:
         dataset = write_world(tmp_path, BOTH)
