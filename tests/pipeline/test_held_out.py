@@ -18,7 +18,7 @@ from pipeline.runs import Run, open_run
 
 from .test_crossval import Listener, config_at
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 Figures = list[list[float | None]]
 

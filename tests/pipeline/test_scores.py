@@ -144,7 +144,7 @@ class TestReport:
         assert [row["unannotated"] for row in counts.rows] == [0, 0, 1, 1, 1]
         lines = report.to_csv().splitlines()
         assert [line.split(",")[3] for line in lines[1:6]] == ["core", "rim", "spot", "whole", "inner"]
-        assert lines[8] == "b,b,,spot,unannotated,,1.0," + 13 * ","
+        assert lines[8] == "b,b,,spot,unannotated,,1.0," + 14 * ","
 
     def test_tables_of_whole_cases_have_no_such_column(self, tmp_path: Path) -> None:
         dataset = world(tmp_path)
