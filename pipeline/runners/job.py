@@ -105,18 +105,22 @@ class Outcomes:
     """What became of the folds that run somewhere: which were lost how often, and what stopped those that failed."""
 
     def __init__(self, run: Run, console: Console) -> None:
-        self.faults: dict[int, Exception] = {}
         self._run, self._console = run, console
+        self._faults: dict[int, Exception] = {}
         self._losses: Counter[int] = Counter()
+
+    def faults(self) -> dict[int, Exception]:
+        """What stopped those that failed, in the order of the folds, whichever failed first."""
+        return dict(sorted(self._faults.items()))
 
     def fail(self, fold: int, reason: str) -> None:
         """The fold cannot be finished."""
-        self.faults[fold] = RunError(reason)
+        self._faults[fold] = RunError(reason)
         self._console.note(f"fold {fold} failed: {reason}")
 
     def is_to_restart(self, fold: int, how: str) -> bool:
         """Whether a fold whose process or node ended is begun again: not if it was through, nor time after time."""
-        if self._run.is_done(fold) or fold in self.faults:
+        if self._run.is_done(fold) or fold in self._faults:
             return False
         self._losses[fold] += 1
         if self._losses[fold] > RESTARTS:

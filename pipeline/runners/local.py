@@ -105,7 +105,7 @@ class _Pool:
                     self._free.append(self._running.pop(fold).share)
                     if self._outcomes.is_to_restart(fold, _how_it_ended(message[1])):
                         waiting.appendleft(fold)
-        return self._outcomes.faults
+        return self._outcomes.faults()
 
     def _start(self, fold: int) -> None:
         share = self._free.pop(0)

@@ -133,7 +133,7 @@ class _Tasks:
         except BaseException:
             self._stop()
             raise
-        return self._outcomes.faults
+        return self._outcomes.faults()
 
     def _submit(self, fold: int) -> None:
         import ray
