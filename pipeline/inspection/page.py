@@ -6,7 +6,6 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pipeline.inspection.receptive import ReceptiveField
 from pipeline.inspection.result import Inspection
 from pipeline.inspection.words import Sentence
 from pipeline.report_page.charts import Bar, bar_chart
+from pipeline.report_page.document import document
 from pipeline.report_page.sections import table
 
 GROUPS = {"zeroed": 0, "mean": 5, "cut": 1}
@@ -52,7 +52,7 @@ def page(found: Inspection, words: Sequence[Sentence], pictures: Mapping[str, by
     overview = {name: png for name, png in pictures.items() if name == "overview"}
     attention = {name: png for name, png in pictures.items() if name.startswith("attention")}
     sheets = {name: png for name, png in pictures.items() if name not in overview | attention}
-    parts = [
+    sections = [
         ("words", "In words", _words(words)),
         ("flow", "What flows through the network", _figures(overview)),
         ("parts", "What each part brings", _contributions(found.contributions)),
@@ -62,18 +62,8 @@ def page(found: Inspection, words: Sequence[Sentence], pictures: Mapping[str, by
         ("channels", "Channels of every level", _figures(sheets)),
         ("facts", "What was inspected", table([{"what": k, "value": v} for k, v in facts.items()], text=True)),
     ]
-    shown = [part for part in parts if part[2]]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{text}</section>' for key, title, text in shown)
-    style = files("pipeline.report_page").joinpath("style.css").read_text(encoding="utf-8")
-    name = escape(found.model)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Inside {name} – volseg</title><style>{style}</style></head><body><header><h1>Inside {name}</h1>"
-        f'<p class="lead">{escape(_lead(found))}</p>{_tiles(found)}<nav>{links}</nav></header>'
-        f"<main>{body}</main></body></html>\n"
-    )
+    heading = f"Inside {found.model}"
+    return document(heading, heading, _lead(found), tiles=_tiles(found), sections=sections)
 
 
 def _lead(found: Inspection) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from pipeline.files import write_text
 from pipeline.report_page import sections
+from pipeline.report_page.document import document
 from pipeline.report_page.facts import Picture, RunFacts, read_run_facts
 from pipeline.report_values import Report
 
@@ -45,18 +44,7 @@ def page(report: Report, run: RunFacts, *, pictures: Sequence[Picture] = ()) -> 
         ("data", "Data", sections.data(run, report)),
         ("versions", "Versions", sections.versions(run, report)),
     ]
-    shown = [part for part in parts if part[2]]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{text}</section>' for key, title, text in shown)
-    style = files("pipeline.report_page").joinpath("style.css").read_text(encoding="utf-8")
-    name = escape(run.name)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name} – volseg</title><style>{style}</style></head><body><header><h1>{name}</h1>"
-        f'<p class="lead">{escape(_lead(report))}</p>{sections.tiles(report)}<nav>{links}</nav></header>'
-        f"<main>{body}</main></body></html>\n"
-    )
+    return document(run.name, run.name, _lead(report), tiles=sections.tiles(report), sections=parts)
 
 
 def _lead(report: Report) -> str:

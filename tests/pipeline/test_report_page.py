@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -16,27 +15,7 @@ from pipeline.report_page.charts import Line, Point, Scale, Strip, line_chart, s
 from pipeline.report_values import CaseExplanation, CaseScores, LabelScore, Report
 from pipeline.summary import summarise
 
-VOID = {"meta", "img"}
-
-
-class Tags(HTMLParser):
-    """Every tag is closed by its own end, and what is referred to is kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+from .html_tags import Tags
 
 
 def report(count: int = 8, *, patient: str = "patient-of") -> Report:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pipeline.bundle import find_bundles, load_bundle
-from pipeline.config import parse_config
 from pipeline.console import Silence
 from pipeline.crossval import cross_validate
 from pipeline.manifest import Dataset, manifest_hash, save_manifest
@@ -20,6 +19,8 @@ from pipeline.report_values import Report
 from pipeline.runs import Run, open_run
 from pipeline.tracking import embedded_store
 from transforms.volume import read_volume
+
+from .test_crossval import config_at
 
 pytestmark = [
     pytest.mark.slow,  # two folds are trained and told of
@@ -36,17 +37,8 @@ def made(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tu
 
     home = tmp_path_factory.mktemp("tracked")
     save_manifest(small_dataset, home / "cases.json")
-    document = {
-        "name": "tiny",
-        "runs": str(home / "runs"),
-        "data": {"manifest": str(home / "cases.json"), "cache": str(home / "cache")},
-        "folds": {"count": 2},
-        "plan": {"features": [4, 8], "patch_shape": [24, 36, 28]},
-        "train": {"steps": 3, "validations": 1, "validation_cases": 1},
-        "predict": {"mirror": False},
-        "evaluate": {"bootstrap_samples": 100},
-    }
-    run = open_run(parse_config(document, source="test"), home / "runs" / "tiny", Silence())
+    config = config_at(home, tracking={"enabled": True})
+    run = open_run(config, home / "runs" / "tiny", Silence())
     report = cross_validate(run, [0, 1], Silence())
     client = mlflow.MlflowClient(embedded_store(home / "runs"), embedded_store(home / "runs"))
     experiment = client.get_experiment_by_name("tiny")

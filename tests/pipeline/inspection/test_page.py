@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,32 +14,12 @@ from pipeline.inspection.receptive import ReceptiveField
 from pipeline.inspection.result import Inspection
 from pipeline.inspection.words import words_of
 from pipeline.report_page.charts import Bar, bar_chart
+from tests.pipeline.html_tags import Tags
 
-VOID = {"meta", "img"}
 CHANGED = {Change("zeroed", 1): ({"left <b>lung</b>": 0.6},), Change("cut", 1): ({"left <b>lung</b>": 0.91},)}
 SIGHT = ReceptiveField(
     (9, 9, 9), (9.0, 9.0, 18.0), (32.0, 32.0, 16.0), 6.5, (6.0, 6.0, 3.0), 8, {"left <b>lung</b>": 40.0}
 )
-
-
-class Tags(HTMLParser):
-    """Every tag is closed by its own end, and what is referred to is kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def found(*, contributions: bool = True, sight: ReceptiveField = SIGHT) -> Inspection:
