@@ -31,7 +31,8 @@ _VALUE_BITS = 16
 
 
 def postprocessed(label_map: Array, wanted: PostProcessing, schema: LabelSchema, geometry: Geometry) -> Array:
-    """A label map (I, J, K) of ids after post-processing; the very array where there is nothing to change.
+    """A label map (I, J, K) of ids after post-processing; the very array where there is nothing to change. Thresholds
+    have been heeded already.
 
     Of components of one size the first in the order of I, J, K is the largest.
 
@@ -43,7 +44,7 @@ def postprocessed(label_map: Array, wanted: PostProcessing, schema: LabelSchema,
     wanted.check_labels(schema)
     id_of = {x.name: x.id for x in schema.labels}
     removing = sorted((action for action in wanted.actions if action.removes), key=lambda a: _rank(a, id_of))
-    filling = [action for action in wanted.actions if not action.removes]
+    filling = [action for action in wanted.actions if action.kind == "holes"]
     found = _removed(label_map, removing, id_of, geometry.voxel_volume_mm3)
     return _filled(found, filling, id_of) if filling else found
 

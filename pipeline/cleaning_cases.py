@@ -11,19 +11,24 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipeline.cleaning import postprocessed
 from pipeline.cleaning_choice import JudgedCase, SurfaceGain
-from pipeline.cleaning_effects import effects_on, parts_of
+from pipeline.cleaning_effects import CaseEffect, effects_on, parts_of
+from pipeline.combining import segment_scores
 from pipeline.config import EvaluateConfig
 from pipeline.console import Console
 from pipeline.errors import GeometryMismatch
+from pipeline.kept_scores import read_scores
 from pipeline.measures import Measures
 from pipeline.postprocessing import Action, Effect, PostProcessing
 from pipeline.references import Reference
 from pipeline.scores import measure_ids
+from pipeline.threshold_effects import threshold_effects
 from transforms.geometry import Geometry
-from transforms.labels import LabelSchema
+from transforms.labels import LabelSchema, classes_of_values
+from transforms.resample import move_classes
 from transforms.volume import read_label
 
 Array = npt.NDArray[Any]
@@ -40,10 +45,11 @@ _MOST_THREADS = 2  # each holds a case with the components of both its label map
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A case with the fold that held it out, and where its prediction and its reference are."""
+    """A case with the fold that held it out, and where its prediction, the scores kept of it, and its reference are."""
 
     fold: int
     prediction: Path
+    scores: Path
     reference: Reference
 
 
@@ -60,18 +66,24 @@ class Cases:
     console: Console
 
     def judge(self, actions: Sequence[Action]) -> list[JudgedCase]:
-        """The effect of every action by itself on every case."""
+        """The effect of every action by itself on every case; thresholds are looked at on the network's grid."""
+        thresholds = [action for action in actions if action.kind == "threshold"]
+        cleaning = [action for action in actions if action.kind != "threshold"]
 
         def judged(case: HeldOut) -> JudgedCase:
-            pair, reference = _read(case), case.reference
-            effects = effects_on(
+            pair, reference, annotated = _read(case), case.reference, self._annotated(case)
+            found = effects_on(
                 pair.prediction,
                 pair.reference,
-                actions,
+                cleaning,
                 self.schema,
                 voxel_volume_mm3=pair.geometry.voxel_volume_mm3,
-                annotated=self._annotated(case),
+                annotated=annotated,
             )
+            effect_of = dict(zip(cleaning, found, strict=True))
+            if thresholds:
+                effect_of |= zip(thresholds, self._threshold_effects(case, pair, thresholds), strict=True)
+            effects = tuple(effect_of[action] for action in actions)
             return JudgedCase(reference.case_id, reference.patient_id, case.fold, effects)
 
         return self._each(judged, self.held_out, "trying post-processing")
@@ -120,7 +132,7 @@ class Cases:
 
     def _figures(self, pair: _Pair, actions: Sequence[Action], case: HeldOut) -> Floats:
         """(labels and regions, figures); NaN where not defined or not annotated, 1 of a Dice where both are empty."""
-        labels, regions = self._measured(self._cleaned(pair, actions), pair)
+        labels, regions = self._measured(self._after(case, pair, actions), pair)
         annotated = self._annotated(case)
         known = [*annotated[1:], *(all(annotated[c] for c in union) for union in self.schema.region_classes)]
         rows = [_values(row) for row in (*labels, *regions)]
@@ -133,16 +145,29 @@ class Cases:
         regions = [frozenset(region.labels) for region in self.schema.regions]
         names = regions or [frozenset([name]) for name in self.schema.names]
         sides = []
-        for prediction in (pair.prediction, self._cleaned(pair, [action])):
+        for prediction in (pair.prediction, self._after(case, pair, [action])):
             labels, unions = self._measured(prediction, pair)
             of_name = dict(zip(names, unions if regions else labels, strict=True))
             sides.append(np.mean([_values(of_name[part])[_SURFACE_DICE] for part in wanted]))
         return float(sides[1] - sides[0])
 
-    def _cleaned(self, pair: _Pair, actions: Sequence[Action]) -> Array:
+    def _threshold_effects(self, case: HeldOut, pair: _Pair, actions: Sequence[Action]) -> tuple[CaseEffect, ...]:
+        kept = read_scores(case.scores)
+        values = {i: c for c, i in enumerate(self.schema.ids, start=1)}
+        if self.schema.ignore is not None:
+            values[self.schema.ignore] = self.schema.class_count
+        classes = torch.from_numpy(classes_of_values(pair.reference, values).astype(np.int32))
+        on_grid = move_classes(classes[None], pair.geometry, kept.grids.grid)[0].numpy()
+        return threshold_effects(kept, on_grid, actions, annotated=self._annotated(case))
+
+    def _after(self, case: HeldOut, pair: _Pair, actions: Sequence[Action]) -> Array:
+        """The label map with these actions."""
         if not actions:
             return pair.prediction
-        return postprocessed(pair.prediction, PostProcessing(actions=tuple(actions)), self.schema, pair.geometry)
+        wanted, ids = PostProcessing(actions=tuple(actions)), pair.prediction
+        if wanted.thresholds:
+            ids = segment_scores([read_scores(case.scores)], wanted.thresholds).label_map
+        return postprocessed(ids, wanted, self.schema, pair.geometry) if wanted.cleaning else ids
 
     def _measured(self, prediction: Array, pair: _Pair) -> tuple[tuple[Measures, ...], tuple[Measures, ...]]:
         spacing_mm = pair.geometry.spacing_mm

@@ -52,8 +52,9 @@ def choose(
 ) -> tuple[tuple[Action, ...], tuple[Tried, ...]]:
     """What is chosen, and what came of everything that was tried.
 
-    Of one structure at most one removal and one filling of holes are chosen, and of structures that hold each other
-    either the larger or those in it, whichever gains more: so what is measured of each holds for all of them together.
+    Of one structure at most one filling of holes and one other action are chosen, and of structures that hold each
+    other either the larger or those in it, whichever gains more; of thresholds that move voxels of the same labels the
+    best one: so what is measured of each holds for all of them together.
     `surface_gain` is asked only where the Dice does not decide. Sources: as `compare.compare`.
     """
     tables = [_Table.of(number, action, cases) for number, action in enumerate(actions)]
@@ -65,8 +66,8 @@ def choose(
     helpful = [row for row in judged if row.helps]
     kept = {
         row.table.number
-        for removes in (True, False)
-        for row in _best([row for row in helpful if row.table.action.removes == removes], surface_gain)
+        for fills in (False, True)
+        for row in _apart(_best([row for row in helpful if (row.table.action.kind == "holes") == fills], surface_gain))
     }
     chosen = tuple(row.table.action for row in judged if row.table.number in kept)
     return chosen, tuple(row.told(is_chosen=row.table.number in kept) for row in judged)
@@ -84,6 +85,7 @@ class _Table:
     after: Floats
     is_changed: npt.NDArray[np.bool_]
     parts_lost: int
+    moved: frozenset[str]
 
     @classmethod
     def of(cls, number: int, action: Action, cases: Sequence[JudgedCase]) -> _Table:
@@ -100,6 +102,7 @@ class _Table:
             np.array([effects[row].after for row in rows], dtype=np.float64),
             np.array([effects[row].is_changed for row in rows], dtype=np.bool_),
             sum(effects[row].parts_lost for row in rows),
+            frozenset(name for row in rows for name in effects[row].moved),
         )
 
     @property
@@ -201,6 +204,16 @@ def _best(helpful: Sequence[_Judged], surface_gain: SurfaceGain) -> list[_Judged
     return taken
 
 
+def _apart(rows: Sequence[_Judged]) -> list[_Judged]:
+    """Without thresholds that move voxels of labels of which another, that gains more, moves some already; of equal
+    ones that of the label which needs it most stays."""
+    taken: list[_Judged] = []
+    for row in sorted(rows, key=lambda row: (-round(row.gain / _TOGETHER), float(row.table.before.mean()))):
+        if not any(row.table.moved & other.table.moved for other in taken):
+            taken.append(row)
+    return taken
+
+
 def _best_of_one(rows: Sequence[_Judged], surface_gain: SurfaceGain) -> _Judged:
     """The largest gain of Dice; of equal ones that of surface Dice; of these again the one that does least."""
     most = max(row.gain for row in rows)
@@ -214,9 +227,10 @@ def _best_of_one(rows: Sequence[_Judged], surface_gain: SurfaceGain) -> _Judged:
     return min((row for row, gain in zip(equal, gains, strict=True) if gain > best - _TOGETHER), key=_reach)
 
 
-def _reach(row: _Judged) -> tuple[int, float]:
-    """How much an action does: cases that it changes, and the size of its islands."""
-    return int(row.table.is_changed.sum()), row.table.action.below_mm3 or np.inf
+def _reach(row: _Judged) -> tuple[int, float, float]:
+    """How much an action does: cases that it changes, the size of its islands, how far from a half its threshold is."""
+    action = row.table.action
+    return int(row.table.is_changed.sum()), action.below_mm3 or np.inf, abs((action.threshold or 0.5) - 0.5)
 
 
 def _total(rows: Iterable[_Judged]) -> float:

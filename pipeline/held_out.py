@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.bundle import load_bundle, set_mirror
+from pipeline.confidence_files import write_confidence
 from pipeline.console import Console
 from pipeline.errors import RunError, VolsegError
 from pipeline.evaluate import evaluate_files
@@ -20,11 +21,11 @@ from pipeline.files import write_json, write_text
 from pipeline.manifest import Case, Dataset
 from pipeline.mirroring import weigh_mirroring
 from pipeline.predict import Model, PredictSettings, predict
-from pipeline.quality import record_quality
 from pipeline.references import SCHEMA_FILE
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
 from pipeline.runs import BUNDLE, VALIDATION, Run, tell_set_aside
 from pipeline.summary import summarise
+from pipeline.threshold_effects import KEPT
 from transforms.volume import read_volume
 
 REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
@@ -122,12 +123,12 @@ def _score(
 
 def _predict_case(run: Run, model: Model, case: Case, target: Path, *, mirror: bool) -> None:
     volumes = [None if path is None else read_volume(path) for path in run.dataset.channel_paths(case)]
-    settings = PredictSettings(mirror, estimate=True, postprocess=False)
+    settings = PredictSettings(mirror, estimate=True, keep_scores=KEPT, postprocess=False)
     segmentation = predict(model, volumes, settings=settings, device=run.hardware.torch_device())
-    if segmentation.confidence is not None and segmentation.confidence.estimate is not None:
-        record_quality(target, case.case_id, segmentation.confidence.estimate)
     source = Source(next(volume for volume in volumes if volume is not None))
     export(segmentation, formats=["nifti"], out=target, name=case.case_id, source=source)
+    if segmentation.confidence is not None:
+        write_confidence(target, case.case_id, segmentation.confidence, segmentation.geometry)
     # The figures of reading back are for results that leave the house.
     (target / f"{case.case_id}.verification.json").unlink(missing_ok=True)
 

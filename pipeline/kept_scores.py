@@ -86,9 +86,13 @@ class KeptScores:
         # The likeliest is written last: what says nothing is written to its place, and gone then.
         for rank in reversed(range(kept)):
             number = torch.where(levels[rank] > 0, numbers[rank], numbers[0])
-            above = 0.0 if self.schema.regions else 0.25 * (kept - 1 - rank) / kept
-            scores.scatter_(0, number[None], (levels[rank].float() + above).div_(LEVELS)[None])
+            scores.scatter_(0, number[None], (levels[rank].float() + self.above(rank)).div_(LEVELS)[None])
         return scores
+
+    def above(self, rank: int) -> float:
+        """What is added to the level of a rank, so that of equals the first wins; less than there is between two."""
+        kept = len(self.levels)
+        return 0.0 if self.schema.regions else 0.25 * (kept - 1 - rank) / kept
 
 
 class Keeper:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.loss_comparison import Targets
+from pipeline.thresholds import decision_of
 from pipeline.tiling import Layout, lay_out
 from pipeline.windows import AT_ONCE, Figure, Member, Pace, Progress, stream_windows
 from transforms.geometry import Geometry
@@ -38,31 +39,43 @@ class Listeners:
 NOBODY = Listeners()
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a class map is to be: of the labels of `schema`, on the grid `field`, from scores on `grid`. `thresholds`
+    are by the name of an output, those that are not a half (`thresholds.decision_of`)."""
+
+    grid: Geometry
+    field: Geometry
+    schema: LabelSchema
+    thresholds: Mapping[str, float] | None = None
+
+
 def segment_image(
     members: Sequence[Member],
     image: Tensor,
-    grids: tuple[Geometry, Geometry],
-    schema: LabelSchema,
+    goal: Goal,
     *,
     pace: Pace = AT_ONCE,
     listeners: Listeners = NOBODY,
 ) -> Tensor:
-    """The class map (I', J', K') on the second grid, in ordinary memory, of an image (C, I, J, K) on the first.
+    """The class map (I', J', K') on the goal's field, in ordinary memory, of an image (C, I, J, K) on its grid.
 
-    Scores go to the second grid as they are finished; they never exist for a whole volume. The map is uint8, or int16
-    where there are more than 256 classes.
+    Scores go to the field as they are finished; they never exist for a whole volume. The map is uint8, or int16 where
+    there are more than 256 classes.
     """
-    grid, field = grids
-    layout = layout_on(members, grid, field)
-    restorer = SlabRestorer(grid, field, layout.axis, painted=_painted(schema), above=_above(members))
-    classes = torch.zeros(field.shape, dtype=class_dtype(schema))
+    schema = goal.schema
+    layout = layout_on(members, goal.grid, goal.field)
+    restorer = SlabRestorer(goal.grid, goal.field, layout.axis, painted=_painted(schema), above=_above(members))
+    classes = torch.zeros(goal.field.shape, dtype=class_dtype(schema))
     turned = _turns(members)
+    decision = decision_of(schema, goal.thresholds, in_logits=_has_logits(members)) if goal.thresholds else None
     told, figure = listeners.on_tile, listeners.figure
     for first, slab in stream_windows(members, image, layout, pace=pace, on_tile=told, figure=figure):
-        scores = slab if figure is None else slab[:-1]
-        restorer.add(_probabilities(scores, schema) if turned else scores, classes)
         if listeners.on_slab is not None:
             listeners.on_slab(layout.axis, first, slab)
+        scores = slab if figure is None else slab[:-1]
+        scores = _probabilities(scores, schema) if turned else scores
+        restorer.add(scores if decision is None else decision.apply_(scores), classes)
         del slab, scores  # else they would be held while the next windows are worked on
     return classes
 
@@ -84,7 +97,12 @@ def _painted(schema: LabelSchema) -> tuple[int, ...] | None:
 
 def _above(members: Sequence[Member]) -> float:
     """What a region's score is over where it is more likely than not."""
-    return 0.0 if members[0].settings.conventions.blend == "logits" and not _turns(members) else 0.5
+    return 0.0 if _has_logits(members) else 0.5
+
+
+def _has_logits(members: Sequence[Member]) -> bool:
+    """Whether it is logits that are interpolated and decided."""
+    return members[0].settings.conventions.blend == "logits" and not _turns(members)
 
 
 def _turns(members: Sequence[Member]) -> bool:

@@ -8,11 +8,15 @@ from pipeline.bundle import set_postprocessing
 from pipeline.cleaning_cases import Cases, HeldOut
 from pipeline.cleaning_choice import LEAST_PATIENTS, MOST_LOSS, Floats, JudgedCase, SurfaceGain, choose
 from pipeline.cleaning_effects import candidates
+from pipeline.confidence_files import scores_file
 from pipeline.console import Console
 from pipeline.postprocessing import Action, FoldChoice, Found, PostProcessing, Tried, described
 from pipeline.references import references_of_dataset
 from pipeline.report_values import Report
 from pipeline.runs import BUNDLE, VALIDATION, Run
+from pipeline.threshold_effects import threshold_candidates
+
+NO_SCORES = "thresholds were not tried: of these predictions no scores were kept"
 
 
 def find_postprocessing(run: Run, report: Report, console: Console) -> Found:
@@ -60,19 +64,21 @@ def with_postprocessing(run: Run, folds: Sequence[int], report: Report, console:
 def held_out_cases(run: Run, report: Report) -> tuple[HeldOut, ...]:
     """Those of a report that have a fold, with their files."""
     references = {reference.case_id: reference for reference in references_of_dataset(run.dataset)}
-    return tuple(
-        HeldOut(
-            case.fold,
-            run.fold_folder(case.fold) / VALIDATION / f"{case.case_id}.nii.gz",
-            references[case.case_id],
-        )
-        for case in report.cases
-        if case.fold is not None and case.case_id in references
-    )
+    found = []
+    for case in report.cases:
+        if case.fold is not None and case.case_id in references:
+            folder = run.fold_folder(case.fold) / VALIDATION
+            map_file, scores = folder / f"{case.case_id}.nii.gz", scores_file(folder, case.case_id)
+            found.append(HeldOut(case.fold, map_file, scores, references[case.case_id]))
+    return tuple(found)
 
 
 def _found(cases: Cases, folds: Sequence[int], patients: int) -> Found:
     actions = candidates(cases.schema)
+    # Runs that were begun before scores were kept have none.
+    has_scores = all(case.scores.is_file() for case in cases.held_out)
+    if has_scores:
+        actions += threshold_candidates(cases.schema)
     judged = cases.judge(actions)
     gains = cases.surface_gains(judged, actions)
     chosen, tried = choose(actions, judged, gains)
@@ -82,7 +88,12 @@ def _found(cases: Cases, folds: Sequence[int], patients: int) -> Found:
         some = _chosen_by(others, judged, actions, gains)
         choices.append(FoldChoice(fold=fold, actions=some))
     found = Found(
-        cases=len(judged), patients=patients, note=_note(tried), chosen=None, tried=tried, folds=tuple(choices)
+        cases=len(judged),
+        patients=patients,
+        note=_note(tried) + ("" if has_scores else f"; {NO_SCORES}"),
+        chosen=None,
+        tried=tried,
+        folds=tuple(choices),
     )
     if not chosen and not any(choice.actions for choice in choices):
         return found

@@ -1,6 +1,7 @@
-"""Post-processing as a value: what is done to which labels of a finished label map, and what a choice of it found.
+"""Post-processing as a value: what is done to which labels beside the network, and what a choice of it found.
 
-It is chosen by `cleaning_choice`, done by `cleaning`, and kept in the bundle.
+It is chosen by `cleaning_choice` and kept in the bundle. Label maps are cleaned by `cleaning`; thresholds are heeded
+where scores become labels (`thresholds`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pipeline.errors import BundleError
 from pipeline.files import sha256_of_json
 from transforms.labels import LabelSchema
 
-Kind = Literal["largest", "islands", "holes"]
+Kind = Literal["threshold", "largest", "islands", "holes"]
 
 VOXEL_BYTES = 10
 """For each voxel of a label map, what it takes beside it: a copy, a mask, numbers of components (measured: 9)."""
@@ -28,9 +29,11 @@ _VALUE = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 class Action(BaseModel):
     """One thing that is done to the voxels of `labels`, taken together as one structure; `name` is what people call it.
 
-    "largest": all but the largest component is removed; "islands": every component below `below_mm3`, the last one
-    included; "holes": background that the structure alone borders on, over faces, becomes `becomes`, or the label where
-    there is only one. Components hang together over faces, edges or corners (26 neighbours), holes over faces (6).
+    "threshold": the label, or the region of that name, is taken from `threshold` on, and no longer from a half on (see
+    `thresholds.decision_of`). "largest": all but the largest component is removed; "islands": every component below
+    `below_mm3`, the last one included; "holes": background that the structure alone borders on, over faces, becomes
+    `becomes`, or the label where there is only one. Components hang together over faces, edges or corners (26
+    neighbours), holes over faces (6).
     What is removed becomes `becomes`; without it the label that alone borders on the removed part over faces, or else
     background.
     """
@@ -42,11 +45,16 @@ class Action(BaseModel):
     labels: tuple[str, ...] = Field(min_length=1)
     below_mm3: float | None = Field(None, gt=0)
     becomes: str | None = None
+    threshold: float | None = Field(None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if (self.kind == "islands") != (self.below_mm3 is not None):
             raise ValueError(f"{self.name}: `below_mm3` belongs to islands, and only there")
+        if (self.kind == "threshold") != (self.threshold is not None):
+            raise ValueError(f"{self.name}: `threshold` belongs to a threshold, and only there")
+        if self.kind == "threshold" and self.becomes is not None:
+            raise ValueError(f"{self.name}: what a threshold leaves out becomes the likeliest other label")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"{self.name}: a label stands twice")
         if self.kind == "holes" and (self.becomes or (self.labels[0] if len(self.labels) == 1 else None)) not in (
@@ -59,8 +67,8 @@ class Action(BaseModel):
 
     @property
     def removes(self) -> bool:
-        """Whether it takes voxels away; otherwise it adds them."""
-        return self.kind != "holes"
+        """Whether it takes components away."""
+        return self.kind in ("largest", "islands")
 
     @property
     def words(self) -> str:
@@ -70,12 +78,14 @@ class Action(BaseModel):
             "largest": "keep the largest component",
             "islands": f"remove islands under {self.below_mm3 or 0:g} mm3{then}",
             "holes": "fill holes",
+            "threshold": f"taken from a probability of {self.threshold or 0:g} on",
         }
         return f"{self.name}: {what[self.kind]}"
 
 
 class PostProcessing(BaseModel):
-    """Actions whose order says nothing: larger structures are cleaned before their parts, and holes filled last.
+    """Actions whose order says nothing: larger structures are cleaned before their parts, and holes filled last, all
+    in labels that thresholds have decided already.
 
     Of any two structures one holds the other, or they share no label. Doing it twice is doing it once, unless islands
     are removed both of a structure and of a part of it.
@@ -93,7 +103,7 @@ class PostProcessing(BaseModel):
             if (what := (action.kind, frozenset(action.labels))) in done:
                 raise ValueError(f"'{action.words}' stands beside another action of the same kind and labels")
             done.add(what)
-        groups = {frozenset(action.labels): action.name for action in self.actions}
+        groups = {frozenset(action.labels): action.name for action in self.cleaning}
         many = {group: name for group, name in groups.items() if len(group) > 1}
         for group, name in many.items():
             for other, other_name in groups.items():
@@ -107,6 +117,16 @@ class PostProcessing(BaseModel):
         return self
 
     @property
+    def cleaning(self) -> tuple[Action, ...]:
+        """What is done to a finished label map."""
+        return tuple(action for action in self.actions if action.threshold is None)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """By the name of a label or region, those that are not a half."""
+        return {action.name: action.threshold for action in self.actions if action.threshold is not None}
+
+    @property
     def digest(self) -> str:
         """The same for the same actions, in whatever order they stand."""
         rows = [action.model_dump(mode="json", exclude={"name"}) for action in self.actions]
@@ -118,7 +138,7 @@ class PostProcessing(BaseModel):
         return tuple(action.words for action in self.actions)
 
     def check_labels(self, schema: LabelSchema) -> None:
-        """Refuse labels that the schema does not know.
+        """Refuse labels that the schema does not know, and thresholds of what is no output of a network.
 
         Raises:
             ValueError: as said.
@@ -126,6 +146,18 @@ class PostProcessing(BaseModel):
         named = [name for action in self.actions for name in (*action.labels, action.becomes) if name is not None]
         if unknown := sorted(set(named) - set(schema.names)):
             raise ValueError(f"post-processing of {', '.join(unknown)}, which is no label of the model")
+        outputs = {name: set(labels) for name, labels in outputs_of(schema)}
+        for action in self.actions:
+            if action.kind == "threshold" and outputs.get(action.name) != set(action.labels):
+                raise ValueError(f"a threshold of {action.name}; the model's outputs are {', '.join(outputs)}")
+
+
+def outputs_of(schema: LabelSchema) -> list[tuple[str, tuple[str, ...]]]:
+    """What the outputs of a network are of, background left out: regions where there are any, else labels; with the
+    labels that each holds."""
+    if schema.regions:
+        return [(region.name, region.labels) for region in schema.regions]
+    return [(name, (name,)) for name in schema.names]
 
 
 def read_postprocessing(text: bytes, place: str, schema: LabelSchema) -> PostProcessing:

@@ -16,7 +16,7 @@ from pipeline.errors import BundleError, GeometryMismatch, PlanError, VolumeErro
 from pipeline.free_memory import free_bytes, held_bytes
 from pipeline.kept_scores import Grids
 from pipeline.memory_plan import MemoryPlan, plan_memory
-from pipeline.outputs import Listeners, layout_on, segment_image
+from pipeline.outputs import Goal, Listeners, layout_on, segment_image
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.postprocessing import PostProcessing, cleaning_bytes
 from pipeline.preparing import Prepared, grid_of, prepare, put_back
@@ -149,18 +149,19 @@ def predict(
     source, study = there[0].geometry, sum(volume.voxels.nbytes for volume in there)
     planned = _planned(model, source, settings, device, study=study, is_there=True)
     prepared = prepare(model.plan, channels)
-    image, grids = prepared.image.to(device), (prepared.grid, prepared.field)
+    image, cleaning = prepared.image.to(device), _cleaning_of(model, settings)
+    goal = Goal(prepared.grid, prepared.field, model.schema, None if cleaning is None else cleaning.thresholds)
     pace = Pace(planned.batch, planned.slab_planes, planned.skip_empty)
     members = members_of(model, settings)
     gatherer = Gatherer(members, model.schema, prepared.grid, settings.asked) if settings.asked.anything else None
     told = Listeners(on_window) if gatherer is None else Listeners(on_window, gatherer.add, gatherer.figure)
     with torch.inference_mode():
-        found = segment_image(members, image, grids, model.schema, pace=pace, listeners=told)
+        found = segment_image(members, image, goal, pace=pace, listeners=told)
         classes = put_back(found[None], prepared, source)[0].numpy()
         beside = None if gatherer is None else _confidence(gatherer, model, prepared, source)
     del image, prepared, found  # else they would be held while the labels are worked on
-    ids, cleaning = model.schema.ids_from_classes(classes), _cleaning_of(model, settings)
-    if cleaning is not None:
+    ids = model.schema.ids_from_classes(classes)
+    if cleaning is not None and cleaning.cleaning:
         from pipeline.cleaning import postprocessed
 
         ids = postprocessed(ids, cleaning, model.schema, source)
@@ -210,7 +211,7 @@ def _planned(
         if settings.asked.anything:
             outputs = model.schema.output_count
             demand = with_confidence(demand, members, layout, source, asked=settings.asked, output_count=outputs)
-        if _cleaning_of(model, settings) is not None:
+        if (cleaning := _cleaning_of(model, settings)) is not None and cleaning.cleaning:
             demand = replace(demand, cleaning=cleaning_bytes(math.prod(source.shape)))
         process = held + max(0, demand.process - come)
         return plan_memory(replace(demand, process=process, study=study), limit_bytes=limit, batch=batch)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pipeline.outputs import segment_image
+from pipeline.outputs import Goal, segment_image
 from pipeline.scores import dice_of_classes
 from pipeline.task import TrainingTask
 from pipeline.windows import Member, window_settings
@@ -28,8 +28,8 @@ def validate(task: TrainingTask, network: nn.Module, *, last: bool) -> dict[str,
     network.eval()
     with torch.inference_mode():
         for case in cases:
-            grids = case.geometry, case.geometry
-            found = segment_image([member], case.image.to(device), grids, schema).numpy()
+            goal = Goal(case.geometry, case.geometry, schema)
+            found = segment_image([member], case.image.to(device), goal).numpy()
             annotated = schema.are_annotated(None) if case.annotated is None else case.annotated.tolist()
             per_case.append(dice_of_classes(found, case.classes[0].numpy(), schema, annotated=annotated))
     headline = [region.name for region in schema.regions] or schema.names

@@ -17,7 +17,7 @@ from pipeline.inspection.contributions import Change, Row, changed
 from pipeline.inspection.figures import ChannelSums, record_sums
 from pipeline.inspection.levels import levels_of
 from pipeline.inspection.receptive import Millimetres, extents_mm, gradient_energy, radius_mm, reach_mm, voxels_to_ask
-from pipeline.outputs import Listeners, segment_image
+from pipeline.outputs import Goal, Listeners, segment_image
 from pipeline.predict import Model, PredictSettings, check_input, explain, members_of
 from pipeline.preparing import prepare, put_back
 from pipeline.scores import dice_of_classes
@@ -100,12 +100,11 @@ class Passes:
 
     def run(self, what: str) -> Classes:
         """The classes (I, J, K) that the network finds now, on the case's own grid."""
-        prepared, grids = self.prepared, (self.prepared.grid, self.prepared.field)
+        prepared = self.prepared
+        goal = Goal(prepared.grid, prepared.field, self.model.schema)
         listeners = Listeners(lambda done, total: self.told(f"{self.case.name}, {what}", done, total))
         with torch.inference_mode():
-            found = segment_image(
-                self.members, self.image, grids, self.model.schema, pace=self.pace, listeners=listeners
-            )
+            found = segment_image(self.members, self.image, goal, pace=self.pace, listeners=listeners)
             classes: Classes = put_back(found[None], prepared, self.source)[0].numpy()
         return classes
 

@@ -18,7 +18,7 @@ from pipeline.inspection.overview import write_overview
 from pipeline.inspection.scene import Scene
 from pipeline.inspection.sheets import write_sheets
 from pipeline.inspection.window import Window, window_of
-from pipeline.outputs import segment_image
+from pipeline.outputs import Goal, segment_image
 from pipeline.preparing import Prepared
 from pipeline.windows import Member, window_settings
 from transforms.geometry import Geometry
@@ -65,4 +65,4 @@ def _classes(bundle: ModelBundle, image: Tensor, geometry: Geometry) -> Tensor:
     """Of an image (C, I, J, K) of one patch, in one pass."""
     settings = window_settings(bundle.plan, bundle.schema, step=1.0, mirror=False)
     with torch.inference_mode():
-        return segment_image([Member(bundle.network, settings)], image, (geometry, geometry), bundle.schema)
+        return segment_image([Member(bundle.network, settings)], image, Goal(geometry, geometry, bundle.schema))

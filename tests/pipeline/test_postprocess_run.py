@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from pipeline.bundle import load_bundle
+from pipeline.combining import segment_scores
+from pipeline.confidence_files import scores_file
 from pipeline.config import EvaluateConfig, parse_config
 from pipeline.console import Silence
 from pipeline.device import Hardware
@@ -23,6 +25,7 @@ from pipeline.evaluate import evaluate_files
 from pipeline.export.nifti import write_nifti
 from pipeline.folds import Folds
 from pipeline.interop.exporting import export_model
+from pipeline.kept_scores import Grids, Keeper, KeptScores, write_scores
 from pipeline.manifest import Case, Channel, Dataset, Manifest
 from pipeline.plan import Plan
 from pipeline.postprocess_run import find_postprocessing, store_postprocessing, with_postprocessing
@@ -36,6 +39,7 @@ from pipeline.runs import Run
 from pipeline.segment import SegmentSettings, segment_studies
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.studies import Study
+from pipeline.threshold_effects import KEPT
 from transforms.geometry import Geometry
 from transforms.labels import schema_from_names
 from transforms.volume import read_label, read_volume
@@ -68,7 +72,29 @@ def with_island(number: int) -> Array:
     return world
 
 
-def world_of(folder: Path, plan: Plan, prediction: Callable[[int], Array], reference: Callable[[int], Array]) -> Run:
+Doubted = Callable[[int], Array]
+"""Where the network of a world thinks of a tumour, but more of what it says."""
+
+
+def scores_of(prediction: Array, doubted: Array) -> KeptScores:
+    """Sure of a label map by 0.94, where there is no doubt."""
+    classes = torch.from_numpy(prediction.astype(np.int64))
+    sure = torch.full((4, *GRID.shape), 0.02).scatter_(0, classes[None], 0.94)
+    doubt = torch.zeros(4, *GRID.shape).scatter_(0, classes[None], 0.65)
+    doubt[2] += 0.35
+    keeper = Keeper(GRID.shape, SCHEMA, KEPT)
+    for plane, values in enumerate(torch.where(torch.from_numpy(doubted), doubt, sure).unbind(1)):
+        keeper.add(0, plane, values)
+    return keeper.kept(Grids(GRID, GRID, GRID, GRID), ("by hand", ""), ())
+
+
+def world_of(
+    folder: Path,
+    plan: Plan,
+    prediction: Callable[[int], Array],
+    reference: Callable[[int], Array],
+    doubted: Doubted = lambda _: np.zeros(GRID.shape, np.bool_),
+) -> Run:
     """Two finished folds of cases of as many patients."""
     algorithm, cases = Algorithm("by hand", ""), []
     for number in range(CASES):
@@ -77,6 +103,9 @@ def world_of(folder: Path, plan: Plan, prediction: Callable[[int], Array], refer
         for place, drawn in zip(places, (reference(number), prediction(number)), strict=True):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_nifti(place, Segmentation(drawn, GRID, SCHEMA, algorithm))
+        scores = scores_file(places[1].parent, name)
+        scores.parent.mkdir(exist_ok=True)
+        write_scores(scores, scores_of(prediction(number), doubted(number)))
         images = {"CT": f"images/{name}.nii.gz"}
         cases.append(
             Case(case_id=name, patient_id=f"p{number}", images=images, label=f"labels/{name}.nii.gz", fold=fold)
@@ -129,11 +158,10 @@ class TestChoice:
         run, _, found = helped
         before, after = [], []
         for number in range(CASES):
-            world = read_label(run.fold_folder(number % 2) / "validation" / f"case_{number:02}.nii.gz").voxels == 2
-            expected = truth() == 2
-            before.append(2 * (world & expected).sum() / (world.sum() + expected.sum()))
-            world[15, 14] = False
-            after.append(2 * (world & expected).sum() / (world.sum() + expected.sum()))
+            world = read_label(run.fold_folder(number % 2) / "validation" / f"case_{number:02}.nii.gz").voxels.copy()
+            before.append(dice_of(world))
+            world[15, 14] = 0
+            after.append(dice_of(world))
         effects = {(effect.label, effect.figure): effect for effect in found.effects}
         tumour = effects["tumour", "dice"]
         assert tumour.before == pytest.approx(np.mean(before))
@@ -163,7 +191,7 @@ class TestChoice:
         assert why["tumour: keep the largest component"] == "deletes 1 part that had been found"
         assert why["tumour: remove islands under 10 mm3"] == "deletes 1 part that had been found"
         assert found.chosen is None
-        assert found.note.startswith("nothing chosen: of 23 actions")
+        assert found.note.startswith("nothing chosen: of 41 actions")
 
     def test_a_larger_second_tumour_leaves_the_milder_action(self, tmp_path: Path, small_plan: Plan) -> None:
         def second(number: int) -> Array:
@@ -227,6 +255,61 @@ class TestChoice:
         assert find_postprocessing(run, few, Silence()).note.startswith(
             "nothing chosen: 9 patients in 2 finished folds"
         )
+
+
+class TestThresholds:
+    """A tumour of which the network is not sure enough at some voxels, more or fewer of them in each patient."""
+
+    @staticmethod
+    def doubted(number: int) -> Array:
+        doubts = np.zeros(GRID.shape, np.bool_)
+        doubts[4, 4, 4 : 5 + number % 4] = True
+        doubts[4, 5, 4 : 4 + number // 4 % 4] = True
+        return doubts
+
+    def predicted(self, number: int) -> Array:
+        return np.where(self.doubted(number), np.uint8(1), truth())
+
+    @pytest.fixture
+    def run(self, tmp_path: Path, small_plan: Plan) -> Run:
+        return world_of(tmp_path, small_plan, self.predicted, lambda _: truth(), self.doubted)
+
+    def test_the_nearest_to_a_half_that_helps(self, run: Run) -> None:
+        """A higher threshold of the liver does the same to the same voxels, so it is not taken beside it."""
+        found = find_postprocessing(run, report_of(run), Silence())
+        lower = Action(kind="threshold", name="tumour", labels=("tumour",), threshold=0.3)
+        assert found.chosen == PostProcessing(actions=(lower,))
+        assert found.note == "chosen: tumour: taken from a probability of 0.3 on"
+        assert [choice.actions for choice in found.folds] == [(lower,)] * 2
+        tumour = next(e for e in found.effects if (e.label, e.figure) == ("tumour", "dice"))
+        assert tumour.before == pytest.approx(np.mean([dice_of(self.predicted(n)) for n in range(CASES)]))
+        assert (tumour.nested, tumour.chosen) == (1.0, 1.0)
+
+    def test_a_threshold_that_harms_the_liver_as_much_is_left(self, run: Run, small_plan: Plan) -> None:
+        """Half of what is doubted is liver."""
+
+        def expected(number: int) -> Array:
+            world = truth()
+            world[4, 4, 4:8] = 1 if number % 2 else 2
+            world[4, 5, 4:8] = 1 if number % 2 else 2
+            return world
+
+        other = world_of(run.folder / "other", small_plan, self.predicted, expected, self.doubted)
+        found = find_postprocessing(other, report_of(other), Silence())
+        assert found.chosen is None
+        assert any(row.action.kind == "threshold" and row.worst_change < 0 for row in found.tried)
+
+    def test_a_run_without_scores_says_so(self, run: Run) -> None:
+        scores_file(run.fold_folder(1) / "validation", "case_01").unlink()
+        found = find_postprocessing(run, report_of(run), Silence())
+        assert found.chosen is None
+        assert found.note.endswith("; thresholds were not tried: of these predictions no scores were kept")
+        assert not any(row.action.kind == "threshold" for row in found.tried)
+
+
+def dice_of(world: Array) -> float:
+    found, expected = world == 2, truth() == 2
+    return float(2 * (found & expected).sum() / (found.sum() + expected.sum()))
 
 
 class TestReport:
@@ -303,6 +386,26 @@ class TestStoring:
         assert (found.label_map == expected).all()
         assert (found.label_map != plain.label_map).any()
         assert (found.postprocessing, plain.postprocessing) == (self.ANTERIOR, None)
+
+    def test_thresholds_are_those_of_the_kept_scores(self, run: Run, small_dataset: Dataset) -> None:
+        lower = Action(kind="threshold", name="Anterior", labels=("Anterior",), threshold=0.3)
+        store_postprocessing(run, [0], PostProcessing(actions=(lower,)))
+        model = self.model(run, 0)
+        volume = read_volume(small_dataset.image_paths(small_dataset.manifest.cases[0])[0])
+        settings = PredictSettings(False, keep_scores=3)
+        found = predict(model, [volume], settings=settings, device=torch.device("cpu"))
+        assert found.confidence is not None
+        assert found.confidence.scores is not None
+        again = segment_scores([found.confidence.scores], {"Anterior": 0.3}).label_map
+        plain = segment_scores([found.confidence.scores]).label_map
+        # Levels are rounded, and a network that has learnt nothing is near the threshold everywhere.
+        assert np.count_nonzero(found.label_map != again) < 0.005 * again.size
+        assert np.count_nonzero(found.label_map != plain) > 0.05 * again.size
+
+    def test_a_threshold_of_what_the_network_does_not_say(self, run: Run) -> None:
+        wrong = Action(kind="threshold", name="Liver", labels=("Anterior",), threshold=0.3)
+        with pytest.raises(BundleError, match=r"a threshold of Liver; the model's outputs are Anterior, Posterior"):
+            store_postprocessing(run, [0], PostProcessing(actions=(wrong,)))
 
     def test_results_with_and_without_it_share_no_folder(self, run: Run, small_dataset: Dataset) -> None:
         store_postprocessing(run, [0], self.ANTERIOR)

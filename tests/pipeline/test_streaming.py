@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.live_scores import FIXED_POINT, MOST_FLOAT32_OUTPUTS, LiveScores, store_of
 from pipeline.models.registry import build_network
 from pipeline.models.spec import UNetSpec
-from pipeline.outputs import segment_image
+from pipeline.outputs import Goal, segment_image
 from pipeline.plan import InferenceConventions
 from pipeline.tiling import WindowSettings, lay_out
 from pipeline.windows import AT_ONCE, Member, Pace, predict_windows, stream_windows
@@ -169,7 +169,18 @@ class TestConventions:
             logits = torch.tensor(values)
             logits = (logits if blend == "logits" else logits.logit()).reshape(1, 2, 1, 1, 1)
             member = Member(lambda image, logits=logits: logits.expand(1, 2, *image.shape[2:]), wanted)
-            found = segment_image([member], volume((8, 8, 8)), (grid, grid), schema)
+            found = segment_image([member], volume((8, 8, 8)), Goal(grid, grid, schema))
+            assert found.unique().tolist() == [expected]
+
+    @pytest.mark.parametrize("blend", ["probabilities", "logits"])
+    def test_a_threshold_is_one_of_probabilities_whatever_is_blended(self, blend: Blend) -> None:
+        """Of 0.6, 0.3 and 0.1: the second has a third of what it has together with the first."""
+        schema, grid = schema_from_names({1: "a", 2: "b"}), Geometry((8, 8, 8), np.eye(4))
+        logits = torch.tensor([0.6, 0.3, 0.1]).log().reshape(1, 3, 1, 1, 1)
+        wanted = settings(conventions=InferenceConventions(blend=blend))
+        member = Member(lambda image: logits.expand(1, 3, *image.shape[2:]), wanted)
+        for thresholds, expected in ((None, 0), ({"a": 0.34}, 0), ({"a": 0.33}, 1), ({"b": 0.14}, 2)):
+            found = segment_image([member], volume((8, 8, 8)), Goal(grid, grid, schema, thresholds))
             assert found.unique().tolist() == [expected]
 
 
