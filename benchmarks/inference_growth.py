@@ -92,10 +92,10 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     for classes in dict.fromkeys(row["classes"] for row in rows):
         chosen = [row for row in rows if row["classes"] == classes]
         millions = [row["millions"] for row in chosen]
-        left.plot(millions, [row["seconds"] for row in chosen], "o-", label=f"{classes} classes")
+        left.plot(millions, [row["processor"] for row in chosen], "o-", label=f"{classes} classes")
         (line,) = right.plot(millions, [row["peak"] / 1e9 for row in chosen], "o-", label=f"{classes} classes")
         right.plot(millions, [row["rest"] / 1e9 for row in chosen], "o--", color=line.get_color())
-    left.set(xlabel="million voxels", ylabel="seconds", xlim=(0, None), ylim=(0, None))
+    left.set(xlabel="million voxels", ylabel="seconds of the processor", xlim=(0, None), ylim=(0, None))
     right.set(xlabel="million voxels", ylabel="GB; dashed: without study and label map", xlim=(0, None), ylim=(0, None))
     left.legend()
     figure.savefig(path, dpi=120)

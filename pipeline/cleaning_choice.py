@@ -6,6 +6,7 @@ correction over everything that was tried and changes anything, if it harms no c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,9 @@ MOST_LOSS = 0.01
 LEAST_GAIN = 0.001
 """Of Dice, or of surface Dice where the Dice gains less: the mean over the cases that change."""
 
+MOST_SHARED = 0.25
+"""Of the voxels that a threshold moves, between two labels that both have one: what it moves more of, it decides."""
+
 _TOGETHER = 1e-4
 """Gains closer than this are the same."""
 
@@ -53,8 +57,8 @@ def choose(
     """What is chosen, and what came of everything that was tried.
 
     Of one structure at most one filling of holes and one other action are chosen, and of structures that hold each
-    other either the larger or those in it, whichever gains more; of thresholds that move voxels of the same labels the
-    best one: so what is measured of each holds for all of them together.
+    other either the larger or those in it, whichever gains more; of two labels that thresholds move voxels between the
+    one that gains more: so what is measured of each holds for all of them together.
     `surface_gain` is asked only where the Dice does not decide. Sources: as `compare.compare`.
     """
     tables = [_Table.of(number, action, cases) for number, action in enumerate(actions)]
@@ -85,7 +89,7 @@ class _Table:
     after: Floats
     is_changed: npt.NDArray[np.bool_]
     parts_lost: int
-    moved: frozenset[str]
+    rivals: frozenset[str]
 
     @classmethod
     def of(cls, number: int, action: Action, cases: Sequence[JudgedCase]) -> _Table:
@@ -102,7 +106,7 @@ class _Table:
             np.array([effects[row].after for row in rows], dtype=np.float64),
             np.array([effects[row].is_changed for row in rows], dtype=np.bool_),
             sum(effects[row].parts_lost for row in rows),
-            frozenset(name for row in rows for name in effects[row].moved),
+            _rivals(effects[row] for row in rows),
         )
 
     @property
@@ -205,13 +209,25 @@ def _best(helpful: Sequence[_Judged], surface_gain: SurfaceGain) -> list[_Judged
 
 
 def _apart(rows: Sequence[_Judged]) -> list[_Judged]:
-    """Without thresholds that move voxels of labels of which another, that gains more, moves some already; of equal
-    ones that of the label which needs it most stays."""
+    """Without thresholds of labels that another, which gains more, takes voxels from or gives them to; of equal ones
+    that of the label which needs it most stays."""
     taken: list[_Judged] = []
     for row in sorted(rows, key=lambda row: (-round(row.gain / _TOGETHER), float(row.table.before.mean()))):
-        if not any(row.table.moved & other.table.moved for other in taken):
+        if not any(_compete(row.table, other.table) for other in taken):
             taken.append(row)
     return taken
+
+
+def _compete(one: _Table, other: _Table) -> bool:
+    return one.action.name in other.rivals or other.action.name in one.rivals
+
+
+def _rivals(effects: Iterable[CaseEffect]) -> frozenset[str]:
+    """Labels with which a threshold exchanges more than `MOST_SHARED` of the voxels that it moves."""
+    counts: Counter[str] = Counter()
+    for effect in effects:
+        counts.update(dict(effect.moved))
+    return frozenset(name for name, count in counts.items() if name and count > MOST_SHARED * counts.total())
 
 
 def _best_of_one(rows: Sequence[_Judged], surface_gain: SurfaceGain) -> _Judged:

@@ -38,15 +38,15 @@ class CaseEffect:
     """Of one action on one case. Dice is the mean over the parts of its structure (see `parts_of`), 1 where neither
     side has a part: to find nothing where nothing is, is right. None where a part was not annotated.
 
-    `parts_lost` are components of the reference that were touched before and are not touched any more. `moved` are the
-    labels that gain or lose voxels by a threshold.
+    `parts_lost` are components of the reference that were touched before and are not touched any more. `moved` is how
+    many voxels a threshold moves from or to each other label, or background, by its name ("").
     """
 
     before: float | None
     after: float | None
     is_changed: bool
     parts_lost: int = 0
-    moved: frozenset[str] = frozenset()
+    moved: tuple[tuple[str, int], ...] = ()
 
 
 def candidates(schema: LabelSchema) -> tuple[Action, ...]:

@@ -94,7 +94,7 @@ class _Labels:
 
     def __init__(self, kept: KeptScores, classes: Array, annotated: Sequence[bool]) -> None:
         schema = kept.schema
-        self.count, self.names = schema.class_count, schema.names
+        self.count, self.names = schema.class_count, ("", *schema.names)
         self.annotated = np.array(annotated[1:])
         self.truth = np.ascontiguousarray(classes).reshape(-1).astype(np.int64)
         self.counted = self.truth != (-1 if schema.ignored_class is None else schema.ignored_class)
@@ -128,8 +128,8 @@ class _Labels:
         overlaps = self.overlaps + self._counts(truth[is_right]) - self._counts(truth[was_right])
         change = np.where(self.annotated, self._dice(found, overlaps) - before, 0.0)
         lost = _parts_lost(self.touched, self.parts[moves.at[was_right]])
-        numbers = {*moves.before.tolist(), *moves.after.tolist()} - {0}
-        moved = frozenset(self.names[number - 1] for number in numbers)
+        others = np.bincount(moves.before if threshold < _HALF else moves.after, minlength=self.count)
+        moved = tuple((self.names[c], int(others[c])) for c in np.flatnonzero(others))
         return CaseEffect(own, own + float(change.sum()), is_changed=True, parts_lost=lost, moved=moved)
 
     def _counts(self, classes: Counts) -> Counts:
