@@ -235,7 +235,9 @@ class Expectation(BaseModel):
     """How well the expected Dice of a label, or the mean of a case's, tells the true one, over `n` cases with both.
 
     `spearman` is the correlation of their ranks, `interval_95` its interval from resampled patients, `pearson` that of
-    the values; None where either side is the same in all cases. `expected` and `found` are means.
+    the values; None where either side is the same in all cases. `expected` and `found` are means, those of a case over
+    the labels that have both. Besides, in `not_found` cases a label that is there was not found: of it nothing is
+    expected, and its Dice of 0 counts in none of these figures.
     """
 
     model_config = _VALUE
@@ -247,6 +249,7 @@ class Expectation(BaseModel):
     spearman: float | None
     interval_95: Interval | None
     pearson: float | None
+    not_found: int = 0
 
 
 class Report(BaseModel):
