@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.loss_comparison import Targets
 from pipeline.thresholds import decision_of
 from pipeline.tiling import Layout, lay_out
-from pipeline.windows import AT_ONCE, Figure, Member, Pace, Progress, stream_windows
+from pipeline.windows import AT_ONCE, Member, Pace, Progress, VoxelFigure, stream_windows
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.restore import SlabRestorer, slab_axis
@@ -33,7 +33,7 @@ class Listeners:
 
     on_tile: Progress | None = None
     on_slab: Callable[[int, int, Tensor], None] | None = None
-    figure: Figure | None = None
+    figure: VoxelFigure | None = None
 
 
 NOBODY = Listeners()
