@@ -189,6 +189,17 @@ class TestFiles:
             segment(model, images, out, replace(ASKED, force=True))
         assert sorted(out.rglob("*")) == before
 
+    def test_a_run_that_is_cut_short_keeps_what_it_had(self, model: Model, images: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        (out / f"{CASES[1]}.nii.gz").mkdir(parents=True)
+        with pytest.raises(RunError, match="cannot write"):
+            segment(model, images, out, ASKED)
+        assert list(read_quality(out)) == [CASES[0]]
+        (out / f"{CASES[1]}.nii.gz").rmdir()
+        assert len(segment(model, images, out, ASKED)[0]) == 4
+        rows = csv.DictReader((out / "quality.csv").read_text().splitlines())
+        assert {row["study"] for row in rows} == set(CASES)
+
     def test_a_map_that_cannot_be_taken_away_is_told_in_a_line(self, tmp_path: Path) -> None:
         map_file(tmp_path, "x", "entropy").mkdir(parents=True)
         with pytest.raises(RunError, match="cannot write"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from pipeline.config import EvaluateConfig
 from pipeline.dice_tally import DiceTally
 from pipeline.errors import RunError
+from pipeline.evaluate import evaluate_files
 from pipeline.expectation import correlation, expectations_of, ranks, sentence_of, with_expected
 from pipeline.quality import (
     QUALITY_CSV,
@@ -32,6 +34,7 @@ from transforms.labels import LabelSchema, Region, schema_from_names
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCHEMA = schema_from_names({1: "a", 2: "b"})
+LABELS = schema_from_names({1: "label 1", 2: "label 2"})
 SETTINGS = EvaluateConfig(bootstrap_samples=200)
 
 
@@ -131,6 +134,41 @@ class TestTable:
         quality_file(tmp_path, "c").unlink()
         (quality_file(tmp_path, "c").parent / ".writing-x-c.quality.json").write_text("cut sh")
         assert read_quality(tmp_path) == {"a_b": estimate(a=0.6)}
+
+
+class TestEvaluating:
+    @pytest.fixture
+    def predictions(self, tmp_path: Path) -> Path:
+        """Three cases; of each the first label is found in full, and half of the second."""
+        folder = tmp_path / "predictions"
+        for n, name in enumerate("xyz", start=1):
+            reference = np.zeros((6, 5, 4), np.uint8)
+            reference[:n], reference[4:] = 1, 2
+            prediction = reference.copy()
+            prediction[5:] = 0
+            for where, drawn in ((tmp_path / "references", reference), (folder, prediction)):
+                where.mkdir(exist_ok=True)
+                nib.save(nib.Nifti1Image(drawn, np.eye(4)), where / f"{name}.nii.gz")  # type: ignore[attr-defined]
+            record_quality(folder, name, estimate(**{"label 1": 0.9 + n / 100, "label 2": 0.5}))
+        return folder
+
+    def test_what_was_expected_is_in_the_report(self, predictions: Path) -> None:
+        (predictions / "quality.json").write_text("of another program")
+        report = evaluate_files(predictions, predictions.parent / "references", LABELS)
+        assert [x.expected for x in report.expectations] == [pytest.approx(v) for v in (0.92, 0.5, 0.71)]
+        assert [x.found for x in report.expectations] == [pytest.approx(v) for v in (1.0, 2 / 3, 5 / 6)]
+
+    def test_what_is_damaged_is_told_before_anything_is_measured(self, predictions: Path) -> None:
+        quality_file(predictions, "y").write_text("cut sh")
+        measured: list[int] = []
+        with pytest.raises(RunError, match=r"y\.quality\.json: no quality estimate"):
+            evaluate_files(
+                predictions,
+                predictions.parent / "references",
+                LABELS,
+                progress=lambda done, total: measured.append(done),
+            )
+        assert measured == []
 
 
 def case(name: str, *dices: float | None, patient: str | None = None) -> CaseScores:
