@@ -21,6 +21,7 @@ from pipeline.files import write_json, write_text
 from pipeline.manifest import Case, Dataset
 from pipeline.mirroring import weigh_mirroring
 from pipeline.predict import Model, PredictSettings, predict
+from pipeline.quality import read_quality, write_quality_table
 from pipeline.references import SCHEMA_FILE
 from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
 from pipeline.runs import BUNDLE, VALIDATION, Run, tell_set_aside
@@ -118,6 +119,7 @@ def _score(
     if failures:
         tell_set_aside(folder / "set_aside_predictions.json", failures, console)
     write_text(target / SCHEMA_FILE, run.dataset.manifest.labels.model_dump_json(indent=2) + "\n")
+    write_quality_table(target, read_quality(target))
     return evaluate_files(target, _part(run, fold, case_ids), settings=run.config.evaluate, allow_missing=True)
 
 
