@@ -18,7 +18,6 @@ from pipeline.studies import Study
 Made = Mapping[str, bool | int | float | str]
 """Settings that change what results hold."""
 
-
 _PARTS = ("studies", "origins", "missing", "beside", "kept_scores")
 """Of a record, by study."""
 
@@ -44,6 +43,10 @@ class Record:
         """Whether the folder holds a result of this name that was made from another input, and is to stay."""
         return not self.force and bool(self.value["origins"].get(study.name, origin) != origin)
 
+    def vouches_for(self, study: Study) -> bool:
+        """Whether what lies there of a study was made as the record says, and is to stay."""
+        return not self.force and study.name in self.value["studies"]
+
     def holds(self, study: Study, formats: Sequence[str], beside: Beside) -> bool:
         """Recorded, not taken away since, and not to be made again."""
         if self.force or not set(formats) <= set(self.value["studies"].get(study.name, [])):
@@ -61,16 +64,15 @@ class Record:
         Raises:
             RunError: the folder cannot be written.
         """
+        # What was asked for before is there still, unless all was made again.
+        for part in ("missing",) if self.vouches_for(study) else ("missing", "beside", "kept_scores"):
+            self.value[part].pop(study.name, None)
         self.value["studies"][study.name] = sorted(formats)
         self.value["origins"][study.name] = origin
-        self.value["missing"].pop(study.name, None)
         self.value["missing"] |= {study.name: list(study.missing)} if study.missing else {}
-        # What was asked for before is there still, unless all was made again.
-        before = [self.value[part].pop(study.name, None) for part in ("beside", "kept_scores")]
-        there, kept = (None, None) if self.force else before
-        names = {*(there or []), *(path.name for path in beside.files)}
+        names = {*self.value["beside"].get(study.name, []), *(path.name for path in beside.files)}
         self.value["beside"] |= {study.name: sorted(names)} if names else {}
-        self.value["kept_scores"] |= {study.name: count} if (count := beside.kept_scores or kept) else {}
+        self.value["kept_scores"] |= {study.name: beside.kept_scores} if beside.kept_scores else {}
         write_json(self.out / RECORD, self.value)
 
 

@@ -211,7 +211,7 @@ class _Work:
             source=made.source,
             options=options,
         )
-        if settings.force:
+        if not self._record.vouches_for(study):
             discard_confidence(out, study.name)
         labels = [file.format for file in files]
         if (beside := made.segmentation.confidence) is not None:

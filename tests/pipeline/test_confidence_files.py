@@ -154,6 +154,9 @@ class TestFiles:
         assert [path.name for path in (tmp_path / "scores").iterdir()] == [f"{CASES[1]}.scores.npz"]
         # The other is no longer among the folder's results, nor in the table of these.
         assert not (tmp_path / "quality.csv").exists()
+        # And what the first model said of it goes when its turn comes, which needs no force.
+        segment(Model(model.bundles[:1]), images, tmp_path, SETTINGS)
+        assert [path for name in ("scores", "quality", "uncertainty") for path in (tmp_path / name).iterdir()] == []
 
     def test_models_are_not_mixed_in_a_table_nor_combined(
         self, model: Model, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
