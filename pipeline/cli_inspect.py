@@ -42,6 +42,7 @@ def inspect_network(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out what parts contribute, which takes three passes a level.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the inspection that is in --out.")] = False,
 ) -> None:
     """Show how features flow through a network: which levels work, what skips bring, how far it sees."""
     from pipeline.cli_console import TerminalConsole
@@ -51,7 +52,8 @@ def inspect_network(
     asked = Asked(tuple(cases), labels, manifest, root, series)
     console = TerminalConsole()
     try:
-        found, files = inspect_cases(open_model(model, device), asked, console=console, out=out, quick=quick)
+        opened = open_model(model, device)
+        found, files = inspect_cases(opened, asked, console=console, out=out, quick=quick, force=force)
     finally:
         console.close()
     _show(found)
