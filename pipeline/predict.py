@@ -116,8 +116,17 @@ class Model:
 
     @property
     def mirror(self) -> bool:
-        """What was found worth it in training."""
-        return self.bundles[0].index.mirror
+        """What was found worth it in training.
+
+        Raises:
+            BundleError: the bundles of an ensemble do otherwise than each other.
+        """
+        if len(found := {bundle.index.mirror for bundle in self.bundles}) > 1:
+            raise BundleError(
+                "some bundles of the ensemble take mirrored passes and some do not, as when folds were trained one by "
+                "one; let all of them decide with `volseg postprocess RUN`, or give --mirror or --no-mirror"
+            )
+        return found.pop()
 
     @property
     def tile_step(self) -> float:
