@@ -162,10 +162,17 @@ def set_postprocessing(folder: Path, wanted: PostProcessing | None) -> None:
     _write_index(folder, index, without | {POSTPROCESSING: sha256_of_file(folder / POSTPROCESSING)})
 
 
-def set_mirror(folder: Path, wanted: bool, reason: dict[str, Any]) -> bool:
-    """Have a bundle predict with mirrored passes or without, and keep what says why; the weights are left as they are.
+def is_mirrored(folder: Path) -> bool:
+    """Whether a bundle predicts with mirrored passes.
 
-    True where it did otherwise before.
+    Raises:
+        BundleError: it is no bundle.
+    """
+    return _read_index(folder).mirror
+
+
+def set_mirror(folder: Path, wanted: bool, reason: dict[str, Any]) -> None:
+    """Have a bundle predict with mirrored passes or without, and keep what says why; the weights are left as they are.
 
     Raises:
         BundleError: it is no bundle.
@@ -174,7 +181,6 @@ def set_mirror(folder: Path, wanted: bool, reason: dict[str, Any]) -> bool:
     index = _read_index(folder)
     changes = {"mirror": wanted, "provenance": {**index.provenance, "mirroring": reason}}
     _write_index(folder, index.model_copy(update=changes), index.sha256)
-    return index.mirror != wanted
 
 
 def network_of(plan: Plan) -> nn.Module:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.cleaning import postprocessed
-from pipeline.cleaning_choice import JudgedCase, SurfaceGain
+from pipeline.cleaning_choice import JudgedCase, SurfaceGain, Trials, Worst
 from pipeline.cleaning_effects import CaseEffect, effects_on, parts_of
 from pipeline.combining import segment_scores
 from pipeline.config import EvaluateConfig
@@ -22,9 +22,10 @@ from pipeline.console import Console
 from pipeline.errors import GeometryMismatch
 from pipeline.kept_scores import read_scores
 from pipeline.measures import Measures
+from pipeline.metrics import dice_from_counts
 from pipeline.postprocessing import Action, Effect, PostProcessing
 from pipeline.references import Reference
-from pipeline.scores import measure_ids
+from pipeline.scores import count_voxels, measure_ids
 from pipeline.threshold_effects import threshold_effects
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema, classes_of_values
@@ -39,7 +40,7 @@ Result = TypeVar("Result")
 FIGURES = ("dice", "surface_dice", "hausdorff_95_mm")
 """That are told before and after."""
 
-_DICE, _SURFACE_DICE = FIGURES.index("dice"), FIGURES.index("surface_dice")
+_SURFACE_DICE = FIGURES.index("surface_dice")
 _MOST_THREADS = 2  # each holds a case with the components of both its label maps
 
 
@@ -88,8 +89,11 @@ class Cases:
 
         return self._each(judged, self.held_out, "trying post-processing")
 
-    def surface_gains(self, judged: Sequence[JudgedCase], actions: Sequence[Action]) -> SurfaceGain:
-        """What an action adds to the surface Dice of each case; worked out when it is first asked for."""
+    def trials(self, judged: Sequence[JudgedCase], actions: Sequence[Action]) -> Trials:
+        """What is known only by doing it; worked out when it is first asked for."""
+        return Trials(self._surface_gains(judged, actions), self._worst_changes())
+
+    def _surface_gains(self, judged: Sequence[JudgedCase], actions: Sequence[Action]) -> SurfaceGain:
         known: dict[Action, Floats] = {}
 
         def gains(action: Action) -> Floats:
@@ -103,19 +107,29 @@ class Cases:
 
         return gains
 
-    def measure(
-        self, chosen: Sequence[Action], of_fold: Mapping[int, Sequence[Action]]
-    ) -> tuple[tuple[Effect, ...], float]:
-        """The figures before and after, and the worst change of Dice of any label or region in any case."""
+    def _worst_changes(self) -> Worst:
+        known: dict[tuple[frozenset[Action], int], float] = {}
+
+        def worst(actions: Sequence[Action], rows: Sequence[int]) -> Floats:
+            wanted = frozenset(actions)
+            new = [row for row in rows if (wanted, row) not in known]
+            found = self._each(
+                lambda row: self._worst_change(self.held_out[row], actions), new, "checking what was chosen"
+            )
+            known.update(zip(((wanted, row) for row in new), found, strict=True))
+            return np.array([known[wanted, row] for row in rows])
+
+        return worst
+
+    def measure(self, chosen: Sequence[Action], of_fold: Mapping[int, Sequence[Action]]) -> tuple[Effect, ...]:
+        """The figures before and after."""
 
         def measured(case: HeldOut) -> Floats:
             pair, nested = _read(case), of_fold[case.fold]
             before, after = self._figures(pair, (), case), self._figures(pair, chosen, case)
             return np.stack([before, after if set(nested) == set(chosen) else self._figures(pair, nested, case), after])
 
-        table = np.stack(self._each(measured, self.held_out, "measuring post-processing"))
-        change = table[:, 2, :, _DICE] - table[:, 0, :, _DICE]
-        return self._effects(table), float(min(0.0, np.nanmin(change)))
+        return self._effects(np.stack(self._each(measured, self.held_out, "measuring post-processing")))
 
     def _effects(self, table: Floats) -> tuple[Effect, ...]:
         """From figures (cases, before and nested and chosen, labels and regions, figures)."""
@@ -133,10 +147,27 @@ class Cases:
     def _figures(self, pair: _Pair, actions: Sequence[Action], case: HeldOut) -> Floats:
         """(labels and regions, figures); NaN where not defined or not annotated, 1 of a Dice where both are empty."""
         labels, regions = self._measured(self._after(case, pair, actions), pair)
-        annotated = self._annotated(case)
-        known = [*annotated[1:], *(all(annotated[c] for c in union) for union in self.schema.region_classes)]
         rows = [_values(row) for row in (*labels, *regions)]
-        return np.where(np.array(known)[:, None], rows, np.nan)
+        return np.where(np.array(self._known(case))[:, None], rows, np.nan)
+
+    def _worst_change(self, case: HeldOut, actions: Sequence[Action]) -> float:
+        """Of the Dice of any label or region; 0 where none falls."""
+        pair = _read(case)
+        change = self._dices(self._after(case, pair, actions), pair) - self._dices(pair.prediction, pair)
+        return float(min(0.0, change[np.array(self._known(case))].min(initial=0.0)))
+
+    def _dices(self, prediction: Array, pair: _Pair) -> Floats:
+        """(labels and regions,), 1 where both are empty."""
+        ids = self.schema.ids
+        counts = count_voxels(
+            prediction,
+            pair.reference,
+            value_count=max(*ids, self.schema.ignore or 0) + 1,
+            regions=[[ids[c - 1] for c in union] for union in self.schema.region_classes],
+            ignored=self.schema.ignore,
+        )
+        labels = dice_from_counts(counts.classes)[list(ids)]
+        return np.nan_to_num([*labels, *(dice_from_counts(region)[1] for region in counts.regions)], nan=1.0)
 
     def _surface_gain(self, case: HeldOut, action: Action) -> float:
         """Of the mean over the parts of the action's structure."""
@@ -173,6 +204,11 @@ class Cases:
         spacing_mm = pair.geometry.spacing_mm
         found = measure_ids(prediction, pair.reference, self.schema, spacing_mm=spacing_mm, settings=self.settings)
         return tuple(found.labels[i] for i in self.schema.ids), found.regions
+
+    def _known(self, case: HeldOut) -> list[bool]:
+        """Which labels and regions were annotated."""
+        annotated = self._annotated(case)
+        return [*annotated[1:], *(all(annotated[c] for c in union) for union in self.schema.region_classes)]
 
     def _annotated(self, case: HeldOut) -> tuple[bool, ...]:
         annotation = case.reference.annotation

@@ -1,20 +1,22 @@
 """Which post-processing helps, by what it does to cases that the model never saw; where that is not evident, none.
 
-An action is chosen only if Wilcoxon's signed-rank test over patients says that it raises the Dice, after Holm's
-correction over everything that was tried and changes anything, if it harms no case, and if what it gains is worth it.
+An action is chosen only if it evidently raises the Dice (`compare.evident_sign`), after Holm's correction over
+everything that was tried and changes anything, if it harms no label of any case, and if what it gains is worth it. What
+was chosen is then done: where all of it together harms a label of a case, what harms it there is left out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.cleaning_effects import CaseEffect
-from pipeline.compare import SIGNIFICANT, TIE, holm, signed_rank_p
+from pipeline.compare import TIE, evident_sign, holm, interval_of_mean, means_of_patients, rank_sign, signed_rank_p
+from pipeline.config import EvaluateConfig
 from pipeline.postprocessing import Action, Tried
 
 Floats = npt.NDArray[np.float64]
@@ -26,7 +28,7 @@ LEAST_CHANGED = 6
 """Patients that differ: of five, all better, the two-sided test says p = 0.06."""
 
 MOST_LOSS = 0.01
-"""Of Dice, in a single case: what loses more is not chosen, whatever the others gain."""
+"""Of Dice, of a single label in a single case: what loses more is not chosen, whatever the others gain."""
 
 LEAST_GAIN = 0.001
 """Of Dice, or of surface Dice where the Dice gains less: the mean over the cases that change."""
@@ -40,6 +42,9 @@ _TOGETHER = 1e-4
 SurfaceGain = Callable[[Action], Floats]
 """What an action adds to the surface Dice of each case (N,); NaN where it changes nothing or there is no surface."""
 
+Worst = Callable[[Sequence[Action], Sequence[int]], Floats]
+"""What actions, done together, do to the label or region that fares worst by it, in each of some cases (by number)."""
+
 
 @dataclass(frozen=True)
 class JudgedCase:
@@ -51,35 +56,78 @@ class JudgedCase:
     effects: tuple[CaseEffect, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """What is known only by doing it, so it is asked of few actions."""
+
+    surface_gain: SurfaceGain
+    worst: Worst
+
+    def of(self, rows: Sequence[int]) -> Trials:
+        """The same for some of the cases, by their numbers."""
+        numbers = list(rows)
+        return Trials(
+            lambda action: self.surface_gain(action)[numbers],
+            lambda actions, some: self.worst(actions, [numbers[row] for row in some]),
+        )
+
+
 def choose(
-    actions: Sequence[Action], cases: Sequence[JudgedCase], surface_gain: SurfaceGain
+    actions: Sequence[Action], cases: Sequence[JudgedCase], trials: Trials, settings: EvaluateConfig
 ) -> tuple[tuple[Action, ...], tuple[Tried, ...]]:
     """What is chosen, and what came of everything that was tried.
 
     Of one structure at most one filling of holes and one other action are chosen, and of structures that hold each
     other either the larger or those in it, whichever gains more; of two labels that thresholds move voxels between the
-    one that gains more: so what is measured of each holds for all of them together.
-    `surface_gain` is asked only where the Dice does not decide. Sources: as `compare.compare`.
+    one that gains more: so what is measured of each holds for all of them together, but for what takes the place of an
+    island. What harms for that reason is left out, and it is chosen again. Sources: as `compare.compare`.
     """
     tables = [_Table.of(number, action, cases) for number, action in enumerate(actions)]
     p_values = [table.p_value() for table in tables]
     judged = [
-        _Judged(table, p, corrected, *_verdict(table, corrected, surface_gain))
+        _Judged(table, p, corrected, *_verdict(table, corrected, trials.surface_gain, settings))
         for table, p, corrected in zip(tables, p_values, holm(p_values), strict=True)
     ]
-    helpful = [row for row in judged if row.helps]
-    kept = {
-        row.table.number
+    refused: dict[int, str] = {}
+    while harmful := _harmful(kept := _kept(judged, refused, trials.surface_gain), len(cases), trials.worst):
+        refused |= harmful
+    numbers = {row.table.number for row in kept}
+    chosen = tuple(row.table.action for row in judged if row.table.number in numbers)
+    return chosen, tuple(row.told(refused, is_chosen=row.table.number in numbers) for row in judged)
+
+
+def _kept(judged: Sequence[_Judged], refused: Mapping[int, str], surface_gain: SurfaceGain) -> list[_Judged]:
+    """Of what helps and was not refused, what goes together and gains most."""
+    helpful = [row for row in judged if row.helps and row.table.number not in refused]
+    return [
+        row
         for fills in (False, True)
         for row in _apart(_best([row for row in helpful if (row.table.action.kind == "holes") == fills], surface_gain))
-    }
-    chosen = tuple(row.table.action for row in judged if row.table.number in kept)
-    return chosen, tuple(row.told(is_chosen=row.table.number in kept) for row in judged)
+    ]
+
+
+def _harmful(kept: Sequence[_Judged], count: int, worst: Worst) -> dict[int, str]:
+    """Actions by which a label of one of so many cases loses too much when all that is kept is done, and why; where no
+    single one does it, all of them."""
+    if not kept:
+        return {}
+    losses = worst([row.table.action for row in kept], range(count))
+    harmed = np.flatnonzero(losses < -MOST_LOSS).tolist()
+    if not harmed:
+        return {}
+    alone = {row.table.number: float(worst([row.table.action], harmed).min()) for row in kept}
+    guilty = {number: f"done, it costs a label of a case {-x:.3f}" for number, x in alone.items() if x < -MOST_LOSS}
+    together = f"all that was chosen costs a label of a case {-losses.min():.3f}"
+    return guilty or dict.fromkeys(alone, together)
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """One action over the cases whose labels were annotated: Dice (N,) before and after, and what was lost."""
+    """One action over the cases whose labels were annotated: Dice (N,) before and after, and what was lost.
+
+    `worst` is the change of the label that loses most in any case, `total` the mean gain of all its labels or regions
+    together: comparable between a structure and its parts.
+    """
 
     number: int
     action: Action
@@ -89,6 +137,8 @@ class _Table:
     after: Floats
     is_changed: npt.NDArray[np.bool_]
     parts_lost: int
+    worst: float
+    total: float
     rivals: frozenset[str]
 
     @classmethod
@@ -106,6 +156,8 @@ class _Table:
             np.array([effects[row].after for row in rows], dtype=np.float64),
             np.array([effects[row].is_changed for row in rows], dtype=np.bool_),
             sum(effects[row].parts_lost for row in rows),
+            min((effects[row].worst for row in rows), default=0.0),
+            sum(effects[row].total for row in rows) / max(len(rows), 1),
             _rivals(effects[row] for row in rows),
         )
 
@@ -117,7 +169,7 @@ class _Table:
     @property
     def patients_changed(self) -> int:
         """Whose Dice differs."""
-        return int((np.abs(self._by_patient()) > TIE).sum())
+        return int((np.abs(means_of_patients(self.change, self.patients)) > TIE).sum())
 
     def gain_where_changed(self, gains: Floats) -> float:
         """The mean of `gains` (N,) over the cases that differ and have one; 0 where there is none."""
@@ -126,14 +178,14 @@ class _Table:
 
     def p_value(self) -> float | None:
         """None where nothing differs."""
-        changes = self._by_patient()
+        changes = means_of_patients(self.change, self.patients)
         return signed_rank_p(changes) if changes.size > 1 else None
 
-    def _by_patient(self) -> Floats:
-        if not self.rows.size:
-            return np.zeros(0)
-        counts = np.bincount(self.patients)
-        return np.asarray(np.bincount(self.patients, weights=self.change) / counts)
+    def is_better(self, p_corrected: float | None, settings: EvaluateConfig) -> bool:
+        """Whether the Dice is evidently higher after."""
+        interval_95 = interval_of_mean(self.change, self.patients, settings)
+        side = rank_sign(means_of_patients(self.change, self.patients))
+        return evident_sign(float(self.change.mean()), interval_95, p_value=p_corrected, rank_sign=side) > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,41 +198,44 @@ class _Judged:
 
     @property
     def gain(self) -> float:
-        """Mean gain of Dice of one label, times the labels: comparable between a structure and its parts."""
-        return float(self.table.change.mean()) * len(self.table.action.labels)
+        """Of Dice, of all labels or regions together."""
+        return self.table.total
 
-    def told(self, *, is_chosen: bool) -> Tried:
+    def told(self, refused: Mapping[int, str], *, is_chosen: bool) -> Tried:
+        """`refused` are reasons that came up later, by the number of the action."""
         table = self.table
+        why = self.why or refused.get(table.number, "helps, another is chosen")
         return Tried(
             action=table.action,
             cases=len(table.rows),
             patients_changed=table.patients_changed,
             before=float(table.before.mean()) if table.rows.size else None,
             after=float(table.after.mean()) if table.rows.size else None,
-            worst_change=float(table.change.min(initial=0.0)),
+            worst_change=min(table.worst, 0.0),
             parts_lost=table.parts_lost,
             p_value=self.p_value,
             p_corrected=self.p_corrected,
             is_chosen=is_chosen,
-            why="chosen" if is_chosen else "helps, another is chosen" if self.helps else self.why,
+            why="chosen" if is_chosen else why,
         )
 
 
-def _verdict(table: _Table, p_corrected: float | None, surface_gain: SurfaceGain) -> tuple[bool, str]:
+def _verdict(
+    table: _Table, p_corrected: float | None, surface_gain: SurfaceGain, settings: EvaluateConfig
+) -> tuple[bool, str]:
     """Whether the action helps, and if not why not."""
-    worst = float(table.change.min(initial=0.0))
     if not table.is_changed.any():
         return False, "changes nothing"
     if table.parts_lost:
         return False, f"deletes {table.parts_lost} part{'s' if table.parts_lost > 1 else ''} that had been found"
-    if worst < -MOST_LOSS:
-        return False, f"a case loses {-worst:.3f}"
+    if table.worst < -MOST_LOSS:
+        return False, f"a label of a case loses {-table.worst:.3f}"
     if table.change.mean() <= 0:
         return False, "gains nothing"
     if table.patients_changed < LEAST_CHANGED:
         count = table.patients_changed
         return False, f"only {count} patient{'s' if count > 1 else ''} changed, too few to tell"
-    if p_corrected is None or p_corrected >= SIGNIFICANT:
+    if not table.is_better(p_corrected, settings):
         return False, "no evidence that it helps"
     if max(table.gain_where_changed(table.change), _surface(table, surface_gain)) < LEAST_GAIN:
         return False, "gains too little"

@@ -24,6 +24,7 @@ from transforms.labels import LabelSchema
 
 Array = npt.NDArray[Any]
 Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 ISLANDS_MM3 = (10.0, 100.0, 1000.0, 10000.0)
@@ -38,14 +39,17 @@ class CaseEffect:
     """Of one action on one case. Dice is the mean over the parts of its structure (see `parts_of`), 1 where neither
     side has a part: to find nothing where nothing is, is right. None where a part was not annotated.
 
-    `parts_lost` are components of the reference that were touched before and are not touched any more. `moved` is how
-    many voxels a threshold moves from or to each other label, or background, by its name ("").
+    `total` is what all of the parts gain, `worst` the least that one of them does. `parts_lost` are components of the
+    reference that were touched before and are not touched any more. `moved` is how many voxels a threshold moves from or
+    to each other label, or background, by its name ("").
     """
 
     before: float | None
     after: float | None
     is_changed: bool
     parts_lost: int = 0
+    total: float = 0.0
+    worst: float = 0.0
     moved: tuple[tuple[str, int], ...] = ()
 
 
@@ -162,34 +166,47 @@ class _Structure:
     def removal(self, action: Action, voxel_volume_mm3: float) -> CaseEffect:
         """Without the components that the action removes."""
         drop = dropped(self.sizes, action, voxel_volume_mm3)
-        before = self.dice(self.voxels.sum(axis=0), self.overlaps.sum(axis=0))
         if not drop.any():
-            return CaseEffect(before, before, is_changed=False)
-        after = self.dice(self.voxels[~drop].sum(axis=0), self.overlaps[~drop].sum(axis=0))
+            return self.unchanged()
         component, lesion = self.touching
         lost = np.setdiff1d(lesion, lesion[~drop[component]])
-        return CaseEffect(before, after, is_changed=True, parts_lost=int(lost.size))
+        return self.changed(self.voxels[~drop].sum(axis=0), self.overlaps[~drop].sum(axis=0), parts_lost=int(lost.size))
 
-    def dice(self, voxels: Counts, overlaps: Counts) -> float:
-        """The mean over the parts."""
+    def unchanged(self) -> CaseEffect:
+        """Of an action that finds nothing to do."""
+        before = float(self._dice(self.voxels.sum(axis=0), self.overlaps.sum(axis=0)).mean())
+        return CaseEffect(before, before, is_changed=False)
+
+    def changed(self, voxels: Counts, overlaps: Counts, *, parts_lost: int = 0) -> CaseEffect:
+        """Of an action that leaves each part with so many voxels (P,), of which so many are right."""
+        before, after = self._dice(self.voxels.sum(axis=0), self.overlaps.sum(axis=0)), self._dice(voxels, overlaps)
+        change = after - before
+        return CaseEffect(
+            float(before.mean()),
+            float(after.mean()),
+            is_changed=True,
+            parts_lost=parts_lost,
+            total=float(change.sum()),
+            worst=float(change.min()),
+        )
+
+    def _dice(self, voxels: Counts, overlaps: Counts) -> Floats:
+        """(P,)"""
         whole = voxels + self.expected
-        dice = np.divide(2.0 * overlaps, whole, out=np.ones(len(whole)), where=whole > 0)
-        return float(dice.mean())
+        return np.divide(2.0 * overlaps, whole, out=np.ones(len(whole)), where=whole > 0)
 
 
 def _filling(structure: _Structure, action: Action, case: _Case, parts: Sequence[Sequence[int]]) -> CaseEffect:
     """With the pockets that an action fills."""
-    voxels, overlaps = structure.voxels.sum(axis=0), structure.overlaps.sum(axis=0)
-    before = structure.dice(voxels, overlaps)
     at = tuple(case.pockets.places[case.pockets.bordered_by(values_of(action, case.id_of))].T)
     if not at[0].size:
-        return CaseEffect(before, before, is_changed=False)
+        return structure.unchanged()
     truth = case.reference[at]
     fill = case.id_of[action.becomes or action.labels[0]]
     gets = np.array([fill in part for part in parts])
     right = np.array([np.count_nonzero(mask_of(truth, part)) for part in parts])
-    after = structure.dice(voxels + gets * np.count_nonzero(case.counted(truth)), overlaps + gets * right)
-    return CaseEffect(before, after, is_changed=True)
+    voxels = structure.voxels.sum(axis=0) + gets * np.count_nonzero(case.counted(truth))
+    return structure.changed(voxels, structure.overlaps.sum(axis=0) + gets * right)
 
 
 def _whole(case: _Case, box: Box, parts: Sequence[Sequence[int]]) -> _Structure:

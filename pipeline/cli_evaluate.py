@@ -88,6 +88,8 @@ def show_report(title: str, report: Report) -> None:
         print()
     if (sentence := sentence_of(report.expectations)) is not None:
         print(sentence)
+    if report.mirroring is not None:
+        print(report.mirroring.sentence)
     if report.postprocessing is not None:
         show_postprocessing(report.postprocessing)
     for case in report.explanations:

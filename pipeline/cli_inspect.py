@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.inspection.contributions import Contributions
-    from pipeline.inspection.figures import LevelFigures
     from pipeline.inspection.receptive import ReceptiveField
     from pipeline.inspection.result import Inspection
 
@@ -43,6 +42,7 @@ def inspect_network(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out what parts contribute, which takes three passes a level.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the inspection that is in --out.")] = False,
 ) -> None:
     """Show how features flow through a network: which levels work, what skips bring, how far it sees."""
     from pipeline.cli_console import TerminalConsole
@@ -52,7 +52,8 @@ def inspect_network(
     asked = Asked(tuple(cases), labels, manifest, root, series)
     console = TerminalConsole()
     try:
-        found, files = inspect_cases(open_model(model, device), asked, console=console, out=out, quick=quick)
+        opened = open_model(model, device)
+        found, files = inspect_cases(opened, asked, console=console, out=out, quick=quick, force=force)
     finally:
         console.close()
     _show(found)
@@ -62,29 +63,17 @@ def inspect_network(
 
 def _show(found: Inspection) -> None:
     from pipeline.cli_console import show_table
+    from pipeline.inspection.result import level_rows
     from pipeline.inspection.words import words_of
 
     cases = found.cases[0] if len(found.cases) == 1 else f"{len(found.cases)} cases"
-    show_table(f"{found.model}: what flows through its levels, {cases}", [_level_row(level) for level in found.figures])
+    show_table(f"{found.model}: what flows through its levels, {cases}", level_rows(found))
     if found.contributions is not None:
         score = "Dice" if found.contributions.against == "reference" else "agreement"
         show_table(f"{score} without parts, {cases}", _contribution_rows(found.contributions, score))
     show_table("how far it sees", _sight_rows(found.receptive))
     for sentence in words_of(found):
         print(textwrap.fill(sentence.text, LINE, initial_indent="- ", subsequent_indent="  "))
-
-
-def _level_row(level: LevelFigures) -> dict[str, Any]:
-    return {
-        "part": level.name,
-        "channels": level.channels,
-        "voxels": "x".join(map(str, level.shape)),
-        "dead": level.dead,
-        "silent": f"{level.sparsity:.0%}",
-        "energy": level.energy,
-        "rank": f"{level.effective_rank:.1f}",
-        "repeat": f"{level.redundant_share:.0%}",
-    }
 
 
 def _contribution_rows(found: Contributions, score: str) -> list[dict[str, Any]]:

@@ -129,6 +129,7 @@ def write_page(
 ) -> None:
     """Write the page of an evaluation again: figures, every case, pictures, curves, plan, data, versions."""
     from pipeline.report_page import Picture, read_run_facts, write_report_page
+    from pipeline.report_values import read_report
 
     file = _report_file(run)
     pictures = [
@@ -137,19 +138,20 @@ def write_page(
         if (path := file.parent / f"overlay_{which}.png").is_file()
     ]
     target = out or file.with_suffix(".html")
-    write_report_page(target, _read_report(file), read_run_facts(file.parent), pictures=pictures)
+    write_report_page(target, read_report(file), read_run_facts(file.parent), pictures=pictures)
     print(target)
 
 
 def _report_of(text: str, uri: str | None, runs: Path) -> Report:
+    from pipeline.report_values import REPORT_JSON, Report, read_report
+
     if not text.startswith(RUN_PREFIX):
-        return _read_report(_report_file(Path(text)))
-    from pipeline.report_values import Report
+        return read_report(_report_file(Path(text)))
     from pipeline.tracking import embedded_store
     from pipeline.tracking.queries import read_run_json
 
     run_id = text.removeprefix(RUN_PREFIX)
-    return Report.from_json(read_run_json(uri or embedded_store(runs), run_id, "report.json"))
+    return Report.from_json(read_run_json(uri or embedded_store(runs), run_id, REPORT_JSON))
 
 
 def _tracked_run(text: str, uri: str | None, runs: Path) -> tuple[str, str]:
@@ -167,26 +169,12 @@ def _tracked_run(text: str, uri: str | None, runs: Path) -> tuple[str, str]:
 
 def _report_file(path: Path) -> Path:
     from pipeline.errors import RunError
+    from pipeline.report_values import REPORT_JSON
 
-    file = path / "report.json" if path.is_dir() else path
+    file = path / REPORT_JSON if path.is_dir() else path
     if not file.is_file():
         raise RunError(f"{path}: no report of an evaluation there; give a finished run's folder or a report.json")
     return file
-
-
-def _read_report(file: Path) -> Report:
-    import json
-
-    from pipeline.errors import RunError
-    from pipeline.report_values import Report
-
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read as a report ({type(error).__name__})") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{file}: not an evaluation report")
-    return Report.from_json(value)
 
 
 def _rows(found: Comparison) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, RunError, VolumeError
 
 if TYPE_CHECKING:
     from pipeline.segmentation import Segmentation
+    from transforms.labels import LabelSchema
 
 scores_app = typer.Typer(
     help="Scores that `volseg predict --keep-scores` kept.", no_args_is_help=True, rich_markup_mode=None
@@ -51,21 +52,25 @@ def combine(
 
     wanted, limits = _formats(formats), _thresholds(thresholds or ())
     studies = _studies(inputs)
+    schema = _schema_of(studies)
+    _refuse_results(out, schema, _targets(out, studies, wanted), force=force)
     console = TerminalConsole()
     for done, (name, files) in enumerate(studies.items(), start=1):
         made = segment_scores([read_scores(file) for file in files], limits)
-        for path in _export(made, out, name, wanted, force=force):
+        if done == 1:
+            write_text(out / SCHEMA_FILE, schema.model_dump_json(indent=2) + "\n")
+        for path in _export(made, out, name, wanted):
             print(path)
         console.progress("combining", done, len(studies), name)
-    write_text(out / SCHEMA_FILE, made.schema.model_dump_json(indent=2) + "\n")
     console.close()
 
 
 def tell_quality(out: Path) -> None:
-    """Which of the studies in a folder are to be looked at first, and what of each was found."""
-    from pipeline.quality import QUALITY_CSV, look_first, read_quality
+    """Which of the studies that a folder records are to be looked at first, and what of each was found."""
+    from pipeline.quality import QUALITY_CSV, look_first
+    from pipeline.record import recorded_quality
 
-    found = read_quality(out)
+    found = recorded_quality(out)
     if not found:
         return
     told = []
@@ -73,7 +78,7 @@ def tell_quality(out: Path) -> None:
         mean = found[name].mean
         missing = f"; not found: {', '.join(found[name].not_found)}" if found[name].not_found else ""
         told.append(f"  {name}: " + ("nothing was found" if mean is None else f"{mean:.3f}{missing}"))
-    print("Dice to expect by the model's own probabilities" + (", lowest first:" if len(found) > 1 else ":"))
+    print("Dice to expect by the model's own probabilities" + (", to look at first:" if len(found) > 1 else ":"))
     print("\n".join(told))
     more = f"{len(found) - len(told)} more; " if len(found) > len(told) else ""
     print(f"{more}all of them by label: {out / QUALITY_CSV}")
@@ -121,23 +126,62 @@ def _scores_in(path: Path) -> dict[str, Path]:
     from pipeline.kept_scores import SUFFIX
 
     folder = path / SCORES if (path / SCORES).is_dir() else path
-    files = sorted(folder.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    # What begins with a dot is being written, or a kill left it.
+    files = sorted(folder.glob(f"[!.]*{SUFFIX}")) if path.is_dir() else [path]
     if not files:
         raise VolumeError(f"{path}: no file that ends in {SUFFIX}; `volseg predict --keep-scores 3` writes them")
-    return {file.name.removesuffix(SUFFIX): file for file in files if not file.name.startswith(".")}
+    return {file.name.removesuffix(SUFFIX): file for file in files}
 
 
-def _export(made: Segmentation, out: Path, name: str, formats: Sequence[str], *, force: bool) -> list[Path]:
+def _schema_of(studies: Mapping[str, Sequence[Path]]) -> LabelSchema:
+    """The labels of all of them; by the headers alone, whatever cannot be combined is refused here."""
+    from pipeline.combining import have_same_labels, refuse_others
+    from pipeline.kept_scores import read_header
+
+    firsts = [read_header(file) for file in next(iter(studies.values()))]
+    for files in studies.values():
+        headers = [read_header(file) for file in files]
+        refuse_others(headers)
+        if not have_same_labels(firsts[0].schema, headers[0].schema):
+            raise VolumeError(f"{files[0]}: other labels than the study before; combine them into folders of their own")
+        for file, header, first in zip(files, headers, firsts, strict=True):
+            if header.models != first.models:
+                raise VolumeError(
+                    f"{file}: of another model than the study before in its folder, as after --force; "
+                    "predict all of them again, or name the files of one study each time"
+                )
+    return firsts[0].schema
+
+
+def _targets(out: Path, names: Iterable[str], formats: Sequence[str]) -> list[Path]:
+    from pipeline.export import FORMATS as ALL
+
+    return [out / f"{name}{ALL[key].suffix}" for name in names for key in formats]
+
+
+def _refuse_results(out: Path, schema: LabelSchema, targets: Sequence[Path], *, force: bool) -> None:
+    """Before anything is written: what is in `out` would be replaced, or be taken for what it is no longer."""
+    from pipeline.combining import have_same_labels
+    from pipeline.references import SCHEMA_FILE, known_schema
+    from pipeline.results import RECORD
+
+    if (out / RECORD).exists():
+        raise RunError(f"{out}: holds results of `volseg predict`, which says what made them; choose another --out")
+    if force:
+        return
+    if target := next((target for target in targets if target.exists()), None):
+        raise RunError(f"{target} exists already; give --force to replace it, or another --out")
+    there = known_schema(out, None) if out.is_dir() else None
+    if there is not None and not have_same_labels(there, schema):
+        raise RunError(f"{out / SCHEMA_FILE} is of other labels; give --force to replace it, or another --out")
+
+
+def _export(made: Segmentation, out: Path, name: str, formats: Sequence[str]) -> list[Path]:
     """Write what was decided by the exporter of `volseg predict`, which needs of the image no more than its grid."""
     import numpy as np
 
-    from pipeline.export import FORMATS as ALL
     from pipeline.export import Source, export
     from transforms.volume import Volume
 
-    for key in formats:
-        target = out / f"{name}{ALL[key].suffix}"
-        if target.exists() and not force:
-            raise RunError(f"{target} exists already; give --force to replace it, or another --out")
     grid = Volume(np.broadcast_to(np.float32(0), made.geometry.shape), made.geometry, None, 0.0)
     return [file.path for file in export(made, formats=formats, out=out, name=name, source=Source(grid))]

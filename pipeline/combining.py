@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pipeline.errors import ConfigError, VolumeError
-from pipeline.kept_scores import KeptScores
+from pipeline.kept_scores import KeptScores, ScoresHeader
+from pipeline.outputs import class_dtype
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.thresholds import Decision, decision_of
 from transforms.labels import LabelSchema
@@ -29,15 +30,13 @@ def segment_scores(scores: Sequence[KeptScores], thresholds: Mapping[str, float]
         ConfigError: a threshold of a name that is none of the labels (or regions, where there are any), or not within
             0 and 1.
     """
+    refuse_others(scores)
     first = scores[0]
-    for other in scores[1:]:
-        _refuse_other(first, other)
     schema, grids = first.schema, first.grids
     decision = _decision(schema, thresholds or {})
     axis = slab_axis(grids.grid, grids.field)
-    painted = schema.painted_classes if schema.regions else None
-    restorer = SlabRestorer(grids.grid, grids.field, axis, painted=painted)
-    classes = torch.zeros(grids.field.shape, dtype=torch.uint8 if schema.class_count <= 256 else torch.int16)
+    restorer = SlabRestorer(grids.grid, grids.field, axis, painted=schema.painted_classes or None)
+    classes = torch.zeros(grids.field.shape, dtype=class_dtype(schema))
     count = grids.grid.shape[axis]
     step = max(1, _SLAB_VALUES // (schema.output_count * math.prod(grids.grid.shape) // count))
     for low in range(0, count, step):
@@ -47,7 +46,7 @@ def segment_scores(scores: Sequence[KeptScores], thresholds: Mapping[str, float]
             mean += other.dense(axis, low, high)
         restorer.add(decision.apply_(mean.div_(len(scores))), classes)
     found = put_back(classes[None], grids.field, grids.box, grids.source)[0].numpy()
-    return Segmentation(schema.ids_from_classes(found), grids.source, schema, Algorithm(*first.made_by))
+    return Segmentation(schema.ids_from_classes(found), grids.source, schema, _algorithm(scores))
 
 
 def _decision(schema: LabelSchema, thresholds: Mapping[str, float]) -> Decision:
@@ -57,8 +56,26 @@ def _decision(schema: LabelSchema, thresholds: Mapping[str, float]) -> Decision:
         raise ConfigError(f"--threshold {error}") from error
 
 
-def _refuse_other(first: KeptScores, other: KeptScores) -> None:
-    if difference := first.grids.difference(other.grids):
-        raise VolumeError(f"the scores are not of one study: {difference}; average those of one study")
-    if not first.schema.matches(other.schema) or first.schema.regions != other.schema.regions:
-        raise VolumeError("the scores are of models with different labels; average those of one set of labels")
+def refuse_others(scores: Sequence[KeptScores] | Sequence[ScoresHeader]) -> None:
+    """Refuse what cannot be averaged.
+
+    Raises:
+        VolumeError: the scores are of different studies or labels.
+    """
+    first = scores[0]
+    for other in scores[1:]:
+        if difference := first.grids.difference(other.grids):
+            raise VolumeError(f"the scores are not of one study: {difference}; average those of one study")
+        if not have_same_labels(first.schema, other.schema):
+            raise VolumeError("the scores are of models with different labels; average those of one set of labels")
+
+
+def have_same_labels(first: LabelSchema, second: LabelSchema) -> bool:
+    """Whether the outputs of two models mean the same."""
+    return first.matches(second) and first.regions == second.regions
+
+
+def _algorithm(scores: Sequence[KeptScores]) -> Algorithm:
+    """All that took part."""
+    names, versions = (" and ".join(dict.fromkeys(each)) for each in zip(*(s.made_by for s in scores), strict=True))
+    return Algorithm(names, versions)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -57,14 +56,17 @@ class Difference:
     interval_95: tuple[float, float] | None
     p_value: float | None
     p_corrected: float | None
+    rank_sign: int
     wins: int
     losses: int
     ties: int
 
     @property
-    def is_evident(self) -> bool:
-        """True when the difference is more than chance explains."""
-        return self.p_corrected is not None and self.p_corrected < SIGNIFICANT
+    def evident_sign(self) -> int:
+        """1 where the figure of B is more, -1 where it is less, 0 where there is no evidence of either."""
+        if self.difference is None:
+            return 0
+        return evident_sign(self.difference, self.interval_95, p_value=self.p_corrected, rank_sign=self.rank_sign)
 
 
 @dataclass(frozen=True)
@@ -92,20 +94,23 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """What it all says, in a sentence or two."""
-        evident = [row for row in self.labels if row.is_evident]
-        told = [self._sentence(row) for row in ([self.overall] if self.overall.is_evident else []) + evident]
+        told = [self._sentence(row, better) for row in (self.overall, *self.labels) if (better := self.better(row))]
         if not told:
             return f"no evidence of a difference in {self.figure} over {self.overall.n_cases} shared cases"
         return "; ".join(told)
+
+    def better(self, row: Difference) -> Literal["A", "B"] | None:
+        """Which of the two there is evidence for, in a row of this comparison."""
+        if not row.evident_sign:
+            return None
+        return "B" if (row.evident_sign > 0) == self.more_is_better else "A"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value of all figures, with the verdict."""
         return {"format": "volseg-comparison-1", "verdict": self.verdict} | asdict(self)
 
-    def _sentence(self, row: Difference) -> str:
-        difference = row.difference or 0.0
-        better = "B is better" if (difference > 0) == self.more_is_better else "A is better"
-        return f"{row.label}: {better} by {abs(difference):.4g} (p = {row.p_corrected:.2g})"
+    def _sentence(self, row: Difference, better: str) -> str:
+        return f"{row.label}: {better} is better by {abs(row.difference or 0.0):.4g} (p = {row.p_corrected:.2g})"
 
 
 def compare(a: Report, b: Report, *, figure: str = "dice", settings: EvaluateConfig) -> Comparison:
@@ -119,31 +124,29 @@ def compare(a: Report, b: Report, *, figure: str = "dice", settings: EvaluateCon
         RunError: other labels, no shared case, no value of the figure in both, or a case of two patients.
         ValueError: no such figure.
     """
-    if figure not in FIGURES:
-        raise ValueError(f"no figure '{figure}' to compare; there are {', '.join(FIGURES)}")
-    cases_a, cases_b = ({case.case_id: case for case in report.cases} for report in (a, b))
-    shared = sorted(cases_a.keys() & cases_b.keys())
-    if not shared:
-        raise RunError("the two evaluations share no case; compare runs of the same dataset")
-    names = _names(a, b)
-    values = np.array([[_values(cases[i], figure) for i in shared] for cases in (cases_a, cases_b)])
-    values[:, np.isnan(values).any(axis=0)] = np.nan
-    if bool(np.isnan(values).all()):
-        raise RunError(f"no case has a {figure} in both evaluations; evaluate both again with this version")
-    patients = _patients([cases_a[i] for i in shared], [cases_b[i] for i in shared])
-    row_of = partial(_difference, patients=patients, more_is_better=FIGURES[figure], settings=settings)
-    rows = [row_of(name, values[:, :, column]) for column, name in enumerate(names)]
+    pairs = _pairs(a.cases, b.cases, figure)
+    rows = [pairs.row(name, pairs.values[:, :, column], settings) for column, name in enumerate(pairs.names)]
     corrected = holm([row.p_value for row in rows])
-    means = _row_means(values[:, :, len(a.labels) :] if a.regions else values)
+    ids_a, ids_b = ({case.case_id for case in report.cases} for report in (a, b))
     return Comparison(
         figure=figure,
         more_is_better=FIGURES[figure],
-        overall=row_of(a.headline, means),
+        overall=pairs.row(a.headline, pairs.means, settings),
         labels=tuple(replace(row, p_corrected=p) for row, p in zip(rows, corrected, strict=True)),
-        changed=_changed(shared, means),
-        only_in_a=tuple(sorted(cases_a.keys() - cases_b.keys())),
-        only_in_b=tuple(sorted(cases_b.keys() - cases_a.keys())),
+        changed=_changed(pairs.case_ids, pairs.means),
+        only_in_a=tuple(sorted(ids_a - ids_b)),
+        only_in_b=tuple(sorted(ids_b - ids_a)),
     )
+
+
+def mean_dice_difference(a: Sequence[CaseScores], b: Sequence[CaseScores], *, settings: EvaluateConfig) -> Difference:
+    """That of the mean over labels, or over regions where there are any, alone: `compare(...).overall`.
+
+    Raises:
+        RunError: as `compare`.
+    """
+    pairs = _pairs(a, b, "dice")
+    return pairs.row("mean", pairs.means, settings)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -156,6 +159,30 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         least = max(least, min(1.0, (len(tested) - rank) * p))
         corrected[i] = least
     return corrected
+
+
+def evident_sign(
+    mean: float, interval_95: tuple[float, float] | None, *, p_value: float | None, rank_sign: int
+) -> Literal[-1, 0, 1]:
+    """Which way differences go beyond doubt: what everything here calls evidence.
+
+    The test is two-sided and of ranks: many small losses beside a few large gains have a small p and a mean above 0. So
+    the ranks, the mean and its interval must lie on one side of 0.
+    """
+    if p_value is None or p_value >= SIGNIFICANT or interval_95 is None:
+        return 0
+    low, high = interval_95
+    if mean > 0 and rank_sign > 0 and low > 0:
+        return 1
+    return -1 if mean < 0 and rank_sign < 0 and high < 0 else 0
+
+
+def rank_sign(differences: Floats) -> int:
+    """Sign of the sum of signed ranks, zeros left out: the side that `signed_rank_p` is evidence for."""
+    from scipy.stats import rankdata
+
+    moved = differences[np.abs(differences) > TIE]
+    return int(np.sign((rankdata(np.abs(moved)) * np.sign(moved)).sum()))
 
 
 def signed_rank_p(differences: Floats) -> float | None:
@@ -182,8 +209,42 @@ def signed_rank_p(differences: Floats) -> float | None:
     return min(1.0, 2 * float(min(chance[: found + 1].sum(), chance[found:].sum())))
 
 
-def _names(a: Report, b: Report) -> list[str]:
-    names, others = ([score.label for score in report.cases[0].scores] for report in (a, b))
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The cases that two evaluations share, with a figure's values (2, N, L) of labels, then regions, NaN where either
+    has none, and `means` (2, N) over regions, or over labels where there are none. `patients` (N,) are numbers."""
+
+    case_ids: tuple[str, ...]
+    names: tuple[str, ...]
+    values: Floats
+    means: Floats
+    patients: npt.NDArray[np.int64]
+    more_is_better: bool
+
+    def row(self, label: str, values: Floats, settings: EvaluateConfig) -> Difference:
+        """Of values (2, N)."""
+        return _difference(label, values, self.patients, more_is_better=self.more_is_better, settings=settings)
+
+
+def _pairs(a: Sequence[CaseScores], b: Sequence[CaseScores], figure: str) -> _Pairs:
+    if figure not in FIGURES:
+        raise ValueError(f"no figure '{figure}' to compare; there are {', '.join(FIGURES)}")
+    cases_a, cases_b = ({case.case_id: case for case in cases} for cases in (a, b))
+    shared = sorted(cases_a.keys() & cases_b.keys())
+    if not shared:
+        raise RunError("the two evaluations share no case; compare runs of the same dataset")
+    names = _names(a, b)
+    values = np.array([[_values(cases[i], figure) for i in shared] for cases in (cases_a, cases_b)])
+    values[:, np.isnan(values).any(axis=0)] = np.nan
+    if bool(np.isnan(values).all()):
+        raise RunError(f"no case has a {figure} in both evaluations; evaluate both again with this version")
+    patients = _patients([cases_a[i] for i in shared], [cases_b[i] for i in shared])
+    means = _row_means(values[:, :, len(a[0].labels) :] if a[0].regions else values)
+    return _Pairs(tuple(shared), tuple(names), values, means, patients, FIGURES[figure])
+
+
+def _names(a: Sequence[CaseScores], b: Sequence[CaseScores]) -> list[str]:
+    names, others = ([score.label for score in cases[0].scores] for cases in (a, b))
     if names != others:
         raise RunError(
             f"the evaluations have other labels: {', '.join(names)} against {', '.join(others)}; "
@@ -223,34 +284,43 @@ def _difference(
     """One row from values (2, N) of A and B; not yet corrected for how many rows are tested."""
     both = ~np.isnan(values).any(axis=0)
     a, b = values[:, both]
-    gain = b - a if more_is_better else a - b
-    interval, p_value = _evidence(b - a, patients[both], settings)
+    change, gain = b - a, b - a if more_is_better else a - b
+    of_patients = means_of_patients(change, patients[both])
+    # Of a single patient nothing can be said of the next.
+    p_value = signed_rank_p(of_patients) if of_patients.size > 1 else None
     return Difference(
         label=label,
         n_cases=int(both.sum()),
         mean_a=_mean(a),
         mean_b=_mean(b),
-        difference=_mean(b - a),
-        interval_95=interval,
+        difference=_mean(change),
+        interval_95=interval_of_mean(change, patients[both], settings),
         p_value=p_value,
         p_corrected=p_value,
+        rank_sign=rank_sign(of_patients),
         wins=int((gain > TIE).sum()),
         losses=int((gain < -TIE).sum()),
         ties=int((np.abs(gain) <= TIE).sum()),
     )
 
 
-def _evidence(
-    change: Floats, patients: npt.NDArray[np.int64], settings: EvaluateConfig
-) -> tuple[tuple[float, float] | None, float | None]:
-    """Interval and p of paired differences (N,); neither where they are of fewer than two patients."""
+def means_of_patients(values: Floats, patients: npt.NDArray[np.int64]) -> Floats:
+    """(P,) from the values (N,) of cases; `patients` (N,) numbers each case's, in any way."""
     _, owners = np.unique(patients, return_inverse=True)
     counts = np.bincount(owners)
-    if len(counts) < 2:
-        return None, None
+    return np.asarray(np.bincount(owners, weights=values) / counts)
+
+
+def interval_of_mean(
+    values: Floats, patients: npt.NDArray[np.int64], settings: EvaluateConfig
+) -> tuple[float, float] | None:
+    """95 % interval of the mean of values (N,), from resampled patients; None of fewer than two."""
+    found, owners = np.unique(patients, return_inverse=True)
+    if len(found) < 2:
+        return None
     generator = np.random.default_rng(settings.seed)
-    resampled = resampled_means(change[:, None], owners, samples=settings.bootstrap_samples, generator=generator)
-    return percentile_interval(resampled[:, 0]), signed_rank_p(np.bincount(owners, weights=change) / counts)
+    resampled = resampled_means(values[:, None], owners, samples=settings.bootstrap_samples, generator=generator)
+    return percentile_interval(resampled[:, 0])
 
 
 def _mean(values: Floats) -> float | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.dice_tally import DiceTally
-from pipeline.kept_scores import Grids, Keeper, KeptScores, kept_bytes
+from pipeline.kept_scores import Grids, Keeper, KeptScores, kept_scores_bytes
+from pipeline.outputs import probabilities_of
 from pipeline.quality import QualityEstimate
 from pipeline.tile_scores import Member, mirror_passes
 from pipeline.uncertainty import Potential, entropy
@@ -87,10 +88,23 @@ def figure_for(members: Sequence[Member], asked: Asked) -> Potential | None:
     return Potential(settings.overlap, settings.conventions.blend == "logits")
 
 
-def gathered_bytes(members: Sequence[Member], asked: Asked, grid_voxels: int, output_count: int) -> int:
-    """What a `Gatherer` holds."""
+@dataclass(frozen=True)
+class Taken:
+    """Bytes: what a `Gatherer` holds, what finishing it takes besides, and what its `Confidence` holds."""
+
+    gathered: int
+    finishing: int
+    finished: int
+
+
+def bytes_taken(members: Sequence[Member], asked: Asked, schema: LabelSchema, voxels: tuple[int, int]) -> Taken:
+    """Of a study with so many `voxels` on the network's grid, and on its own."""
+    grid, source = voxels
     maps = (1 + (figure_for(members, asked) is not None)) if asked.maps else 0
-    return maps * MAP_BYTES * grid_voxels + kept_bytes(grid_voxels, output_count, asked.keep_scores)
+    scores = kept_scores_bytes(grid, schema, asked.keep_scores)
+    # While the last map is moved, the others are finished.
+    finishing = (MOVING_BYTES + maps - 1) * source if maps else 0
+    return Taken(maps * MAP_BYTES * grid + scores, finishing, maps * source + scores)
 
 
 class Gatherer:
@@ -98,7 +112,7 @@ class Gatherer:
 
     def __init__(self, members: Sequence[Member], schema: LabelSchema, grid: Geometry, asked: Asked) -> None:
         self.figure = figure_for(members, asked)
-        self._settings, self._grid, self._outputs = members[0].settings, grid, schema.output_count
+        self._settings, self._grid, self._schema = members[0].settings, grid, schema
         names = (["entropy"] if asked.maps else []) + (["disagreement"] if self.figure else [])
         self._maps = {name: torch.zeros(grid.shape, dtype=torch.float16) for name in names}
         # An estimate comes with the maps.
@@ -109,8 +123,9 @@ class Gatherer:
         """Scores (O, ...), or with the mean of `figure` (O + 1, ...), from plane `first` on along an axis."""
         for n in range(slab.shape[axis + 1]):
             plane = slab.select(axis + 1, n)
-            scores = plane[: self._outputs]
-            probabilities = self._probabilities(scores)
+            scores = plane[: self._schema.output_count]
+            logits = self._settings.conventions.blend == "logits"
+            probabilities = probabilities_of(scores, self._schema) if logits else scores
             if "entropy" in self._maps:
                 found = entropy(probabilities, overlap=self._settings.overlap)
                 self._maps["entropy"].select(axis, first + n).copy_(found)
@@ -126,14 +141,9 @@ class Gatherer:
         """When all slabs have come; for the last two see `KeptScores`."""
         return Confidence(
             **{name: _moved(self._maps.pop(name), grids) for name in list(self._maps)},
-            estimate=None if self._tally is None else self._tally.estimate(self._grid.voxel_volume_mm3),
+            estimate=None if self._tally is None else self._tally.estimate(self._grid.voxel_volume_mm3, models),
             scores=None if self._keeper is None else self._keeper.kept(grids, made_by, models),
         )
-
-    def _probabilities(self, scores: Tensor) -> Tensor:
-        if self._settings.conventions.blend != "logits":
-            return scores
-        return scores.sigmoid() if self._settings.overlap else scores.softmax(dim=0)
 
 
 def _moved(found: Tensor, grids: Grids) -> UncertaintyMap:

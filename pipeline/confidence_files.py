@@ -6,18 +6,19 @@ from pathlib import Path
 
 from pipeline.confidence import Asked, Confidence
 from pipeline.export.nifti import write_scaled
-from pipeline.files import atomic_path, safe_name
+from pipeline.files import atomic_path, explain_os_error, safe_name
 from pipeline.kept_scores import SUFFIX, write_scores
-from pipeline.quality import QUALITY_CSV, QUALITY_JSON, forget_quality, record_quality
+from pipeline.quality import quality_file, record_quality
 from transforms.geometry import Geometry
 
 MAPS, SCORES = "uncertainty", "scores"
 """Folders of their own within that of the label maps, in which everything that ends in .nii.gz is taken for one."""
 
-_WHAT = {
-    "entropy": "entropy of the mean probabilities, as a part of the highest there is",
-    "disagreement": "disagreement of folds and mirrored passes, same unit as the entropy",
+DESCRIPTIONS = {
+    "entropy": "entropy of the averaged answer, as a part of the highest there is",
+    "disagreement": "disagreement of averaged folds, mirrorings and windows; unit as entropy",
 }
+"""At most 79 characters, as a NIfTI header holds them."""
 
 
 def map_file(out: Path, name: str, what: str) -> Path:
@@ -32,14 +33,14 @@ def scores_file(out: Path, name: str) -> Path:
 
 def files_of(out: Path, name: str, asked: Asked, *, disagrees: bool) -> list[Path]:
     """The files that `write_confidence` will have written for a study; `disagrees`: there are several answers."""
-    maps = [what for what in _WHAT if asked.maps and (disagrees or what != "disagreement")]
+    maps = [what for what in DESCRIPTIONS if asked.maps and (disagrees or what != "disagreement")]
     files = [map_file(out, name, what) for what in maps]
-    files += [out / QUALITY_JSON, out / QUALITY_CSV] if asked.maps or asked.estimate else []
+    files += [quality_file(out, name)] if asked.maps or asked.estimate else []
     return files + ([scores_file(out, name)] if asked.keep_scores else [])
 
 
 def write_confidence(out: Path, name: str, found: Confidence, geometry: Geometry) -> list[Path]:
-    """Write what there is of a study on the grid `geometry`; gives its own files. The files of many are added to.
+    """Write what there is of a study on the grid `geometry`; gives the maps and the scores.
 
     Raises:
         RunError: the folder cannot be written.
@@ -49,12 +50,12 @@ def write_confidence(out: Path, name: str, found: Confidence, geometry: Geometry
         if volume is not None:
             files.append(map_file(out, name, what))
             with atomic_path(files[-1]) as temporary:
-                write_scaled(temporary, volume.values, geometry, step=volume.step, description=_WHAT[what])
+                write_scaled(temporary, volume.values, geometry, step=volume.step, description=DESCRIPTIONS[what])
     if found.scores is not None:
         write_scores(scores_file(out, name), found.scores)
         files.append(scores_file(out, name))
     if found.estimate is not None:
-        record_quality(out, safe_name(name), found.estimate)
+        record_quality(out, name, found.estimate)
     return files
 
 
@@ -64,6 +65,9 @@ def discard_confidence(out: Path, name: str) -> None:
     Raises:
         RunError: the folder cannot be written.
     """
-    for path in (*(map_file(out, name, what) for what in _WHAT), scores_file(out, name)):
-        path.unlink(missing_ok=True)
-    forget_quality(out, safe_name(name))
+    of_study = (*(map_file(out, name, what) for what in DESCRIPTIONS), scores_file(out, name), quality_file(out, name))
+    for path in of_study:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise explain_os_error(error, path) from error

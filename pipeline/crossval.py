@@ -17,14 +17,14 @@ from pipeline.device import describe
 from pipeline.errors import RunError, describe_fault
 from pipeline.files import write_json
 from pipeline.folder_lock import held
-from pipeline.held_out import REPORT_CSV, REPORT_JSON, agree_on_mirroring, out_of_fold_report, score_fold, write_report
+from pipeline.held_out import agree_on_mirroring, out_of_fold_report, score_fold, write_report
 from pipeline.history import HISTORY, read_history
 from pipeline.inspection.live import validation_window
 from pipeline.inspection.pictures import write_pictures
 from pipeline.postprocess_run import with_postprocessing
 from pipeline.provenance import provenance_tags
 from pipeline.report import dice_distribution, learning_curves
-from pipeline.report_values import Report
+from pipeline.report_values import REPORT_CSV, REPORT_JSON, Report
 from pipeline.run_note import headline, run_note
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
@@ -33,7 +33,6 @@ from pipeline.runs import (
     Run,
     open_run_tracker,
     public_yaml,
-    read_done,
     run_fold_cases,
     send_leftovers,
     track_data,
@@ -69,17 +68,15 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         finished = [fold for fold in range(run.folds.count) if run.is_done(fold)]
         if not finished:
             raise RunError(f"no fold was finished; {first}") from failed.get(first)
-        for fold, changed in agree_on_mirroring(run, finished, console).items():
-            write_run_page(run, run.fold_folder(fold), changed)
+        agree_on_mirroring(run, finished, console)
         report = with_postprocessing(run, finished, out_of_fold_report(run, finished), console)
-        write_report(run.folder, report)
-        dice_distribution(report, run.folder / "dice.png")
+        files = write_whole_report(run, report)
         tracker.metrics(_tracked(report), step=0)
         for fold in finished:
             tracker.metrics(_of_fold(report, fold), step=fold)
         for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
             tracker.artifact(run.folder / name)
-        _track_page(tracker, run, run.folder, report)
+        _track_page(tracker, run, run.folder, report, files)
         if len(finished) == run.folds.count:
             card = replace(_model_card(run, report), register_as=run.dataset.manifest.name)
             tracker.model([run.fold_folder(fold) / BUNDLE for fold in finished], card)
@@ -134,14 +131,15 @@ def help_train(run: Run, fold: int) -> None:
     train(_task(run, fold, training, validation), run.hardware, observer, resume=True)
 
 
-def write_whole_report(run: Run, report: Report) -> Path:
-    """Write the out-of-fold report of a run, and its page, which is given.
+def write_whole_report(run: Run, report: Report) -> list[Path]:
+    """Write the out-of-fold report of a run; gives its page, then the pictures on it.
 
     Raises:
         RunError: a file cannot be written.
     """
     write_report(run.folder, report)
-    return write_run_page(run, run.folder, report)[0]
+    dice_distribution(report, run.folder / "dice.png")
+    return write_run_page(run, run.folder, report)
 
 
 class _Observer:
@@ -210,14 +208,14 @@ def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker
     tracker.metrics(_tracked(report), step=result.steps)
     for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
         tracker.artifact(folder / name)
-    _track_page(tracker, run, folder, report)
+    _track_page(tracker, run, folder, report, write_run_page(run, folder, report))
     tracker.model([folder / BUNDLE], _model_card(run, report, step=result.steps))
     write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
     discard_checkpoints(folder)
 
 
-def _track_page(tracker: Tracker, run: Run, folder: Path, report: Report) -> None:
-    page, *pictures = write_run_page(run, folder, report)
+def _track_page(tracker: Tracker, run: Run, folder: Path, report: Report, files: Sequence[Path]) -> None:
+    page, *pictures = files
     tracker.artifact(page)
     for picture in pictures:
         tracker.artifact(picture, "overlays")
@@ -260,8 +258,3 @@ def _of_fold(report: Report, fold: int) -> dict[str, float]:
     rows = {summary.label: summary.folds for summary in report.summaries} | {"mean": report.overall.folds}
     found = {label: mean.mean for label, folds in rows.items() for mean in folds if mean.fold == fold}
     return {f"dice_of_fold/{label}": mean for label, mean in found.items() if mean is not None}
-
-
-def fold_seconds(run: Run, fold: int) -> float:
-    """Seconds that a finished fold trained for."""
-    return float(read_done(run.fold_folder(fold))["seconds"])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from pipeline.bundle import ModelBundle
-from pipeline.confidence import MOVING_BYTES, WORK_PLANES, Asked, figure_for, gathered_bytes
+from pipeline.confidence import WORK_PLANES, Asked, bytes_taken, figure_for
 from pipeline.live_scores import live_bytes, store_of
 from pipeline.memory_plan import Demand
 from pipeline.models.cost import WORKSPACE_FACTOR, kept_bytes, weight_count
@@ -19,6 +19,7 @@ from pipeline.plan import Plan
 from pipeline.tile_scores import CHUNK_VALUES, Member, mirror_passes
 from pipeline.tiling import Layout, Triple
 from transforms.geometry import Geometry
+from transforms.labels import LabelSchema
 
 FLOAT_BYTES = 4
 
@@ -36,10 +37,6 @@ CODE_BYTES = 16
 
 MIXED_VOLUMES = 5
 """Planes of scores that are gathered where classes meet, if they meet everywhere, and the last one of a slab."""
-
-LIBRARY_BYTES = 160_000_000
-"""What the process grows by in its first prediction: compiled kernels, modules, what allocators keep back."""
-
 
 BATCH_VOXELS = 1 << 21
 """On a GPU, windows pass through the network together up to this many voxels."""
@@ -79,7 +76,7 @@ def demand_of(
     copies_of_slab = (store != "float32") + 2 * (plan.inference.blend == "logits")
     slab_plane = plane * (FLOAT_BYTES * outputs * copies_of_slab + CODE_BYTES)
     return Demand(
-        process=LIBRARY_BYTES,
+        process=0,
         study=0,
         preparing=round(FLOAT_BYTES * _preparing_volumes(plan) * volume),
         image=image,
@@ -89,28 +86,31 @@ def demand_of(
         restoring=MIXED_VOLUMES * FLOAT_BYTES * outputs * plane if on_host else 0,
         label_map=volume * class_dtype(bundles[0].schema).itemsize,
         empty=FLOAT_BYTES * outputs * _window_voxels(layout) if on_host else 0,
+        is_on_host=on_host,
     )
 
 
 def with_confidence(
-    demand: Demand, members: Sequence[Member], layout: Layout, source: Geometry, *, asked: Asked, output_count: int
+    demand: Demand, members: Sequence[Member], layout: Layout, source: Geometry, *, asked: Asked, schema: LabelSchema
 ) -> Demand:
     """The same, with what is gathered beside the labels."""
     # One channel more of what is averaged, in a window and in the ring, and a piece of logarithms and of the figure.
-    figure = figure_for(members, asked) is not None and demand.network > 0
+    figure = figure_for(members, asked) is not None and demand.is_on_host
     window = max(math.prod(row.window) for row in layout.rows)
     network = FLOAT_BYTES * (window + 2 * CHUNK_VALUES) if figure else 0
     empty = FLOAT_BYTES * _window_voxels(layout) if figure else 0
     live = FLOAT_BYTES * math.prod(layout.live_shape) if figure else 0
     plane = math.prod(n for axis, n in enumerate(layout.shape) if axis != layout.axis)
+    taken = bytes_taken(members, asked, schema, (math.prod(layout.shape), math.prod(source.shape)))
     return replace(
         demand,
         network=demand.network + network,
         live=demand.live + live,
         empty=demand.empty + empty,
-        restoring=demand.restoring + WORK_PLANES * FLOAT_BYTES * output_count * plane,
-        gathered=gathered_bytes(members, asked, math.prod(layout.shape), output_count),
-        moving=MOVING_BYTES * math.prod(source.shape) if asked.maps else 0,
+        restoring=demand.restoring + WORK_PLANES * FLOAT_BYTES * schema.output_count * plane,
+        gathered=taken.gathered,
+        finishing=taken.finishing,
+        finished=taken.finished,
     )
 
 

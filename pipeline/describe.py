@@ -83,6 +83,7 @@ def _axes(plan: Plan) -> str:
 
 def _run(path: Path) -> Facts:
     from pipeline.folds import read_folds
+    from pipeline.report_values import REPORT_JSON, read_report
     from pipeline.runs import DONE, FOLDS, read_done
 
     folds = read_folds(path / FOLDS)
@@ -91,8 +92,9 @@ def _run(path: Path) -> Facts:
         folder = path / f"fold_{fold}"
         rows[f"fold {fold}"] = "not finished"
         if (folder / DONE).is_file():
-            done = read_done(folder)
-            dice = ", ".join(f"{k.rpartition('/')[2]} {v:.3f}" for k, v in done["dice"].items())
+            done, report = read_done(folder), read_report(folder / REPORT_JSON)
+            means = [*((row.label, row.mean) for row in report.summaries), ("mean", report.overall.mean)]
+            dice = ", ".join(f"{label} {mean:.3f}" for label, mean in means if mean is not None)
             rows[f"fold {fold}"] = f"{done['steps']} steps in {done['seconds'] / 60:.1f} minutes; Dice {dice}"
     return f"run '{path.name}'", _rows(rows)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,7 @@ class DiceTally:
 
     def __init__(self, schema: LabelSchema) -> None:
         self._overlap = bool(schema.regions)
-        names = [region.name for region in schema.regions] or ["", *schema.names]
-        self._names = names
+        self._names = names = schema.output_names
         self._likely, self._agreed, self._decided = (torch.zeros(len(names), dtype=torch.float64) for _ in range(3))
 
     def add(self, probabilities: Tensor) -> None:
@@ -32,8 +33,8 @@ class DiceTally:
         self._agreed += torch.bincount(winner, weights=best.double(), minlength=len(flat))
         self._decided += torch.bincount(winner, minlength=len(flat))
 
-    def estimate(self, voxel_mm3: float) -> QualityEstimate:
-        """Of the planes that have come; the background is left out."""
+    def estimate(self, voxel_mm3: float, models: Sequence[str] = ()) -> QualityEstimate:
+        """Of the planes that have come; the background is left out. `models` are digests of what was asked."""
         rows = zip(self._names, self._likely.tolist(), self._agreed.tolist(), self._decided.tolist(), strict=True)
         return QualityEstimate(
             labels=tuple(
@@ -46,5 +47,6 @@ class DiceTally:
                 )
                 for name, likely, agreed, decided in rows
                 if name
-            )
+            ),
+            models=tuple(models),
         )

@@ -72,12 +72,13 @@ def evaluate_files(
     else made from the ids that occur. Without a manifest each case counts as a patient of its own. One of
     several cases that cannot be scored is set aside in `Report.failures`. A reference without a prediction is
     refused unless `allow_missing`, because leaving out the hardest cases raises the mean. What the model expected
-    is compared with what was found where `quality.json` lies beside the predictions.
+    is compared with what was found where it lies beside the predictions (`quality.read_quality`).
 
     Raises:
         VolumeError: a path that is not there, names that do not match, or no case that can be scored.
         GeometryMismatch: the only case has its prediction and its reference on different grids.
         ManifestError: the manifest cannot be used.
+        RunError: what the model expected is damaged.
         ConfigError: the settings name a label that is none.
     """
     dataset = references if isinstance(references, Dataset) else dataset_at(references)
@@ -88,6 +89,7 @@ def evaluate_files(
     _check_names(predictions, pairs, missing, extra, allow_missing=allow_missing)
     if schema:
         require_labels(settings, schema)
+    expected = read_quality(predictions) if predictions.is_dir() else None
     measured, failures = _measure_all(pairs, schema, settings, progress)
     if schema is None:
         schema = _schema_of_found_ids(measured)
@@ -99,8 +101,8 @@ def evaluate_files(
         missing_predictions=missing,
         extra_predictions=extra,
     )
-    if predictions.is_dir():
-        report = with_expected(report, read_quality(predictions))
+    if expected is not None:
+        report = with_expected(report, expected)
     return report.model_copy(update={"explanations": _explanations(report, pairs, schema)})
 
 

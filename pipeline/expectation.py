@@ -59,6 +59,8 @@ def sentence_of(expectations: Sequence[Expectation]) -> str | None:
     figures = f"rank correlation {whole.spearman:.2f}, {whole.n} cases"
     if interval is not None:
         figures += f", 95 % {interval[0]:.2f} to {interval[1]:.2f}"
+    if whole.not_found:
+        figures += f"; of {whole.not_found} cases a label was not found, of which nothing is expected"
     if interval is None or interval[0] <= 0:
         return f"it is not shown that the expected Dice tells bad cases from good ones ({figures})"
     if whole.spearman < TELLING:
@@ -95,11 +97,13 @@ def _expected(scores: Sequence[LabelScore], estimate: QualityEstimate | None) ->
 def _expectation(
     name: str, scores: Sequence[Sequence[LabelScore]], patients: npt.NDArray[np.intp], settings: EvaluateConfig
 ) -> Expectation | None:
-    values = np.array([[_mean([getattr(s, k) for s in case]) for case in scores] for k in ("expected_dice", "dice")])
-    both = ~np.isnan(values).any(axis=0)
-    expected, found = values[:, both]
+    known = [[(s.expected_dice, s.dice) for s in case if None not in (s.expected_dice, s.dice)] for case in scores]
+    both = np.array([bool(pairs) for pairs in known])
     if not both.any():
         return None
+    # Both means of a case are over the same labels.
+    expected, found = np.array([np.mean(pairs, axis=0) for pairs in known if pairs], dtype=np.float64).T
+    missed = (any(s.status == "missed" and s.expected_dice is None for s in case) for case in scores)
     enough = both.sum() >= FEWEST_CASES
     return Expectation(
         label=name,
@@ -109,6 +113,7 @@ def _expectation(
         spearman=correlation(ranks(expected), ranks(found)) if enough else None,
         interval_95=_interval(expected, found, patients[both], settings) if enough else None,
         pearson=correlation(expected, found) if enough else None,
+        not_found=sum(missed),
     )
 
 
@@ -125,8 +130,3 @@ def _interval(
         drawn = np.concatenate([cases_of[n] for n in generator.integers(len(cases_of), size=len(cases_of))])
         samples.append(correlation(ranks(expected[drawn]), ranks(found[drawn])))
     return percentile_interval(np.array([np.nan if value is None else value for value in samples]))
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else float("nan")

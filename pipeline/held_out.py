@@ -5,12 +5,11 @@ Where the config leaves it open whether mirrored passes are taken, they are pred
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.bundle import load_bundle, set_mirror
+from pipeline.bundle import is_mirrored, load_bundle, set_mirror
 from pipeline.confidence_files import write_confidence
 from pipeline.console import Console
 from pipeline.errors import RunError, VolsegError
@@ -21,14 +20,14 @@ from pipeline.files import write_json, write_text
 from pipeline.manifest import Case, Dataset
 from pipeline.mirroring import weigh_mirroring
 from pipeline.predict import Model, PredictSettings, predict
+from pipeline.quality import read_quality, write_quality_table
 from pipeline.references import SCHEMA_FILE
-from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Report
+from pipeline.report_values import REPORT_CSV, REPORT_JSON, Mirroring, Report, read_report
+from pipeline.run_page import write_run_page
 from pipeline.runs import BUNDLE, VALIDATION, Run, tell_set_aside
 from pipeline.summary import summarise
 from pipeline.threshold_effects import KEPT
 from transforms.volume import read_volume
-
-REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
 
 PLAIN_JSON, MIRRORED_JSON = "report_plain.json", "report_mirrored.json"
 """The same cases in one pass and in mirrored ones, where both were tried."""
@@ -45,28 +44,35 @@ def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -
     return report
 
 
-def agree_on_mirroring(run: Run, folds: Sequence[int], console: Console) -> dict[int, Report]:
+def agree_on_mirroring(run: Run, folds: Sequence[int], console: Console) -> None:
     """Where it was left open, let the cases of all these folds decide together.
 
-    Folds that decided otherwise by themselves are predicted again; what comes back are their reports.
+    Folds that decided otherwise by themselves are predicted again, with report and page. A bundle is told last, so that
+    what is cut short is done again by the next call.
     """
-    if not _is_open(run) or not all((run.fold_folder(fold) / MIRRORED_JSON).is_file() for fold in folds):
-        return {}
-    found = weigh_mirroring(_joined(run, folds, PLAIN_JSON), _joined(run, folds, MIRRORED_JSON), run.config.evaluate)
+    found = _weighed(run, folds)
+    if found is None:
+        return
     console.note(found.sentence)
-    changed = {}
     for fold in folds:
-        folder = run.fold_folder(fold)
-        if set_mirror(folder / BUNDLE, found.worth_it, found.to_json()):
-            case_ids = [case.case_id for case in _read_report(folder / PLAIN_JSON).cases]
-            changed[fold] = _score(run, fold, case_ids, console, target=folder / VALIDATION, mirror=None)
-            write_report(folder, changed[fold])
-    return changed
+        bundle = run.fold_folder(fold) / BUNDLE
+        if is_mirrored(bundle) != found.worth_it:
+            _score_again(run, fold, found, console)
+        set_mirror(bundle, found.worth_it, found.to_json())
 
 
 def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
     """Every case scored by the model that never saw it, all folds together."""
-    return _joined(run, folds, REPORT_JSON)
+    reports = [read_report(run.fold_folder(fold) / REPORT_JSON) for fold in folds]
+    whole = summarise(
+        [case for report in reports for case in report.cases],
+        settings=run.config.evaluate,
+        failures=[failure for report in reports for failure in report.failures],
+        missing_predictions=sorted(case_id for report in reports for case_id in report.missing_predictions),
+        extra_predictions=sorted(case_id for report in reports for case_id in report.extra_predictions),
+    )
+    explanations = tuple(explanation for report in reports for explanation in report.explanations)
+    return whole.model_copy(update={"explanations": explanations, "mirroring": _weighed(run, folds)})
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -79,6 +85,15 @@ def _is_open(run: Run) -> bool:
     return run.config.predict.mirror == "auto" and bool(run.plan.mirror_axes)
 
 
+def _weighed(run: Run, folds: Sequence[int]) -> Mirroring | None:
+    """What the cases of these folds say of mirrored passes; None where they were not asked."""
+    folders = [run.fold_folder(fold) for fold in folds]
+    if not _is_open(run) or not all((folder / MIRRORED_JSON).is_file() for folder in folders):
+        return None
+    ways = ([c for f in folders for c in read_report(f / name).cases] for name in (PLAIN_JSON, MIRRORED_JSON))
+    return weigh_mirroring(*ways, run.config.evaluate)
+
+
 def _score_both_ways(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
     """Of the way that is worth its time by these cases; the bundle is told which."""
     folder = run.fold_folder(fold)
@@ -87,15 +102,32 @@ def _score_both_ways(run: Run, fold: int, case_ids: Sequence[str], console: Cons
     mirrored = _score(run, fold, case_ids, console, target=other, mirror=True)
     write_json(folder / PLAIN_JSON, plain.to_json())
     write_json(folder / MIRRORED_JSON, mirrored.to_json())
-    found = weigh_mirroring(plain, mirrored, run.config.evaluate)
+    found = weigh_mirroring(plain.cases, mirrored.cases, run.config.evaluate)
     console.note(f"fold {fold}: {found.sentence}")
-    set_mirror(folder / BUNDLE, found.worth_it, found.to_json())
     if found.worth_it:
-        shutil.rmtree(target)
-        other.rename(target)
-        return mirrored
-    shutil.rmtree(other)
-    return plain
+        _put_in_place(other, target)
+    else:
+        shutil.rmtree(other)
+    set_mirror(folder / BUNDLE, found.worth_it, found.to_json())
+    return (mirrored if found.worth_it else plain).model_copy(update={"mirroring": found})
+
+
+def _score_again(run: Run, fold: int, found: Mirroring, console: Console) -> None:
+    """The way that the fold did not choose by itself; its label maps, report and page take the place of the others."""
+    folder = run.fold_folder(fold)
+    plain, again = read_report(folder / PLAIN_JSON), folder / f"{VALIDATION}_again"
+    # Those whose prediction failed are tried again too: they are not to vanish.
+    case_ids = [*(row.case_id for row in (*plain.cases, *plain.failures)), *plain.missing_predictions]
+    report = _score(run, fold, case_ids, console, target=again, mirror=found.worth_it)
+    _put_in_place(again, folder / VALIDATION)
+    report = report.model_copy(update={"mirroring": found})
+    write_report(folder, report)
+    write_run_page(run, folder, report)
+
+
+def _put_in_place(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)
 
 
 def _score(
@@ -118,6 +150,7 @@ def _score(
     if failures:
         tell_set_aside(folder / "set_aside_predictions.json", failures, console)
     write_text(target / SCHEMA_FILE, run.dataset.manifest.labels.model_dump_json(indent=2) + "\n")
+    write_quality_table(target, read_quality(target))
     return evaluate_files(target, _part(run, fold, case_ids), settings=run.config.evaluate, allow_missing=True)
 
 
@@ -138,21 +171,3 @@ def _part(run: Run, fold: int, case_ids: Sequence[str]) -> Dataset:
     wanted = set(case_ids)
     cases = tuple(c.model_copy(update={"fold": fold}) for c in run.dataset.manifest.cases if c.case_id in wanted)
     return run.dataset.model_copy(update={"manifest": run.dataset.manifest.model_copy(update={"cases": cases})})
-
-
-def _joined(run: Run, folds: Sequence[int], name: str) -> Report:
-    """The reports of this name of several folds as one."""
-    cases: list[CaseScores] = []
-    failures: list[CaseFailure] = []
-    explanations: list[CaseExplanation] = []
-    for fold in folds:
-        report = _read_report(run.fold_folder(fold) / name)
-        cases += report.cases
-        failures += report.failures
-        explanations += report.explanations
-    whole = summarise(cases, settings=run.config.evaluate, failures=failures)
-    return whole.model_copy(update={"explanations": tuple(explanations)})
-
-
-def _read_report(path: Path) -> Report:
-    return Report.from_json(json.loads(path.read_bytes()))

@@ -1,9 +1,10 @@
 """The few most likely outputs of each voxel, on the network's grid: enough to decide again without the network.
 
-What is not kept of a voxel's probability, 1 minus the sum of what is, counts as spread evenly over the other classes.
-Of equals the class that won is still the first, so that one study's scores decide the same again wherever nothing is
-interpolated. Where something is, a voxel can differ if two classes are closer than the levels are. Of models whose
-logits are interpolated, as those of nnU-Net, probabilities are here: borders then lie elsewhere by part of a voxel.
+What is not kept of a voxel's probability, 1 minus the sum of what is, counts as spread evenly over the other classes,
+none of which gets as much as the least likely that is kept. Of equals the class that won is still the first, so that
+one study's scores decide the same again wherever nothing is interpolated. Where something is, a voxel can differ if two
+classes are closer than the levels are. Of models whose logits are interpolated, as those of nnU-Net, probabilities are
+here: borders then lie elsewhere by part of a voxel. Of regions, each a yes or no of its own, all are kept.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.lib.format as npy
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from pipeline.errors import VolumeError
 from pipeline.files import atomic_path
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
+from transforms.restore import SlabRestorer, slab_axis
 from transforms.sanity import MAX_VOXELS
 
 SUFFIX = ".scores.npz"
@@ -34,6 +38,10 @@ LEVELS = 255
 """Probabilities are multiples of one part in this: an odd number, so that none is exactly a half."""
 
 _FORMAT = "volseg-scores-1"
+
+_MOST_HEADER_BYTES = 1 << 26
+"""Of what is not voxels: more than as many labels take as there can be."""
+
 Places = npt.NDArray[Any]
 
 
@@ -52,8 +60,18 @@ class Grids:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Grids:
-        """The inverse of `to_json`."""
-        return cls(*(Geometry.from_json(value[name]) for name in ("grid", "field", "box", "source")))
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError, LookupError, TypeError: the value is something else, or scores cannot come this way.
+        """
+        grids = cls(*(Geometry.from_json(value[name]) for name in ("grid", "field", "box", "source")))
+        for name in ("grid", "field", "box", "source"):
+            if math.prod(getattr(grids, name).shape) > MAX_VOXELS:
+                raise ValueError(f"{name}: more than {MAX_VOXELS} voxels")
+        SlabRestorer(grids.grid, grids.field, slab_axis(grids.grid, grids.field))
+        grids.box.axis_map(grids.source)
+        return grids
 
     def difference(self, other: Grids) -> str | None:
         """How they differ, None if they do not."""
@@ -63,8 +81,8 @@ class Grids:
 @dataclass(frozen=True, eq=False)
 class KeptScores:
     """`outputs` (K, I, J, K) are the numbers of the most likely outputs, the likeliest first, and `levels` of the same
-    shape their probabilities times `LEVELS`; an output with a level of 0 says nothing. `made_by` is the name and the
-    version of what a `Segmentation` calls its algorithm; `models` are digests."""
+    shape their probabilities times `LEVELS`; an output with a level of 0 says nothing. For K see `kept_count`.
+    `made_by` is the name and the version of what a `Segmentation` calls its algorithm; `models` are digests."""
 
     outputs: Places
     levels: npt.NDArray[np.uint8]
@@ -81,7 +99,9 @@ class KeptScores:
         kept, count = len(levels), self.schema.output_count
         left = torch.zeros(levels.shape[1:])
         if not self.schema.regions and count > kept:
-            left = (LEVELS - levels.sum(dim=0, dtype=torch.float32)).clamp_min_(0).div_(LEVELS * (count - kept))
+            left = (LEVELS - levels.sum(dim=0, dtype=torch.float32)).div_(count - kept)
+            # Where all are nearly as likely, rounding would put what is left above what won.
+            left = torch.minimum(left, levels[-1] - 0.25).clamp_min_(0).div_(LEVELS)
         scores = left.expand(count, *left.shape).clone()
         # The likeliest is written last: what says nothing is written to its place, and gone then.
         for rank in reversed(range(kept)):
@@ -95,12 +115,18 @@ class KeptScores:
         return 0.0 if self.schema.regions else 0.25 * (kept - 1 - rank) / kept
 
 
+def kept_count(schema: LabelSchema, count: int) -> int:
+    """How many outputs of a voxel are kept where `count` are asked for: of regions all, since each that is not kept
+    would be taken for a no."""
+    return schema.output_count if schema.regions and count else min(count, schema.output_count)
+
+
 class Keeper:
     """Takes probabilities plane by plane and holds the most likely of each voxel."""
 
     def __init__(self, shape: Sequence[int], schema: LabelSchema, count: int) -> None:
         self._schema = schema
-        kept = min(count, schema.output_count)
+        kept = kept_count(schema, count)
         self.outputs: Places = np.zeros((kept, *shape), dtype=np.uint8 if schema.output_count <= 256 else np.uint16)
         self.levels = np.zeros((kept, *shape), dtype=np.uint8)
 
@@ -111,7 +137,8 @@ class Keeper:
         for outputs, levels in zip(self.outputs, self.levels, strict=True):
             # The first of equals, as where labels are decided.
             best, winner = rest.max(dim=0)
-            level = best.mul(LEVELS).round_().clamp_(0, LEVELS).to(torch.uint8)
+            # Half a level is none: a region of exactly a half is not over it.
+            level = best.mul(LEVELS).sub_(0.5).ceil_().clamp_(0, LEVELS).to(torch.uint8)
             outputs[tuple(place)] = winner.masked_fill_(level == 0, 0).numpy(force=True)
             levels[tuple(place)] = level.numpy(force=True)
             rest.scatter_(0, winner[None], -1.0)
@@ -121,9 +148,9 @@ class Keeper:
         return KeptScores(self.outputs, self.levels, grids, self._schema, made_by, tuple(models))
 
 
-def kept_bytes(voxel_count: int, output_count: int, count: int) -> int:
+def kept_scores_bytes(voxel_count: int, schema: LabelSchema, count: int) -> int:
     """What a `Keeper` holds of so many voxels."""
-    return voxel_count * min(count, output_count) * (2 if output_count <= 256 else 3)
+    return voxel_count * kept_count(schema, count) * (2 if schema.output_count <= 256 else 3)
 
 
 def write_scores(path: Path, scores: KeptScores) -> None:
@@ -145,38 +172,96 @@ def write_scores(path: Path, scores: KeptScores) -> None:
         np.savez_compressed(stream, outputs=scores.outputs, levels=scores.levels, header=text)
 
 
+@dataclass(frozen=True)
+class ScoresHeader:
+    """What a file of scores says before its arrays; the fields are those of `KeptScores`."""
+
+    grids: Grids
+    schema: LabelSchema
+    made_by: tuple[str, str]
+    models: tuple[str, ...]
+
+
+def read_header(path: Path) -> ScoresHeader:
+    """What `read_scores` gives but for the arrays, which are not read.
+
+    Raises:
+        VolumeError: as `read_scores`.
+    """
+    with _opened(path) as archive:
+        return _header(archive)
+
+
 def read_scores(path: Path) -> KeptScores:
     """The inverse of `write_scores`.
 
     Raises:
         VolumeError: not such a file, damaged, or it contradicts itself.
     """
+    with _opened(path) as archive:
+        header = _header(archive)
+        _check(header, _array_header(archive, "outputs"), _array_header(archive, "levels"))
+        outputs, levels = (_array(archive, name) for name in ("outputs", "levels"))
+        if int(outputs.max()) >= header.schema.output_count:
+            raise _Wrong(f"an output {int(outputs.max())} of {header.schema.output_count}")
+    return KeptScores(outputs, levels, header.grids, header.schema, header.made_by, header.models)
+
+
+_DAMAGE = (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, EOFError)
+"""What parsers of damaged bytes and numbers raise."""
+
+
+class _Wrong(ValueError):
+    """What a file contradicts itself in."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; what is wrong with it, or found wrong with what is in it, is told in one line."""
     wrong = f"{path}: no kept scores of `volseg predict --keep-scores`"
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            header = json.loads(bytes(arrays["header"]))
-            if header["format"] != _FORMAT or header["levels"] != LEVELS:
-                raise VolumeError(f"{wrong} as this version writes them; predict again")
-            grids = Grids.from_json(header["grids"])
-            schema = LabelSchema.model_validate(header["schema"])
-            if math.prod(grids.grid.shape) > MAX_VOXELS:
-                raise VolumeError(f"{wrong}: a grid of {grids.grid.shape}")
-            name, version = map(str, header["made_by"])
-            models = tuple(map(str, header["models"]))
-            found = KeptScores(arrays["outputs"], arrays["levels"], grids, schema, (name, version), models)
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except _Wrong as error:
+        raise VolumeError(f"{wrong}: {error}") from error
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read ({error.strerror or 'cut short'})") from error
-    except (ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
         raise VolumeError(f"{wrong}; it is damaged or something else ({type(error).__name__})") from error
-    _check(found, wrong)
-    return found
 
 
-def _check(scores: KeptScores, wrong: str) -> None:
-    shape = (len(scores.levels), *scores.grids.grid.shape)
-    if scores.levels.shape != shape or scores.outputs.shape != shape or not len(scores.levels):
-        raise VolumeError(f"{wrong}: arrays of {scores.outputs.shape} and {scores.levels.shape} for {shape}")
-    if scores.levels.dtype != np.uint8 or scores.outputs.dtype not in (np.uint8, np.uint16):
-        raise VolumeError(f"{wrong}: arrays of {scores.outputs.dtype} and {scores.levels.dtype}")
-    if int(scores.outputs.max()) >= scores.schema.output_count:
-        raise VolumeError(f"{wrong}: an output {int(scores.outputs.max())} of {scores.schema.output_count}")
+def _header(archive: zipfile.ZipFile) -> ScoresHeader:
+    shape, dtype = _array_header(archive, "header")
+    if dtype != np.uint8 or math.prod(shape) > _MOST_HEADER_BYTES:
+        raise _Wrong(f"a header of {shape} {dtype}")
+    found = json.loads(bytes(_array(archive, "header")))
+    if found["format"] != _FORMAT or found["levels"] != LEVELS:
+        raise _Wrong("not as this version writes them; predict again")
+    name, version = map(str, found["made_by"])
+    schema = LabelSchema.model_validate(found["schema"])
+    return ScoresHeader(Grids.from_json(found["grids"]), schema, (name, version), tuple(map(str, found["models"])))
+
+
+ArrayHeader = tuple[tuple[int, ...], np.dtype[Any]]
+
+
+def _check(header: ScoresHeader, outputs: ArrayHeader, levels: ArrayHeader) -> None:
+    kept = levels[0][0] if levels[0] else 0
+    shape = (kept, *header.grids.grid.shape)
+    if outputs[0] != shape or levels[0] != shape or not kept or kept_count(header.schema, kept) != kept:
+        raise _Wrong(f"arrays of {outputs[0]} and {levels[0]} for {shape[1:]}")
+    if levels[1] != np.uint8 or outputs[1] not in (np.uint8, np.uint16):
+        raise _Wrong(f"arrays of {outputs[1]} and {levels[1]}")
+
+
+def _array_header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
+    """Shape and type by the first bytes of a member: nothing is unpacked that is not known to fit."""
+    with archive.open(f"{name}.npy") as member:
+        read = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(member)
+        return tuple(shape), dtype
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    with archive.open(f"{name}.npy") as member:
+        return np.asarray(npy.read_array(member, allow_pickle=False))

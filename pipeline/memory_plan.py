@@ -72,10 +72,10 @@ class Demand:
 
     `process` is held already, without the study's own voxels. `network` is for one batch of windows with the answer,
     and for adding up its passes. `live` are scores that are not finished; `slab_plane` is what each plane of a slab
-    takes, `restoring` what restoring takes besides; `empty` is the answer to windows of air, if it is kept. Where more
-    is asked for than labels, `gathered` is what is held of it from the first window on, and `moving` what bringing it
-    to the study's grid takes, which ends with maps there. `cleaning` is what post-processing of the finished labels
-    takes.
+    takes, `restoring` what restoring takes besides; `empty` is the answer to windows of air, if it is kept. On a GPU
+    (`is_on_host` False) these five are 0. Where more is asked for than labels, `gathered` is what is held of it from
+    the first window on, `finishing` what bringing it to the study's grid takes besides, and `finished` what is held of
+    it from then on. `cleaning` is what post-processing of the finished labels takes.
     """
 
     process: int
@@ -89,14 +89,17 @@ class Demand:
     label_map: int
     empty: int = 0
     gathered: int = 0
-    moving: int = 0
+    finishing: int = 0
+    finished: int = 0
     cleaning: int = 0
+    is_on_host: bool = True
 
     def stages(self, slab_planes: int, *, skip_empty: bool) -> tuple[Stage, ...]:
         """In the order of the work."""
         held = (("process", self.process), ("study", self.study))
         image, labels = ("image", self.image), ("label map", self.label_map)
         beside = (("uncertainty and scores", self.gathered),) if self.gathered else ()
+        after = (*held, labels, *((("uncertainty and scores", self.finished),) if self.finished else ()))
         scores = (
             ("unfinished scores", self.live),
             *((("answer to air", self.empty),) if skip_empty and self.empty else ()),
@@ -106,9 +109,13 @@ class Demand:
             Stage("preparing", (*held, ("work", round(HEADROOM * self.preparing)), image)),
             Stage("network", (*held, image, labels, *beside, *scores, ("network", round(HEADROOM * self.network)))),
             Stage("restoring", (*held, image, labels, *beside, *scores, slab)),
-            *((Stage("uncertainty", (*held, image, labels, *beside, ("work", self.moving))),) if self.moving else ()),
-            Stage("labels", (*held, ("work", 2 * self.label_map), labels, *beside)),
-            *((Stage("post-processing", (*held, ("work", self.cleaning), labels, *beside)),) if self.cleaning else ()),
+            *(
+                (Stage("uncertainty", (*held, image, labels, *beside, ("work", self.finishing))),)
+                if self.finishing
+                else ()
+            ),
+            Stage("labels", (*after, ("work", 2 * self.label_map))),
+            *((Stage("post-processing", (*after, ("work", self.cleaning))),) if self.cleaning else ()),
         )
 
 

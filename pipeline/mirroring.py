@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
-
-from pipeline.compare import compare
+from pipeline.compare import mean_dice_difference
 from pipeline.config import EvaluateConfig
-from pipeline.report_values import Report
+from pipeline.report_values import CaseScores, Mirroring
 
 WORTH_DICE = 0.001
 """Mirroring takes as many times as long as there are passes; for less than this it is not done."""
 
 
-class Mirroring(BaseModel):
-    """What mirrored passes did to held-out cases; `worth_it` where they help beyond doubt, and by enough."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    n_cases: int
-    dice_plain: float | None
-    dice_mirrored: float | None
-    interval_95: tuple[float, float] | None
-    p_value: float | None
-    worth_it: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value, for the bundle's provenance."""
-        return self.model_dump(mode="json")
-
-    @property
-    def sentence(self) -> str:
-        """What was found, for the one who waits for it."""
-        if self.dice_plain is None or self.dice_mirrored is None:
-            return "mirrored passes: no case tells what they are worth; they are left out"
-        figures = f"Dice {self.dice_plain:.4f} without, {self.dice_mirrored:.4f} with them over {self.n_cases} cases"
-        test = "" if self.p_value is None else f", p = {self.p_value:.2g}"
-        means = "taken by every prediction of this model" if self.worth_it else "left out, which is quicker"
-        return f"mirrored passes: {figures}{test}; {means}"
-
-
-def weigh_mirroring(plain: Report, mirrored: Report, settings: EvaluateConfig) -> Mirroring:
+def weigh_mirroring(plain: Sequence[CaseScores], mirrored: Sequence[CaseScores], settings: EvaluateConfig) -> Mirroring:
     """Compare the same cases predicted in one pass and in mirrored ones, paired by patient (see `compare`).
 
     Raises:
-        RunError: the reports are not of the same cases and labels.
+        RunError: they do not have the same labels.
     """
-    if plain.overall.mean is None or mirrored.overall.mean is None:
+    found, folds = _weighed(plain, mirrored, settings), sorted({case.fold for case in plain if case.fold is not None})
+    if found.dice_plain is None or len(folds) < 2:
+        return found
+    nested: list[CaseScores] = []
+    for fold in folds:
+        others = _weighed(*([case for case in way if case.fold != fold] for way in (plain, mirrored)), settings)
+        nested += [case for case in (mirrored if others.worth_it else plain) if case.fold == fold]
+    return found.model_copy(update={"dice_nested": mean_dice_difference(plain, nested, settings=settings).mean_b})
+
+
+def _weighed(plain: Sequence[CaseScores], mirrored: Sequence[CaseScores], settings: EvaluateConfig) -> Mirroring:
+    if not _share_a_dice(plain, mirrored):
         return Mirroring(n_cases=0, dice_plain=None, dice_mirrored=None, interval_95=None, p_value=None, worth_it=False)
-    row = compare(plain, mirrored, settings=settings).overall
+    row = mean_dice_difference(plain, mirrored, settings=settings)
     return Mirroring(
         n_cases=row.n_cases,
         dice_plain=row.mean_a,
         dice_mirrored=row.mean_b,
         interval_95=row.interval_95,
         p_value=row.p_corrected,
-        worth_it=row.is_evident and row.difference is not None and row.difference >= WORTH_DICE,
+        worth_it=row.evident_sign > 0 and (row.difference or 0.0) >= WORTH_DICE,
+    )
+
+
+def _share_a_dice(plain: Sequence[CaseScores], mirrored: Sequence[CaseScores]) -> bool:
+    others = {case.case_id: case for case in mirrored}
+    return any(
+        one.dice is not None and other.dice is not None
+        for case in plain
+        if case.case_id in others
+        for one, other in zip(case.scores, others[case.case_id].scores, strict=False)
     )

@@ -2,12 +2,14 @@
 
 Served by `mlflow models serve`, a request names files of the server's: it can have any image segmented that the
 server's account may read, and with `out` any folder written into that it may write to. `root` keeps both inside one
-folder. What is answered is label maps, never the images; which files exist can be told from the errors.
+folder. What is answered is label maps, never the images; which files exist can be told from the errors. Nothing that
+is there already is written over, but the label map that was made from the same study before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,9 @@ LabelMap = npt.NDArray[np.int32]
 
 PATH_COLUMN = "path"
 
+WRITING_S = 60.0
+"""The longest that another request may take to write a label map into the same folder."""
+
 
 class ServedModel:
     """A model, of one bundle or several that are averaged, for studies on a disk and for arrays.
@@ -48,44 +53,68 @@ class ServedModel:
 
         A path, a list of paths or a table with the column `path` gives a list of label maps, each (I, J, K) int32
         of label ids on the study's own grid; with `params={"out": FOLDER}` they are written there as NIfTI files, and
-        the list is of their paths. A path is all that one study is: an image file, a DICOM folder, or a folder of
-        NAME_0000, NAME_0001 and so on for several channels.
+        the list is of their paths; `sources.json` beside them says what each was made from. A path is all that one
+        study is: an image file, a DICOM folder, or a folder of NAME_0000, NAME_0001 and so on for several channels.
 
         Voxels (B, C, I, J, K), in HU for CT, on the plan's axes and spacing already, give label ids (B, I, J, K)
         int32. A channel that is NaN everywhere is missing, which an optional one may be. MLflow lets them through to
         `get_raw_model().predict` alone.
 
         Raises:
-            VolumeError: a path is not one study, lies outside `root`, cannot be read or is not what the model wants.
+            VolumeError: a path is not one study, lies outside `root`, cannot be read or is not what the model wants;
+                two studies would have one file in `out`, or a file stands there that was not made from its study.
+            RunError: `out` cannot be written.
         """
         if isinstance(model_input, np.ndarray) and model_input.ndim == 5:
             return np.stack([self._predict_voxels(channels) for channels in model_input])
         out = str((params or {}).get("out") or "")
         folder = self._allowed(Path(out)) if out else None
-        return [self._predict_path(Path(path), folder) for path in _paths(model_input)]
+        studies = [self._study(Path(path)) for path in _paths(model_input)]
+        if folder is None:
+            return [self._segmented(study)[0].label_map.astype(np.int32) for study in studies]
+        _refuse_one_name(studies)
+        for study in studies:
+            _refuse_to_replace(study, folder)
+        return [str(self._write(study, folder)) for study in studies]
 
-    def _predict_path(self, path: Path, out: Path | None) -> LabelMap | str:
-        from pipeline.export import export
+    def _segmented(self, study: Study) -> tuple[Segmentation, Source]:
+        """The segmentation, and the image whose grid it is on."""
         from pipeline.sources import open_study
 
-        study = self._study(path)
         sources = [image.read() for image in open_study(study, self._model.plan, series=None, resample_uneven=False)]
-        found = self._segment(list(self._channels(study, sources)))
-        if out is None:
-            return found.label_map.astype(np.int32)
-        (file,) = export(found, formats=["nifti"], out=out, name=study.name, source=sources[0])
-        return str(file.path)
+        return self._segment(list(self._channels(study, sources))), sources[0]
+
+    def _write(self, study: Study, out: Path) -> Path:
+        from pipeline.export import export
+        from pipeline.folder_lock import held
+        from pipeline.results import record_sources
+
+        found, source = self._segmented(study)
+        # A server answers several requests at a time, and meanwhile another may have written a file of this name.
+        with held(out, wait_s=WRITING_S):
+            _refuse_to_replace(study, out)
+            (file,) = export(found, formats=["nifti"], out=out, name=study.name, source=source)
+            record_sources(out, study.name, study.paths)
+        return file.path
 
     def _study(self, path: Path) -> Study:
         from pipeline.console import Silence
         from pipeline.studies import Wanted, find_studies
 
-        found = find_studies([self._allowed(path)], Wanted(self._model.plan.channels), console=Silence())
+        self._confine(path)
+        found = find_studies([path], Wanted(self._model.plan.channels), console=Silence())
         if len(found) != 1:
             raise VolumeError(f"{path}: holds {len(found)} studies; give the path of one")
         for file in found[0].paths:
-            self._allowed(file)
+            self._confine(file)
         return found[0]
+
+    def _confine(self, path: Path) -> None:
+        """Refuse a path by which anything outside `root` would be read."""
+        self._allowed(path)
+        if self._root is not None:
+            for file in _read_with(path):
+                self._allowed(file)
 
     def _channels(self, study: Study, sources: Sequence[Source]) -> Iterator[Volume | None]:
         """One image a channel of the model, None where the study lacks it."""
@@ -147,6 +176,41 @@ def _paths(model_input: Any) -> list[str]:
         if not isinstance(path, str | Path) or not str(path):
             raise VolumeError(f"expected the path of a study, found {type(path).__name__}")
     return [str(path) for path in given]
+
+
+def _read_with(path: Path) -> list[Path]:
+    """What reading a path may open beside it: all that lies in a folder, the voxels of a header that are elsewhere."""
+    from transforms.itk_files import file_of_voxels, is_itk
+
+    if path.is_dir():
+        return list(path.rglob("*"))
+    with suppress(OSError):  # what cannot be opened has its own refusal where it is read
+        return [file_of_voxels(path)] if path.is_file() and is_itk(path) else []
+    return []
+
+
+def _refuse_one_name(studies: Sequence[Study]) -> None:
+    first: dict[str, Study] = {}
+    for study in studies:
+        if first.setdefault(study.name, study).paths != study.paths:
+            both = f"{first[study.name].paths[0]} and {study.paths[0]}"
+            raise VolumeError(f"{both} would both be written as {study.name}; give each an 'out' of its own")
+
+
+def _refuse_to_replace(study: Study, out: Path) -> None:
+    """Refuse a file where the label map is to be, unless it was made from the same images."""
+    from pipeline.files import safe_name
+    from pipeline.results import LABEL_MAP, result_of
+
+    target = out / f"{safe_name(study.name)}{LABEL_MAP}"
+    if not target.exists():
+        return
+    made_from = [image.resolve() for image in result_of(target).images]
+    given = [path.resolve() for path in study.paths]
+    if made_from != given or target.resolve() in given:
+        raise VolumeError(
+            f"{target}: stands there, and not as what was made from {study.paths[0]}; choose another 'out'"
+        )
 
 
 def _affine_ras(axis_codes: str, spacing_mm: tuple[float, float, float]) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.loss_comparison import Targets
 from pipeline.thresholds import decision_of
 from pipeline.tiling import Layout, lay_out
-from pipeline.windows import AT_ONCE, Figure, Member, Pace, Progress, stream_windows
+from pipeline.windows import AT_ONCE, Member, Pace, Progress, VoxelFigure, stream_windows
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.restore import SlabRestorer, slab_axis
@@ -33,7 +33,7 @@ class Listeners:
 
     on_tile: Progress | None = None
     on_slab: Callable[[int, int, Tensor], None] | None = None
-    figure: Figure | None = None
+    figure: VoxelFigure | None = None
 
 
 NOBODY = Listeners()
@@ -65,7 +65,9 @@ def segment_image(
     """
     schema = goal.schema
     layout = layout_on(members, goal.grid, goal.field)
-    restorer = SlabRestorer(goal.grid, goal.field, layout.axis, painted=_painted(schema), above=_above(members))
+    restorer = SlabRestorer(
+        goal.grid, goal.field, layout.axis, painted=schema.painted_classes or None, above=_above(members)
+    )
     classes = torch.zeros(goal.field.shape, dtype=class_dtype(schema))
     turned = _turns(members)
     decision = decision_of(schema, goal.thresholds, in_logits=_has_logits(members)) if goal.thresholds else None
@@ -74,7 +76,7 @@ def segment_image(
         if listeners.on_slab is not None:
             listeners.on_slab(layout.axis, first, slab)
         scores = slab if figure is None else slab[:-1]
-        scores = _probabilities(scores, schema) if turned else scores
+        scores = probabilities_of(scores, schema) if turned else scores
         restorer.add(scores if decision is None else decision.apply_(scores), classes)
         del slab, scores  # else they would be held while the next windows are worked on
     return classes
@@ -89,10 +91,6 @@ def layout_on(members: Sequence[Member], grid: Geometry, field: Geometry) -> Lay
 def class_dtype(schema: LabelSchema) -> torch.dtype:
     """The narrowest that holds every class."""
     return torch.uint8 if schema.class_count <= 256 else torch.int16
-
-
-def _painted(schema: LabelSchema) -> tuple[int, ...] | None:
-    return schema.painted_classes if schema.regions else None
 
 
 def _above(members: Sequence[Member]) -> float:
@@ -111,5 +109,6 @@ def _turns(members: Sequence[Member]) -> bool:
     return conventions.blend == "logits" and conventions.restores == "probabilities"
 
 
-def _probabilities(logits: Tensor, schema: LabelSchema) -> Tensor:
+def probabilities_of(logits: Tensor, schema: LabelSchema) -> Tensor:
+    """Those (O, ...) of blended logits (O, ...): each region's own, or the classes' together."""
     return logits.sigmoid() if schema.regions else logits.softmax(dim=0)

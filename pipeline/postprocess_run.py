@@ -6,15 +6,21 @@ from collections.abc import Sequence
 
 from pipeline.bundle import set_postprocessing
 from pipeline.cleaning_cases import Cases, HeldOut
-from pipeline.cleaning_choice import LEAST_PATIENTS, MOST_LOSS, Floats, JudgedCase, SurfaceGain, choose
+from pipeline.cleaning_choice import LEAST_PATIENTS, choose
 from pipeline.cleaning_effects import candidates
 from pipeline.confidence_files import scores_file
 from pipeline.console import Console
-from pipeline.postprocessing import Action, FoldChoice, Found, PostProcessing, Tried, described
+from pipeline.files import explain_os_error, write_json
+from pipeline.postprocessing import FoldChoice, Found, PostProcessing, Tried, described
 from pipeline.references import references_of_dataset
 from pipeline.report_values import Report
 from pipeline.runs import BUNDLE, VALIDATION, Run
 from pipeline.threshold_effects import threshold_candidates
+
+UNWANTED = "no_postprocessing.json"
+"""In the folder of a run for which none is to be chosen."""
+
+UNWANTED_NOTE = "none is wanted (`volseg postprocess RUN --none`); `volseg postprocess RUN` chooses one"
 
 NO_SCORES = "thresholds were not tried: of these predictions no scores were kept"
 
@@ -49,14 +55,40 @@ def store_postprocessing(run: Run, folds: Sequence[int], wanted: PostProcessing 
         set_postprocessing(run.fold_folder(fold) / BUNDLE, wanted)
 
 
-def with_postprocessing(run: Run, folds: Sequence[int], report: Report, console: Console) -> Report:
-    """The report with what was found of post-processing, which from now on is in the bundles of these folds.
+def want_postprocessing(run: Run, wanted: bool) -> None:
+    """Say whether post-processing is to be chosen for this run, now and by every later cross-validation of it.
+
+    Raises:
+        RunError: it cannot be written down.
+    """
+    file = run.folder / UNWANTED
+    try:
+        if wanted:
+            file.unlink(missing_ok=True)
+        else:
+            write_json(file, {"postprocessing": UNWANTED_NOTE})
+    except OSError as error:
+        raise explain_os_error(error, file) from error
+
+
+def settle_postprocessing(run: Run, folds: Sequence[int], report: Report, console: Console) -> Found:
+    """What is found of post-processing, which from now on is in the bundles of these folds; nothing is tried where none
+    is wanted.
 
     Raises:
         VolsegError: as for `find_postprocessing` and `store_postprocessing`.
     """
-    found = find_postprocessing(run, report, console)
+    if (run.folder / UNWANTED).is_file():
+        found = Found(cases=report.overall.n_cases, patients=report.overall.n_patients, note=UNWANTED_NOTE)
+    else:
+        found = find_postprocessing(run, report, console)
     store_postprocessing(run, folds, found.chosen)
+    return found
+
+
+def with_postprocessing(run: Run, folds: Sequence[int], report: Report, console: Console) -> Report:
+    """The report with what was found of post-processing (see `settle_postprocessing`)."""
+    found = settle_postprocessing(run, folds, report, console)
     console.note(f"post-processing: {found.note}")
     return report.model_copy(update={"postprocessing": found})
 
@@ -80,50 +112,24 @@ def _found(cases: Cases, folds: Sequence[int], patients: int) -> Found:
     if has_scores:
         actions += threshold_candidates(cases.schema)
     judged = cases.judge(actions)
-    gains = cases.surface_gains(judged, actions)
-    chosen, tried = choose(actions, judged, gains)
+    trials = cases.trials(judged, actions)
+    chosen, tried = choose(actions, judged, trials, cases.settings)
     choices = []
     for fold in folds:
         others = [row for row, case in enumerate(judged) if case.fold != fold]
-        some = _chosen_by(others, judged, actions, gains)
+        enough = len({judged[row].patient_id for row in others}) >= LEAST_PATIENTS
+        some = choose(actions, [judged[row] for row in others], trials.of(others), cases.settings)[0] if enough else ()
         choices.append(FoldChoice(fold=fold, actions=some))
-    found = Found(
+    is_anything = bool(chosen) or any(choice.actions for choice in choices)
+    return Found(
         cases=len(judged),
         patients=patients,
         note=_note(tried) + ("" if has_scores else f"; {NO_SCORES}"),
-        chosen=None,
+        chosen=PostProcessing(actions=chosen) if chosen else None,
         tried=tried,
         folds=tuple(choices),
+        effects=cases.measure(chosen, {choice.fold: choice.actions for choice in choices}) if is_anything else (),
     )
-    if not chosen and not any(choice.actions for choice in choices):
-        return found
-    effects, worst_change = cases.measure(chosen, {choice.fold: choice.actions for choice in choices})
-    if chosen and worst_change < -MOST_LOSS:
-        return _refused(found, worst_change)
-    wanted = PostProcessing(actions=chosen) if chosen else None
-    return found.model_copy(update={"chosen": wanted, "effects": effects})
-
-
-def _chosen_by(
-    rows: Sequence[int], judged: Sequence[JudgedCase], actions: Sequence[Action], gains: SurfaceGain
-) -> tuple[Action, ...]:
-    """What some of the cases choose; nothing where they are too few."""
-    if len({judged[row].patient_id for row in rows}) < LEAST_PATIENTS:
-        return ()
-
-    def theirs(action: Action) -> Floats:
-        return gains(action)[list(rows)]
-
-    return choose(actions, [judged[row] for row in rows], theirs)[0]
-
-
-def _refused(found: Found, worst_change: float) -> Found:
-    """What each does by itself may harm none, and all of it together, or what takes the place of an island, does."""
-    why = f"with all that was chosen, a label of a case loses {-worst_change:.3f}"
-    tried = tuple(
-        row.model_copy(update={"is_chosen": False, "why": why}) if row.is_chosen else row for row in found.tried
-    )
-    return found.model_copy(update={"tried": tried, "note": f"nothing chosen: {why}"})
 
 
 def _note(tried: Sequence[Tried]) -> str:

@@ -98,10 +98,11 @@ class PostProcessing(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        done: set[tuple[Kind, frozenset[str]]] = set()
+        done: set[tuple[str, frozenset[str]]] = set()
         for action in self.actions:
-            if (what := (action.kind, frozenset(action.labels))) in done:
-                raise ValueError(f"'{action.words}' stands beside another action of the same kind and labels")
+            kind = "removal" if action.removes else "filling" if action.kind == "holes" else "threshold"
+            if (what := (kind, frozenset(action.labels))) in done:
+                raise ValueError(f"'{action.words}' stands beside another {kind} of the same labels")
             done.add(what)
         groups = {frozenset(action.labels): action.name for action in self.cleaning}
         many = {group: name for group, name in groups.items() if len(group) > 1}
@@ -181,9 +182,9 @@ class Tried(BaseModel):
     """An action that was tried on out-of-fold predictions, and what came of it.
 
     `before` and `after` are means over the cases of the mean Dice of what the action is of, 1 where neither side has
-    it. `worst_change` is of a case. `parts_lost` counts components of references that a prediction had found, and that
-    nothing of it touches any more. `p_value` is of Wilcoxon's signed-rank test on the patients' mean differences,
-    `p_corrected` after Holm's correction over everything that was tried and changes anything.
+    it. `worst_change` is of a single label in a single case. `parts_lost` counts components of references that a
+    prediction had found, and that nothing of it touches any more. `p_value` is of Wilcoxon's signed-rank test on the
+    patients' mean differences, `p_corrected` after Holm's correction over all that was tried and changes anything.
     """
 
     model_config = _VALUE

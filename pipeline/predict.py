@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +20,7 @@ from pipeline.plan import ChannelPlan, Plan
 from pipeline.postprocessing import PostProcessing, cleaning_bytes
 from pipeline.preparing import Prepared, grid_of, prepare, put_back
 from pipeline.segmentation import Algorithm, Segmentation
+from pipeline.settled_memory import CLEANING_BYTES, note_prediction, planning, settled_bytes
 from pipeline.windows import Member, Pace, Progress, window_settings
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
@@ -42,8 +42,8 @@ class PredictSettings:
 
     `mirror`: average over mirrored passes. `max_memory_bytes`: what the process may hold in all (resident); None is
     80 % of what is free. It decides how much is worked on at a time, never the result. `tile_step`: distance of tiles
-    as part of the patch; None is the model's own. `held_bytes`: what the process holds meanwhile beside the study,
-    other studies that are read or written at the same time included; None is what it holds now.
+    as part of the patch; None is the model's own. `held_bytes`: what the process holds meanwhile beside the study, by
+    `settled_bytes`, other studies that are read or written at the same time included; None is what it holds now.
 
     Asked for beside the labels (`Segmentation.confidence`): `uncertainty`, maps of entropy and disagreement and an
     estimate of quality; `estimate`, that alone; `keep_scores`, the probabilities of so many likeliest outputs a voxel.
@@ -116,8 +116,17 @@ class Model:
 
     @property
     def mirror(self) -> bool:
-        """What was found worth it in training."""
-        return self.bundles[0].index.mirror
+        """What was found worth it in training.
+
+        Raises:
+            BundleError: the bundles of an ensemble do otherwise than each other.
+        """
+        if len(found := {bundle.index.mirror for bundle in self.bundles}) > 1:
+            raise BundleError(
+                "some bundles of the ensemble take mirrored passes and some do not, as when folds were trained one by "
+                "one; let all of them decide with `volseg postprocess RUN`, or give --mirror or --no-mirror"
+            )
+        return found.pop()
 
     @property
     def tile_step(self) -> float:
@@ -165,11 +174,22 @@ def predict(
         from pipeline.cleaning import postprocessed
 
         ids = postprocessed(ids, cleaning, model.schema, source)
+    note_prediction(cleaned=cleans_labels(model, settings))
     return Segmentation(ids, source, model.schema, model.algorithm, beside, cleaning)
 
 
 def _cleaning_of(model: Model, settings: PredictSettings) -> PostProcessing | None:
     return model.postprocessing if settings.postprocess else None
+
+
+def cleans_labels(model: Model, settings: PredictSettings) -> bool:
+    """Whether anything is done to finished labels.
+
+    Raises:
+        BundleError: as `Model.postprocessing`.
+    """
+    cleaning = _cleaning_of(model, settings)
+    return cleaning is not None and bool(cleaning.cleaning)
 
 
 def _confidence(gatherer: Gatherer, model: Model, prepared: Prepared, source: Geometry) -> Confidence:
@@ -193,50 +213,32 @@ def _planned(
     model: Model, source: Geometry, settings: PredictSettings, device: torch.device, *, study: int, is_there: bool
 ) -> MemoryPlan:
     """For a study of so many bytes, which the process holds already or not."""
-    held, come = settings.held_bytes, 0
-    if held is None:
-        held, come = held_bytes() - (study if is_there else 0), _PLANNING.brought
+    there = study if is_there else 0
+    cleans = cleans_labels(model, settings)
+    held = settled_bytes(cleans=cleans) - there if settings.held_bytes is None else settings.held_bytes
     members = members_of(model, settings)
     try:
         grid = grid_of(model.plan, source)
     except ValueError as error:
         raise VolumeError(str(error)) from error
     layout = layout_on(members, grid, source if model.plan.placing is None else grid)
-    limit = settings.max_memory_bytes or held + study + round(FREE_SHARE * free_bytes())
+    limit = settings.max_memory_bytes or held_bytes() - there + study + round(FREE_SHARE * free_bytes())
     batch = batch_of(layout, device)
 
     def planned(*, exactly: bool) -> MemoryPlan:
-        with _PLANNING.counted():
+        with planning():
             demand = demand_of(model.bundles, members, layout, source, device=device, exactly=exactly)
         if settings.asked.anything:
-            outputs = model.schema.output_count
-            demand = with_confidence(demand, members, layout, source, asked=settings.asked, output_count=outputs)
-        if (cleaning := _cleaning_of(model, settings)) is not None and cleaning.cleaning:
-            demand = replace(demand, cleaning=cleaning_bytes(math.prod(source.shape)))
-        process = held + max(0, demand.process - come)
-        return plan_memory(replace(demand, process=process, study=study), limit_bytes=limit, batch=batch)
+            demand = with_confidence(demand, members, layout, source, asked=settings.asked, schema=model.schema)
+        if cleans:
+            # Its library is counted in what is held.
+            demand = replace(demand, cleaning=cleaning_bytes(math.prod(source.shape)) - CLEANING_BYTES)
+        return plan_memory(replace(demand, process=held, study=study), limit_bytes=limit, batch=batch)
 
     try:
         return planned(exactly=False)
     except PlanError:
         return planned(exactly=True)
-
-
-class _Planning:
-    """What making plans has brought into this process: a part of what a first prediction brings, not to be counted
-    once more by the plans that follow."""
-
-    def __init__(self) -> None:
-        self.brought = 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        before = held_bytes()
-        yield
-        self.brought += max(0, held_bytes() - before)
-
-
-_PLANNING = _Planning()
 
 
 def members_of(model: Model, settings: PredictSettings) -> list[Member]:

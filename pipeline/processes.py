@@ -147,14 +147,15 @@ def first_process_first(fabric: Fabric) -> Iterator[None]:
 
 def require_shared(fabric: Fabric, folder: Path, *, within_s: float = SEEN_WITHIN_S) -> None:
     """Raise RunError, in every process, unless they all see the same files in `folder`; each has it already."""
-    mark = folder / ".joined"
     word = fabric.broadcast(secrets.token_hex(8))
+    # A name of its own: another training may be asking the same of this folder.
+    mark = folder / f".joined-{word}"
     if fabric.is_global_zero:
         write_text(mark, word)
     fabric.barrier()
     unseen = any_of(fabric, not _comes_to_hold(mark, word, within_s))
     if fabric.is_global_zero:
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     if unseen:
         raise RunError(
             f"{folder}: not the same folder on every machine; choose an --out on a disk that all of them share"

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pipeline.compare import Comparison, compare
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
-from pipeline.report_values import Report
+from pipeline.report_values import REPORT_JSON, Report
 from pipeline.tracking.registry import Candidate, Registry, Version
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,14 @@ class Promotion:
         figures = f"Dice {_figures(self.comparison)}"
         if self.moved:
             return f"{name} is {self.version.told}, moved from {before.told}: {figures}"
-        word = "is worse" if is_better(self.comparison, of_a=True) else "is not shown to be better"
+        word = "is worse" if self.comparison.better(self.comparison.overall) == "A" else "is not shown to be better"
         return f"{name} stays {before.told}: {self.version.told} {word}: {figures}"
 
 
 def promote(registry: Registry, run_id: str, *, alias: str, model: str | None, if_better: bool) -> Promotion:
     """Give an alias to the model of a run; with `if_better` only on evidence that it beats the version that has it.
 
-    The evidence is that of `pipeline.compare` on the out-of-fold Dice, mean over labels, case by case: the 95 %
-    interval of the difference lies above 0, and the signed-rank test says p < 0.05.
+    The evidence is that of `pipeline.compare` on the out-of-fold Dice, mean over labels, case by case (`evident_sign`).
 
     Raises:
         RunError: the run has no model, or with `if_better` the two were not scored on the same cases and references.
@@ -56,20 +53,11 @@ def promote(registry: Registry, run_id: str, *, alias: str, model: str | None, i
     version = registry.register(candidate)
     if before is not None and before.number == version.number:
         return Promotion(alias, version, before, None, moved=False)
-    moved = comparison is None or is_better(comparison)
+    moved = comparison is None or comparison.better(comparison.overall) == "B"
     outcome = Promotion(alias, version, before, comparison, moved)
     if moved:
         registry.move(version, alias, because=outcome.told)
     return outcome
-
-
-def is_better(comparison: Comparison, *, of_a: bool = False) -> bool:
-    """True when there is evidence that B is better than A in the mean over labels, or with `of_a` A than B."""
-    overall = comparison.overall
-    if not overall.is_evident or overall.interval_95 is None:
-        return False
-    low, high = overall.interval_95
-    return (low > 0) if comparison.more_is_better != of_a else (high < 0)
 
 
 def _compared(registry: Registry, before: Version, candidate: Candidate) -> Comparison:
@@ -79,7 +67,9 @@ def _compared(registry: Registry, before: Version, candidate: Candidate) -> Comp
         raise RunError(
             f"{name} was not scored on the cases and references of {before.told} (manifest {b} against {a}); {advice}"
         )
-    reports = [Report.from_json(registry.read_json(run_id, REPORT)) for run_id in (before.run_id, candidate.run_id)]
+    reports = [
+        Report.from_json(registry.read_json(run_id, REPORT_JSON)) for run_id in (before.run_id, candidate.run_id)
+    ]
     found = compare(*reports, settings=EvaluateConfig())
     if found.only_in_a or found.only_in_b:
         raise RunError(

@@ -10,14 +10,25 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import RunError
-from pipeline.files import write_json, write_text
+from pipeline.files import explain_os_error, safe_name, write_json, write_text
 
-QUALITY_JSON, QUALITY_CSV = "quality.json", "quality.csv"
+QUALITY = "quality"
+"""Folder of a file for each study, within that of the label maps."""
+
+QUALITY_CSV = "quality.csv"
+
+NOTABLE = 0.1
+"""Part of a label's usual volume: if that much was expected and none of it decided, it was not merely absent."""
+
+_SUFFIX = ".quality.json"
+_FORMAT = "volseg-quality-1"
 
 _VALUE = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -35,11 +46,12 @@ class LabelEstimate(BaseModel):
 
 
 class QualityEstimate(BaseModel):
-    """One study. Of a model with regions, `labels` are these: what is learnt."""
+    """One study. Of a model with regions, `labels` are these: what is learnt. `models` are digests."""
 
     model_config = _VALUE
 
     labels: tuple[LabelEstimate, ...]
+    models: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float | None:
@@ -53,54 +65,77 @@ class QualityEstimate(BaseModel):
         return tuple(label.label for label in self.labels if label.expected_dice is None)
 
 
+def quality_file(out: Path, name: str) -> Path:
+    """Where a study's estimate is."""
+    return out / QUALITY / (safe_name(name) + _SUFFIX)
+
+
 def record_quality(out: Path, name: str, estimate: QualityEstimate) -> None:
-    """Note a study's estimate in `out`: as JSON, and in a table whose first rows are the studies to look at first.
+    """Note a study's estimate in `out`, in a file of its own.
 
     Raises:
-        RunError: the folder cannot be written, or the estimates that are there cannot be read.
+        RunError: the folder cannot be written.
     """
-    _write(out, read_quality(out) | {name: estimate})
-
-
-def forget_quality(out: Path, name: str) -> None:
-    """Take a study's estimate away, if there is one.
-
-    Raises:
-        RunError: as `record_quality`.
-    """
-    found = read_quality(out)
-    if found.pop(name, None) is not None:
-        _write(out, found)
-
-
-def _write(out: Path, found: dict[str, QualityEstimate]) -> None:
-    studies = {study: {"mean": e.mean, **e.model_dump(mode="json")} for study, e in sorted(found.items())}
-    write_json(out / QUALITY_JSON, {"format": "volseg-quality-1", "studies": studies})
-    write_text(out / QUALITY_CSV, _table(found))
+    value = {"format": _FORMAT, "mean": estimate.mean, **estimate.model_dump(mode="json")}
+    write_json(quality_file(out, name), value)
 
 
 def read_quality(out: Path) -> dict[str, QualityEstimate]:
-    """The estimates by study; none where there is no such file.
+    """The estimates that lie in `out`, by study; none where there are none.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: a file is damaged.
     """
-    file = out / QUALITY_JSON
-    if not file.is_file():
-        return {}
+    found = ((file, _read(file)) for file in sorted((out / QUALITY).glob(f"[!.]*{_SUFFIX}")))
+    return {file.name.removesuffix(_SUFFIX): estimate for file, estimate in found if estimate is not None}
+
+
+def _read(file: Path) -> QualityEstimate | None:
+    """None of a file that says it is something else."""
     try:
-        studies = json.loads(file.read_bytes())["studies"]
-        return {name: QualityEstimate.model_validate({"labels": value["labels"]}) for name, value in studies.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, ValidationError) as error:
-        raise RunError(f"{file}: no quality estimates; it is damaged, take it away") from error
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
+            return None
+        return QualityEstimate.model_validate({key: value[key] for key in ("labels", "models")})
+    except (OSError, ValueError, LookupError, ValidationError) as error:
+        raise RunError(f"{file}: no quality estimate; it is damaged, take it away") from error
 
 
-def look_first(found: dict[str, QualityEstimate]) -> list[str]:
-    """The studies, those in which nothing was found first, then by the mean expected Dice."""
-    return sorted(found, key=lambda name: (-1.0 if (mean := found[name].mean) is None else mean, name))
+def write_quality_table(out: Path, found: Mapping[str, QualityEstimate]) -> None:
+    """A table whose first rows are the studies to look at first; of no study, none.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    file = out / QUALITY_CSV
+    if found:
+        write_text(file, _table(found))
+        return
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, file) from error
 
 
-def _table(found: dict[str, QualityEstimate]) -> str:
+def look_first(found: Mapping[str, QualityEstimate]) -> list[str]:
+    """The studies: those in which nothing was found, those in which a label was not of which a good deal was expected,
+    then the others; each by the mean expected Dice."""
+    decided: dict[str, list[float]] = {}
+    for label in (label for estimate in found.values() for label in estimate.labels if label.decided_mm3):
+        decided.setdefault(label.label, []).append(label.decided_mm3)
+    least_mm3 = {name: NOTABLE * median(volumes) for name, volumes in decided.items()}
+
+    def place(name: str) -> tuple[int, float, str]:
+        mean, labels = found[name].mean, found[name].labels
+        if mean is None:
+            return 0, 0.0, name
+        doubted = any(x.expected_mm3 >= least_mm3.get(x.label, math.inf) for x in labels if x.expected_dice is None)
+        return 1 if doubted else 2, mean, name
+
+    return sorted(found, key=place)
+
+
+def _table(found: Mapping[str, QualityEstimate]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     labels = list(dict.fromkeys(label.label for estimate in found.values() for label in estimate.labels))

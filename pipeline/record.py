@@ -10,47 +10,69 @@ from typing import Any
 
 from pipeline.errors import RunError
 from pipeline.export import FORMATS
-from pipeline.files import sha256_of_json, write_json
+from pipeline.files import safe_name, sha256_of_json, write_json
+from pipeline.quality import QualityEstimate, read_quality
 from pipeline.results import RECORD
 from pipeline.studies import Study
 
 Made = Mapping[str, bool | int | float | str]
 """Settings that change what results hold."""
 
+_PARTS = ("studies", "origins", "missing", "beside", "kept_scores")
+"""Of a record, by study."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is wanted beside the labels of a study: files, and of how many outputs a voxel scores are kept."""
+
+    files: tuple[Path, ...] = ()
+    kept_scores: int = 0
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """Of the folder `out`; `value` is what its file holds. One thread adds to it."""
+    """Of the folder `out`; `value` is what its file holds. With `force` all that is asked for is made again. One thread
+    adds to it."""
 
     out: Path
     value: dict[str, Any]
+    force: bool
 
     def is_of_another(self, study: Study, origin: str) -> bool:
-        """Whether the folder holds a result of this name that was made from another input."""
-        return bool(self.value["origins"].get(study.name, origin) != origin)
+        """Whether the folder holds a result of this name that was made from another input, and is to stay."""
+        return not self.force and bool(self.value["origins"].get(study.name, origin) != origin)
 
-    def holds(self, study: Study, formats: Sequence[str], beside: Sequence[Path] = ()) -> bool:
-        """Recorded, and not taken away since; `beside` are the files that are wanted beside the labels."""
-        if not set(formats) <= set(self.value["studies"].get(study.name, [])):
+    def vouches_for(self, study: Study) -> bool:
+        """Whether what lies there of a study was made as the record says, and is to stay."""
+        return not self.force and study.name in self.value["studies"]
+
+    def holds(self, study: Study, formats: Sequence[str], beside: Beside) -> bool:
+        """Recorded, not taken away since, and not to be made again."""
+        if self.force or not set(formats) <= set(self.value["studies"].get(study.name, [])):
             return False
-        if not {path.name for path in beside} <= set(self.value["beside"].get(study.name, [])):
+        if not {path.name for path in beside.files} <= set(self.value["beside"].get(study.name, [])):
+            return False
+        if beside.kept_scores > self.value["kept_scores"].get(study.name, 0):
             return False
         labels = (self.out / f"{study.name}{FORMATS[name].suffix}" for name in formats)
-        return all(path.exists() for path in (*labels, *beside))
+        return all(path.exists() for path in (*labels, *beside.files))
 
-    def add(self, study: Study, formats: Sequence[str], origin: str, beside: Sequence[Path] = ()) -> None:
+    def add(self, study: Study, formats: Sequence[str], origin: str, beside: Beside) -> None:
         """Note, on disk too, that the files of a study are there, and those beside its labels.
 
         Raises:
             RunError: the folder cannot be written.
         """
+        # What was asked for before is there still, unless all was made again.
+        for part in ("missing",) if self.vouches_for(study) else ("missing", "beside", "kept_scores"):
+            self.value[part].pop(study.name, None)
         self.value["studies"][study.name] = sorted(formats)
         self.value["origins"][study.name] = origin
-        self.value["missing"].pop(study.name, None)
         self.value["missing"] |= {study.name: list(study.missing)} if study.missing else {}
-        # What was asked for before is there still.
-        names = {*self.value["beside"].get(study.name, []), *(path.name for path in beside)}
+        names = {*self.value["beside"].get(study.name, []), *(path.name for path in beside.files)}
         self.value["beside"] |= {study.name: sorted(names)} if names else {}
+        self.value["kept_scores"] |= {study.name: beside.kept_scores} if beside.kept_scores else {}
         write_json(self.out / RECORD, self.value)
 
 
@@ -60,21 +82,35 @@ def open_record(out: Path, model: Sequence[str], made: Made, *, usual: Made, for
     Raises:
         RunError: the folder holds results of another model or setting, and not `force`.
     """
-    value: dict[str, Any] = {"model": list(model), **made, "studies": {}, "origins": {}, "missing": {}, "beside": {}}
-    path = out / RECORD
-    if force or not path.exists():
-        return Record(out, value)
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise TypeError
-    except (OSError, ValueError, TypeError):
-        before = {}
-    same_setting = all(before.get(name, usual[name]) == wanted for name, wanted in made.items())
-    if before.get("model") != value["model"] or not same_setting:
+    value: dict[str, Any] = {"model": list(model), **made, **{part: {} for part in _PARTS}}
+    before = _read(out)
+    is_same = before.get("model") == value["model"]
+    is_same &= all(before.get(name, usual[name]) == wanted for name, wanted in made.items())
+    if is_same:
+        value |= {part: dict(before.get(part, {})) for part in _PARTS}
+    elif (out / RECORD).exists() and not force:
         raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
-    parts = ("studies", "origins", "missing", "beside")
-    return Record(out, {**value, **{part: dict(before.get(part, {})) for part in parts}})
+    return Record(out, value, force)
+
+
+def recorded_quality(out: Path) -> dict[str, QualityEstimate]:
+    """What is expected of the studies that a folder records, by the model that it records.
+
+    Raises:
+        RunError: an estimate is damaged.
+    """
+    record = _read(out)
+    names, models = {safe_name(name) for name in record.get("studies", {})}, tuple(record.get("model", ()))
+    return {name: found for name, found in read_quality(out).items() if name in names and found.models == models}
+
+
+def _read(out: Path) -> dict[str, Any]:
+    """What a folder's record says; nothing where there is none, or it is damaged."""
+    try:
+        value = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def origin_of(study: Study, *, series: str | None, resample_uneven: bool) -> str:

@@ -133,6 +133,7 @@ def _expectation_rows(report: Report) -> tuple[Row, ...]:
             "Spearman": found.spearman,
             "95 %": _range(found.interval_95),
             "Pearson": found.pearson,
+            "not found": found.not_found,
         }
         for found in report.expectations
     )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
 from pipeline.postprocessing import Found
+
+REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
+"""In the folder of a run, and of each of its folds."""
 
 Status = Literal["scored", "absent", "missed", "false", "unannotated"]
 Interval = tuple[float, float]
@@ -235,7 +240,9 @@ class Expectation(BaseModel):
     """How well the expected Dice of a label, or the mean of a case's, tells the true one, over `n` cases with both.
 
     `spearman` is the correlation of their ranks, `interval_95` its interval from resampled patients, `pearson` that of
-    the values; None where either side is the same in all cases. `expected` and `found` are means.
+    the values; None where either side is the same in all cases. `expected` and `found` are means, those of a case over
+    the labels that have both. Besides, in `not_found` cases a label that is there was not found: of it nothing is
+    expected, and its Dice of 0 counts in none of these figures.
     """
 
     model_config = _VALUE
@@ -247,6 +254,40 @@ class Expectation(BaseModel):
     spearman: float | None
     interval_95: Interval | None
     pearson: float | None
+    not_found: int = 0
+
+
+class Mirroring(BaseModel):
+    """What mirrored passes did to held-out cases; `worth_it` where they help beyond doubt, and by enough.
+
+    `dice_nested` is where each fold does what the cases of all others say, so that none had a say in how it is
+    predicted; None within one fold.
+    """
+
+    model_config = _VALUE
+
+    n_cases: int
+    dice_plain: float | None
+    dice_mirrored: float | None
+    dice_nested: float | None = None
+    interval_95: Interval | None
+    p_value: float | None
+    worth_it: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value, for the bundle's provenance."""
+        return self.model_dump(mode="json")
+
+    @property
+    def sentence(self) -> str:
+        """What was found, for the one who waits for it."""
+        if self.dice_plain is None or self.dice_mirrored is None:
+            return "mirrored passes: no case tells what they are worth; they are left out"
+        figures = f"Dice {self.dice_plain:.4f} without, {self.dice_mirrored:.4f} with them over {self.n_cases} cases"
+        test = "" if self.p_value is None else f", p = {self.p_value:.2g}"
+        means = "taken by every prediction of this model" if self.worth_it else "left out, which is quicker"
+        nested = "" if self.dice_nested is None else f"; {self.dice_nested:.4f} where each fold heeds only the others"
+        return f"mirrored passes: {figures}{test}; {means}{nested}"
 
 
 class Report(BaseModel):
@@ -256,7 +297,8 @@ class Report(BaseModel):
     `extra_predictions` predictions that had no reference; none of them is part of any figure. `explanations` are of
     bad cases that a header or a label table may have made so. `expectations` are of labels, then regions, then of the
     mean over these, where a prediction was asked what it expects. `postprocessing` is what was tried of it on the
-    cases of a cross-validation; every other figure is without it.
+    cases of a cross-validation; every other figure is without it. `mirroring` is what was found of mirrored passes,
+    where the config leaves them to the held-out cases; every other figure is of what was decided.
     """
 
     model_config = _VALUE
@@ -273,6 +315,7 @@ class Report(BaseModel):
     explanations: tuple[CaseExplanation, ...] = ()
     expectations: tuple[Expectation, ...] = ()
     postprocessing: Found | None = None
+    mirroring: Mirroring | None = None
 
     @property
     def summaries(self) -> tuple[LabelSummary, ...]:
@@ -311,3 +354,21 @@ class Report(BaseModel):
     def headline(self) -> str:
         """What the overall figures are."""
         return "mean of regions" if self.regions else "mean of labels"
+
+
+def read_report(file: Path) -> Report:
+    """The report that a JSON file holds.
+
+    Raises:
+        RunError: it cannot be read, or is none.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read as a report ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{file}: not an evaluation report")
+    try:
+        return Report.from_json(value)
+    except RunError as error:
+        raise RunError(f"{file}: {error}") from error

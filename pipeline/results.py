@@ -1,7 +1,8 @@
 """The output folder of `volseg predict`: what it records, and which image each result was made from.
 
 The paths of the images stand in a file of their own, relative to the folder: paths may tell whose images they are,
-so results are passed on without that file. Nothing but `volseg view` reads it, and it can do without.
+so results are passed on without that file. `volseg view` reads it and can do without; a served model, which writes it
+too, replaces a result only where it says that the same images were behind it.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pipeline.plan import Plan
 from pipeline.report_values import Interval, LabelSummary, Report
-from pipeline.run_page import PAGE
+from pipeline.run_page import PAGE, again
 from pipeline.runs import Run
+from pipeline.tracking import discreet_text
 
 MOST_LABELS = 20
 """Labels that have a row; a description has no room for more, and the report has them all."""
@@ -99,9 +100,8 @@ def _plan(plan: Plan) -> str:
 
 
 def _command(run: Run, folder: Path) -> str:
-    if folder == run.folder:
-        return "**Again:** `volseg crossval config.yaml`, with [this config](artifact:config.yaml)"
-    return f"**Again:** `volseg train config.yaml --fold {folder.name[5:]}`, with the config of the parent run"
+    config = "[this config](artifact:config.yaml)" if folder == run.folder else "the config of the parent run"
+    return f"**Again:** `{again(run, folder)}`, with {config}"
 
 
 def _links(pictures: Sequence[str], *, is_fold: bool) -> str:
@@ -113,7 +113,8 @@ def _links(pictures: Sequence[str], *, is_fold: bool) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that is not read as Markdown or HTML."""
+    """Text that is not read as Markdown or HTML, and names no home folder."""
+    text = discreet_text(text)
     for sign in "\\`*_[]<>|#":
         text = text.replace(sign, f"\\{sign}")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +33,24 @@ def write_run_page(run: Run, folder: Path, report: Report) -> list[Path]:
         if draw_case(run, case, target):
             files.append(target)
             pictures.append(Picture(f"{which.capitalize()} case: {_told(case)}", target.read_bytes()))
-    facts = read_run_facts(folder, command=f"volseg {_stage(run, folder)}")
+    facts = read_run_facts(folder, command=f"{again(run, folder)}  # config.yaml of the run's folder")
     write_report_page(folder / PAGE, report, facts, pictures=pictures)
     return [folder / PAGE, *files]
+
+
+def again(run: Run, folder: Path) -> str:
+    """The command that does the run, or the fold in `folder`, once more, wherever its config and its data are by then.
+
+    Words in capitals are to be filled in: the config's paths start from its own folder, and a folder that holds the
+    run already keeps it as it is.
+    """
+    stage = "crossval config.yaml" if folder == run.folder else f"train config.yaml --fold {folder.name[5:]}"
+    data = run.config.data
+    paths = {"manifest": f"PATH/{data.manifest.name}"}
+    paths |= {} if data.root is None else {"root": "PATH"}
+    paths |= {} if data.cache is None else {"cache": "null"}
+    sets = " ".join(f"--set {shlex.quote(f'data.{key}={path}')}" for key, path in paths.items())
+    return f"volseg {stage} {sets} --out ANOTHER_FOLDER"
 
 
 def chosen_cases(report: Report) -> dict[str, CaseScores]:
@@ -72,8 +88,3 @@ def draw_case(run: Run, case: CaseScores, target: Path) -> bool:
 def _told(case: CaseScores) -> str:
     rows = ", ".join(f"{s.label} {s.dice:.3f}" for s in case.regions or case.labels if s.dice is not None)
     return f"{case.case_id}; Dice {rows}"
-
-
-def _stage(run: Run, folder: Path) -> str:
-    stage = "crossval config.yaml" if folder == run.folder else f"train config.yaml --fold {folder.name[5:]}"
-    return f"{stage}  # config.yaml of the run's folder"

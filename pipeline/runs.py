@@ -56,6 +56,9 @@ CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET, DONE = (
 BUNDLE, VALIDATION = "bundle", "validation"
 """In a fold's folder: its model, and its predictions of the cases held out."""
 
+PLACES = ("runs", "data.", "tracking.")
+"""How those keys of a config begin that say where things lie."""
+
 CHECK_WORKERS = 2
 
 SET_UP_S = 60.0
@@ -188,11 +191,16 @@ def open_run_tracker(run: Run, console: Console, *, fold: int | None) -> Tracker
             raise
         # Another process trains another fold of this run, and tells of the whole.
         return null_tracker()
-    tracker.params(flatten(run.config) | _plan_params(run.plan))
+    tracker.params(_settings(run.config) | _plan_params(run.plan))
     if fold is None:
         for name in (CONFIG, PLAN, FINGERPRINT, FOLDS, DATASET):
             tracker.artifact(run.folder / name)
     return tracker
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """All that changes what a run finds, and not where anything lies: folders are named after patients and users."""
+    return {key: value for key, value in flatten(config).items() if not key.startswith(PLACES)}
 
 
 def _tags(run: Run) -> dict[str, str]:
@@ -320,8 +328,8 @@ def _require_same_config(config: Config, folder: Path) -> None:
     except ConfigError as error:
         raise RunError(f"{folder}: holds a run that this version cannot read; choose another --out") from error
     now = flatten(config)
-    places = ("runs", "data.", "tracking.", "train.device", "train.checkpoint_minutes", "train.inspect_every")
-    changed = [k for k in now if before.get(k) != now[k] and not k.startswith(places)]
+    free = (*PLACES, "train.device", "train.checkpoint_minutes", "train.inspect_every")
+    changed = [k for k in now if before.get(k) != now[k] and not k.startswith(free)]
     if changed:
         key = changed[0]
         raise RunError(

@@ -20,15 +20,18 @@ from pipeline.export import ExportedFile, Options, Source, check_formats, export
 from pipeline.failures import Failure
 from pipeline.files import write_text
 from pipeline.free_memory import free_bytes, held_bytes
+from pipeline.kept_scores import kept_count
 from pipeline.manifest import load_dataset
 from pipeline.memory_plan import MemoryPlan
 from pipeline.overlap import Stages, one_at_a_time, overlapped
 from pipeline.postprocessing import described
-from pipeline.predict import FREE_SHARE, Model, PredictSettings, explain, members_of, predict
-from pipeline.record import Record, open_record, origin_of
+from pipeline.predict import FREE_SHARE, Model, PredictSettings, cleans_labels, explain, members_of, predict
+from pipeline.quality import write_quality_table
+from pipeline.record import Beside, Record, open_record, origin_of, recorded_quality
 from pipeline.references import SCHEMA_FILE
 from pipeline.results import record_sources
 from pipeline.segmentation import Segmentation
+from pipeline.settled_memory import settled_bytes
 from pipeline.sources import Opened, open_study, reading_bytes
 from pipeline.studies import Study
 from pipeline.windows import Progress
@@ -95,6 +98,7 @@ def segment_studies(
         stream = overlapped(wanted, stages)
         with quiet_warnings(), closing(stream) as ending:
             outcomes |= {study.name: work.told(study, outcome) for study, outcome in ending}
+    write_quality_table(out, recorded_quality(out))
     results = list(outcomes.values())
     files = [file for result in results if isinstance(result, list) for file in result]
     return files, [result for result in results if isinstance(result, Failure)]
@@ -153,8 +157,7 @@ class _Work:
         if self._record.is_of_another(study, self._origin(study)):
             what = f"{out} holds the result of another input named {study.name}"
             return self.told(study, VolsegError(f"{study.paths[0]}: {what}; choose another --out, or give --force"))
-        beside = files_of(out, study.name, self._predicting.asked, disagrees=self._disagrees)
-        if self._record.holds(study, settings.formats, beside):
+        if self._record.holds(study, settings.formats, self._beside(study)):
             self._console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
             return self.told(study, [])
         return None
@@ -172,7 +175,8 @@ class _Work:
         The plan of this one counts what reading and writing may take, whether or not they have taken it yet.
         """
         like_this = reading_bytes([Opened(Path(), s.image.geometry, s.series) for s in sources])
-        held = held_bytes() - sum(source.image.voxels.nbytes for source in sources)
+        held = settled_bytes(cleans=cleans_labels(self._model, self._predicting))
+        held -= sum(source.image.voxels.nbytes for source in sources)
         beside = held + like_this + (0 if writing is None else _writing_bytes(writing))
         shared = replace(self._predicting, held_bytes=beside)
         self._predicting = replace(self._predicting, held_bytes=None)
@@ -199,8 +203,6 @@ class _Work:
     def write(self, study: Study, made: _Segmented) -> list[ExportedFile]:
         settings, out = self._settings, self._record.out
         options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
-        if settings.force:
-            discard_confidence(out, study.name)
         files = export(
             made.segmentation,
             formats=settings.formats,
@@ -209,12 +211,13 @@ class _Work:
             source=made.source,
             options=options,
         )
+        if not self._record.vouches_for(study):
+            discard_confidence(out, study.name)
         labels = [file.format for file in files]
         if (beside := made.segmentation.confidence) is not None:
             found = write_confidence(out, study.name, beside, made.segmentation.geometry)
             files += [ExportedFile(BESIDE, path, None) for path in found]
-        wanted = files_of(out, study.name, self._predicting.asked, disagrees=self._disagrees)
-        self._record.add(study, labels, self._origin(study), wanted)
+        self._record.add(study, labels, self._origin(study), self._beside(study))
         if settings.confidentiality is None:
             record_sources(out, study.name, study.paths)
         return files
@@ -245,6 +248,11 @@ class _Work:
             self._console.progress("segmenting", self._done, self._study_count, detail)
 
         return tell
+
+    def _beside(self, study: Study) -> Beside:
+        asked = self._predicting.asked
+        files = files_of(self._record.out, study.name, asked, disagrees=self._disagrees)
+        return Beside(tuple(files), kept_count(self._model.schema, asked.keep_scores))
 
     def _origin(self, study: Study) -> str:
         return origin_of(study, series=self._settings.series, resample_uneven=self._settings.resample_uneven)

@@ -49,8 +49,9 @@ def threshold_effects(
 ) -> tuple[CaseEffect, ...]:
     """The effect of each threshold by itself, with reference `classes` (I, J, K) on the grid of the scores.
 
-    Dice is that of the label or region; what other labels gain or lose by it is added to the one after. `annotated` is
-    per class; others do not count. Voxels of the schema's ignored class do not either.
+    Dice is that of the label or region; what other labels gain or lose by it is added to the one after, and each of
+    them may be the one that does worst. `annotated` is per class; others do not count. Voxels of the schema's ignored
+    class do not either.
 
     Raises:
         ValueError: the shapes differ.
@@ -130,7 +131,8 @@ class _Labels:
         lost = _parts_lost(self.touched, self.parts[moves.at[was_right]])
         others = np.bincount(moves.before if threshold < _HALF else moves.after, minlength=self.count)
         moved = tuple((self.names[c], int(others[c])) for c in np.flatnonzero(others))
-        return CaseEffect(own, own + float(change.sum()), is_changed=True, parts_lost=lost, moved=moved)
+        total, worst = float(change.sum()), float(change.min())
+        return CaseEffect(own, own + total, is_changed=True, parts_lost=lost, total=total, worst=worst, moved=moved)
 
     def _counts(self, classes: Counts) -> Counts:
         return np.bincount(classes, minlength=self.count)[1:]
@@ -152,9 +154,10 @@ class _Regions:
         probability, truth, counted, parts = self._of(number)
         was, now = (counted & (probability > limit) for limit in (_HALF, threshold))
         before, after = _dice(was, truth), _dice(now, truth)
+        change = after - before
         lost = _parts_lost(np.bincount(parts[was & truth]), parts[was & truth & ~now])
         is_changed = bool(((probability > _HALF) != (probability > threshold)).any())
-        return CaseEffect(before, after, is_changed=is_changed, parts_lost=lost)
+        return CaseEffect(before, after, is_changed=is_changed, parts_lost=lost, total=change, worst=change)
 
     def _of(self, number: int) -> tuple[Floats, Mask, Mask, Counts]:
         """Flat: its probability, where it is and what counts in the reference, and the components of it."""

@@ -36,7 +36,7 @@ def decision_of(schema: LabelSchema, thresholds: Mapping[str, float], *, in_logi
     Raises:
         ValueError: a name that is no output of the schema, or a threshold that is not between 0 and 1.
     """
-    names = [region.name for region in schema.regions] or ["", *schema.names]
+    names = schema.output_names
     for name, threshold in thresholds.items():
         if not name or name not in names:
             raise ValueError(f"{name}={threshold:g}: the model's outputs are {', '.join(filter(None, names))}")

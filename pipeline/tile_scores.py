@@ -14,7 +14,7 @@ from pipeline.onednn import OneDnnConvolutions
 from pipeline.tiling import WindowSettings
 
 Network = Callable[[Tensor], Tensor]
-Figure = Callable[[Tensor], Tensor]
+VoxelFigure = Callable[[Tensor], Tensor]
 
 CHUNK_VALUES = 1 << 20
 """Scores that are worked on together: few enough for a processor's cache, so that memory is passed through once."""
@@ -29,7 +29,7 @@ class Member:
 
 
 def score_tiles(
-    members: Sequence[Member], tiles: Tensor, figure: Figure | None = None
+    members: Sequence[Member], tiles: Tensor, figure: VoxelFigure | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Scores of windows (B, C, I, J, K), averaged over the members and their passes, piece by piece.
 

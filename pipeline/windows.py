@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from pipeline.live_scores import LiveScores, store_of
-from pipeline.tile_scores import Figure, Member, Network, mirror_passes, score_tiles
+from pipeline.tile_scores import Member, Network, VoxelFigure, mirror_passes, score_tiles
 from pipeline.tiling import Box, Layout, Row, Triple, WindowSettings, lay_out, overlap, window_settings, window_shape
 from transforms.channels import channel_minima
 from transforms.patches import blending_weights, nnunet_weights
 from transforms.sampling import filled
 
 __all__ = [
-    "Figure",
     "Member",
     "Network",
     "Progress",
+    "VoxelFigure",
     "WindowSettings",
     "mirror_passes",
     "predict_windows",
@@ -76,7 +76,7 @@ def stream_windows(
     *,
     pace: Pace = AT_ONCE,
     on_tile: Progress | None = None,
-    figure: Figure | None = None,
+    figure: VoxelFigure | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of an image (C, I, J, K), averaged over the members, as slabs in the order of the layout's axis.
 
@@ -141,7 +141,7 @@ class _Scorer:
     """Windows of one shape, cut from an image (C, I, J, K) and scored by the networks that see them."""
 
     def __init__(
-        self, members: Sequence[Member], image: Tensor, window: Triple, *, skip_empty: bool, figure: Figure | None
+        self, members: Sequence[Member], image: Tensor, window: Triple, *, skip_empty: bool, figure: VoxelFigure | None
     ) -> None:
         self.members, self.image, self.window, self.figure = members, image, window, figure
         self.lowest = channel_minima(image)

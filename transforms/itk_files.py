@@ -7,10 +7,11 @@ is. A file must say in which patient frame its grid lies (NRRD: `space`; MetaIma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from transforms.geometry import Geometry
 from transforms.process_wide import shared
 from transforms.sanity import finite_float32, integral_labels, refuse_oversize, refuse_short_file, usable_grid
 
-_HEADER_LIMIT = 1 << 16
+_HEADER_LIMIT = 1 << 20
 _NRRD_MAGIC = b"NRRD000"
 _META_KEYS = (b"ObjectType", b"NDims")
 _NRRD_FRAMES = {
@@ -67,8 +68,8 @@ class _Header:
     @property
     def data_file(self) -> str:
         """The file that holds the voxels, empty or 'local' for this one."""
-        named = (self.fields.get(key, "") for key in ("data file", "datafile", "elementdatafile"))
-        return next((name for name in named if name), "")
+        keys = ("data file", "datafile") if self.image_io == "NrrdImageIO" else ("elementdatafile",)
+        return next((name for key in keys if (name := self.fields.get(key, ""))), "")
 
     @property
     def packed(self) -> bool:
@@ -91,9 +92,7 @@ def read_itk(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], Geo
         VolumeError: cut short or damaged, not three axes, not one number a voxel, no place in the patient, NaN or
             infinite voxels, labels that are not whole.
     """
-    header = _header(path)
-    _refuse_odd_axes(header, path)
-    _refuse_unplaced(header, path)
+    header = _checked(path)
     # Before ITK opens the file, whose message about voxels that are missing is its own.
     present = _bytes_of_voxels(header, path)
     reader = _informed(header, path)
@@ -112,11 +111,26 @@ def read_itk_grid(path: Path) -> Geometry:
     Raises:
         VolumeError: see `read_itk`; what only the voxels tell is not seen.
     """
+    reader = _informed(_checked(path), path)
+    return _geometry(reader, _shape(reader, path), path)
+
+
+def file_of_voxels(path: Path) -> Path:
+    """The file that an NRRD or MetaImage header has its voxels in: `path` itself, or one beside it.
+
+    Raises:
+        VolumeError: the header does not say, or names anything else.
+    """
+    return _file_of_voxels(_header(path), path)
+
+
+def _checked(path: Path) -> _Header:
+    """The header, after all that can be refused by it alone; ITK has not opened a file yet."""
     header = _header(path)
     _refuse_odd_axes(header, path)
     _refuse_unplaced(header, path)
-    reader = _informed(header, path)
-    return _geometry(reader, _shape(reader, path), path)
+    _file_of_voxels(header, path)
+    return header
 
 
 def _informed(header: _Header, path: Path) -> sitk.ImageFileReader:
@@ -134,21 +148,30 @@ def _is_meta(head: bytes) -> bool:
 
 
 def _header(path: Path) -> _Header:
+    """Where voxels are must be read as ITK reads it, or a header could send ITK elsewhere than where was looked."""
     with path.open("rb") as file:
         content = file.read(_HEADER_LIMIT)
     if content.startswith(_NRRD_MAGIC):
         text, gap, _ = content.replace(b"\r\n", b"\n").partition(b"\n\n")
+        if not gap and len(content) == _HEADER_LIMIT:
+            raise VolumeError(f"{path}: its NRRD header does not end within {_HEADER_LIMIT} bytes; convert it again")
         crlf = content.count(b"\r\n", 0, len(text) + len(gap))
-        return _Header("NrrdImageIO", _fields(text, ":"), len(text) + len(gap) + crlf)
+        return _Header("NrrdImageIO", _fields(re.split(rb"[\r\n]", text), b":"), len(text) + len(gap) + crlf)
     text, key, rest = content.partition(b"ElementDataFile")
     last = rest.split(b"\n", 1)[0]
-    return _Header("MetaImageIO", _fields(text + key + last, "="), len(text) + len(key) + len(last) + 1)
+    fields = _fields((text + key + last).split(b"\n"), b"=")
+    if "elementdatafile" not in fields:
+        raise VolumeError(f"{path}: no 'ElementDataFile =' where its header ends; convert it again from its source")
+    return _Header("MetaImageIO", fields, len(text) + len(key) + len(last) + 1)
 
 
-def _fields(text: bytes, separator: str) -> dict[str, str]:
-    lines = text.decode("ascii", errors="replace").splitlines()
-    pairs = (line.partition(separator) for line in lines if not line.startswith("#"))
-    return {key.strip().lower(): value.strip() for key, found, value in pairs if found}
+def _fields(lines: list[bytes], separator: bytes) -> dict[str, str]:
+    pairs = (line.partition(separator) for line in lines if not line.startswith(b"#"))
+    return {_text(key).lower(): _text(value) for key, found, value in pairs if found}
+
+
+def _text(value: bytes) -> str:
+    return value.decode("ascii", errors="replace").strip()
 
 
 def _refuse_odd_axes(header: _Header, path: Path) -> None:
@@ -193,17 +216,23 @@ def _bytes_of_voxels(header: _Header, path: Path) -> int:
     encoding = header.fields.get("encoding", "raw").lower()
     if encoding not in _ENCODINGS:
         raise VolumeError(f"{path}: NRRD encoding is '{encoding}'; expected raw or gzip: convert it again")
-    name = header.data_file
-    if name.lower() in _LOCAL:
-        present = path.stat().st_size - header.end
-    elif name.upper().startswith("LIST") or "%" in name or not (path.parent / name).is_file():
-        raise VolumeError(f"{path}: its voxels are in '{name}', which is not one file beside it; write one .nrrd")
-    else:
-        present = (path.parent / name).stat().st_size
+    file = _file_of_voxels(header, path)
+    present = file.stat().st_size - (header.end if file == path else 0)
     stored = header.fields.get("compresseddatasize", "")
     if header.packed and stored.isdecimal():
         refuse_short_file(int(stored), present, path)
     return present
+
+
+def _file_of_voxels(header: _Header, path: Path) -> Path:
+    name = header.data_file
+    if name.lower() in _LOCAL:
+        return path
+    # ITK would follow a path of either system to wherever it leads, and take '%' and LIST for many files.
+    several = name.upper().startswith("LIST") or "%" in name or len(PureWindowsPath(name).parts) != 1
+    if several or not (path.parent / name).is_file():
+        raise VolumeError(f"{path}: its voxels are in '{name}', which is not one file beside it; write one .nrrd")
+    return path.parent / name
 
 
 def _geometry(image: sitk.Image | sitk.ImageFileReader, shape: tuple[int, int, int], path: Path) -> Geometry:

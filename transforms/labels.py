@@ -146,6 +146,11 @@ class LabelSchema(BaseModel):
         return len(self.regions) or self.class_count
 
     @property
+    def output_names(self) -> tuple[str, ...]:
+        """Per output, the name of its region or label; that of the background is empty."""
+        return tuple(region.name for region in self.regions) or ("", *self.names)
+
+    @property
     def twin_outputs(self) -> tuple[int, ...]:
         """Per output, the one that it becomes when left and right are exchanged."""
         twins = self.twin_classes

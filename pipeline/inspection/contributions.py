@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -66,7 +67,8 @@ def changed(levels: Levels, change: Change, means: Mapping[str, Tensor]) -> Abst
 class Contributions:
     """Dice of each case as the network is, and with each change, against the reference or the untouched result.
 
-    Rows are by label and region; `headline` names those that count, regions where there are any.
+    Rows are by label and region; `headline` names those that count, regions where there are any. Of a case the same
+    ones count in every row, those that it or any result of it shows: where one is rightly not found, its Dice is 1.
     """
 
     against: Against
@@ -77,11 +79,11 @@ class Contributions:
     @property
     def dice(self) -> float:
         """As the network is: mean over cases of the mean over labels."""
-        return _mean([self._of_case(row, row) for row in self.untouched])
+        return _mean(self._of_cases(self.untouched))
 
     def dice_with(self, change: Change) -> float:
-        """The same with a change, over the labels that count for `dice`."""
-        return _mean([self._of_case(row, base) for row, base in self._pairs(change)])
+        """The same with a change."""
+        return _mean(self._of_cases(self.changed[change]))
 
     def falls(self, change: Change) -> float:
         """By how much the Dice falls; below zero where it rises."""
@@ -89,22 +91,31 @@ class Contributions:
 
     def falls_of_cases(self, change: Change) -> tuple[float, ...]:
         """The same of each case."""
-        return tuple(self._of_case(base, base) - self._of_case(row, base) for row, base in self._pairs(change))
+        pairs = zip(self._of_cases(self.untouched), self._of_cases(self.changed[change]), strict=True)
+        return tuple(before - after for before, after in pairs)
 
     def most_changed(self, change: Change) -> tuple[str, float] | None:
         """The label whose Dice changes most, and by how much it falls."""
-        falls = {
-            name: _mean([base[name] - row[name] for row, base in self._pairs(change)])
-            for name in self.headline
-        }  # fmt: skip
-        known = {name: fall for name, fall in falls.items() if not math.isnan(fall)}
-        return max(known.items(), key=lambda item: abs(item[1])) if known else None
+        falls: dict[str, list[float]] = {}
+        for names, before, after in zip(self._counted, self.untouched, self.changed[change], strict=True):
+            for name in names:
+                falls.setdefault(name, []).append(_or_one(before[name]) - _or_one(after[name]))
+        means = {name: _mean(of_cases) for name, of_cases in falls.items()}
+        return max(means.items(), key=lambda item: abs(item[1])) if means else None
 
-    def _pairs(self, change: Change) -> list[tuple[Row, Row]]:
-        return list(zip(self.changed[change], self.untouched, strict=True))
+    @cached_property
+    def _counted(self) -> tuple[tuple[str, ...], ...]:
+        """By case, the labels whose Dice is known in any row."""
+        cases = zip(self.untouched, *self.changed.values(), strict=True)
+        return tuple(tuple(n for n in self.headline if any(not math.isnan(row[n]) for row in rows)) for rows in cases)
 
-    def _of_case(self, row: Row, base: Row) -> float:
-        return _mean([row[name] for name in self.headline if not math.isnan(base[name])])
+    def _of_cases(self, rows: Sequence[Row]) -> list[float]:
+        return [_mean([_or_one(row[name]) for name in names]) for row, names in zip(rows, self._counted, strict=True)]
+
+
+def _or_one(dice: float) -> float:
+    """Of a label that counts: one that is neither in this result nor in the reference is rightly not found."""
+    return 1.0 if math.isnan(dice) else dice
 
 
 def _constant(mean: Tensor, features: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.inspection.levels import KINDS, Kind, Point, kind_and_level, levels_of, visited
+from pipeline.inspection.levels import KINDS, Kind, kind_and_level, levels_of, visited
 
 DEAD_ABOVE, DEAD_BELOW = 1e-3, 0.1
 """A channel is dead that stays between -DEAD_BELOW and DEAD_ABOVE times the RMS of its level. Below zero a leaky ReLU
@@ -25,8 +26,6 @@ REDUNDANT_CORRELATION = 0.95
 
 MOST_SAMPLED = 1 << 16
 """Voxels of a window, evenly taken, that correlations are computed from."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,20 @@ class ChannelSums:
 
     @classmethod
     def of(cls, features: Tensor) -> ChannelSums:
-        """Of features (B,C,...)."""
-        by_channel = features.detach().flatten(2).transpose(0, 1).flatten(1)
+        """Of features (B,C,...); those of a batch are those of its patches one by one."""
+        return reduce(add, (cls._of_patch(patch) for patch in features.detach()))
+
+    @classmethod
+    def _of_patch(cls, features: Tensor) -> ChannelSums:
+        """Of (C,...)."""
+        by_channel = features.flatten(1)
         if by_channel.device.type == "mps":
             by_channel = by_channel.cpu()  # it has no double precision
-        sampled = by_channel[:, :: -(-by_channel.shape[1] // MOST_SAMPLED)].double()
+        sampled = by_channel[:, :: _stride(by_channel.shape[1])].double()
         squares = _sums(by_channel, lambda part: part * part)
         near = NEAR_ZERO * math.sqrt(float(squares.sum()) / max(by_channel.numel(), 1))
         return cls(
-            shape=tuple(features.shape[2:]),
+            shape=tuple(features.shape[1:]),
             voxels=by_channel.shape[1],
             lowest=by_channel.amin(dim=1).double(),
             highest=by_channel.amax(dim=1).double(),
@@ -120,51 +124,44 @@ class ChannelSums:
         return self.total / self.voxels
 
     @property
+    def energy(self) -> float:
+        """Root mean square of all channels."""
+        return math.sqrt(float(self.squares.sum()) / (len(self.squares) * self.voxels))
+
+    @property
+    def dead(self) -> Tensor:
+        """(C,) of bool: which channels never rise above zero, see `DEAD_ABOVE`."""
+        return (self.highest <= DEAD_ABOVE * self.energy) & (self.lowest >= -DEAD_BELOW * self.energy)
+
+    @property
     def covariance(self) -> Tensor:
         """(C,C) of the sampled voxels."""
         mean = self.sum / self.sampled
         return self.products / self.sampled - torch.outer(mean, mean)
 
 
-@overload
-def record_levels(network: nn.Module) -> contextlib.AbstractContextManager[dict[str, Tensor]]: ...
-
-
-@overload
-def record_levels(
-    network: nn.Module, *, keep: Callable[[Tensor], T]
-) -> contextlib.AbstractContextManager[dict[str, T]]: ...
-
-
-def record_levels(
-    network: nn.Module, *, keep: Callable[[Tensor], Any] = Tensor.detach
-) -> contextlib.AbstractContextManager[dict[str, Any]]:
+@contextlib.contextmanager
+def record_levels(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While entered, each forward pass of `network` puts into the dict what flows through its levels.
 
-    By name, as in `Levels.named`: features (B,C,...), as `keep` gives them, at once; the whole of them by default,
-    which holds their memory (`keep=ChannelSums.of` holds next to nothing). A later pass replaces an earlier one's.
+    By name, as in `Levels.named`: features (B,C,...), whose memory is held. A later pass replaces an earlier one's.
     Skips are taken as they enter the decoder, behind a gate. Checkpointed parts are seen as any other.
 
     Raises:
         PlanError: the network's levels are not known; the message names those that are.
     """
-    return _recorded(levels_of(network).named(), keep)
-
-
-@contextlib.contextmanager
-def _recorded(points: Mapping[str, Point], keep: Callable[[Tensor], Any]) -> Iterator[dict[str, Any]]:
-    recorded: dict[str, Any] = {}
+    recorded: dict[str, Tensor] = {}
 
     def visit(name: str, features: Tensor) -> None:
-        recorded[name] = keep(features)
+        recorded[name] = features.detach()
 
-    with visited(points, visit):
+    with visited(levels_of(network).named(), visit):
         yield recorded
 
 
 @contextlib.contextmanager
 def record_sums(network: nn.Module) -> Iterator[dict[str, ChannelSums]]:
-    """As `record_levels`, but the sums of all passes are added up.
+    """As `record_levels`, but of next to no memory: the sums of all passes, added up.
 
     Raises:
         PlanError: see `record_levels`.
@@ -208,10 +205,7 @@ def effective_rank(covariance: Tensor) -> float:
 
 def _figures(name: str, sums: ChannelSums) -> LevelFigures:
     kind, level = kind_and_level(name)
-    channels = len(sums.total)
-    energy = math.sqrt(float(sums.squares.sum()) / (channels * sums.voxels))
-    dead = (sums.highest <= DEAD_ABOVE * energy) & (sums.lowest >= -DEAD_BELOW * energy)
-    covariance = sums.covariance
+    channels, dead, covariance = len(sums.total), sums.dead, sums.covariance
     return LevelFigures(
         name=name,
         kind=kind,
@@ -220,7 +214,7 @@ def _figures(name: str, sums: ChannelSums) -> LevelFigures:
         shape=sums.shape,
         dead_share=float(dead.double().mean()),
         sparsity=sums.quiet / (channels * sums.voxels),
-        energy=energy,
+        energy=sums.energy,
         effective_rank=effective_rank(covariance),
         redundant_share=_redundant_share(covariance, ~dead),
         voxels=sums.voxels,
@@ -236,6 +230,17 @@ def _redundant_share(covariance: Tensor, alive: Tensor) -> float:
     alike = (kept / torch.outer(deviations, deviations)).abs() >= REDUNDANT_CORRELATION
     repeats = torch.tril(alike, diagonal=-1).any(dim=1)
     return float(repeats.sum()) / len(variances)
+
+
+def _stride(voxels: int) -> int:
+    """The least that leaves `MOST_SAMPLED` of so many voxels, or a few less, and has no factor in common with a side.
+
+    With one it would pass by whole planes: every 32nd voxel of 256 x 256 x 32 is in the first.
+    """
+    stride = -(-voxels // MOST_SAMPLED)
+    while math.gcd(stride, voxels) > 1:
+        stride += 1
+    return stride
 
 
 def _sums(by_channel: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:

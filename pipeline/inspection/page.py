@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from pipeline.files import write_text
 from pipeline.inspection.contributions import Contributions
 from pipeline.inspection.receptive import ReceptiveField
-from pipeline.inspection.result import Inspection
+from pipeline.inspection.result import Inspection, level_rows
 from pipeline.inspection.words import Sentence
 from pipeline.report_page.charts import Bar, bar_chart
 from pipeline.report_page.document import document
@@ -25,9 +24,9 @@ MOST_LABELS = 12
 """Whose lengths are drawn beside what the network sees."""
 
 MEANINGS = (
-    "Energy is the root mean square of a level's activations; silent are those at or below zero; the effective rank "
-    "says how many directions its channels use (Roy and Vetterli 2007); a dead channel never rises above zero; one "
-    "repeats that correlates with an earlier one by 0.95 or more."
+    "Energy is the root mean square of a level's activations; silent are those at or below zero; the rank, an "
+    "effective one, says how many directions its channels use (Roy and Vetterli 2007); a dead channel never rises "
+    "above zero; one repeats that correlates with an earlier one by 0.95 or more."
 )
 
 
@@ -128,20 +127,7 @@ def _contributions(found: Contributions | None) -> str:
 
 
 def _levels(found: Inspection) -> str:
-    rows: list[dict[str, Any]] = [
-        {
-            "part": level.name,
-            "channels": level.channels,
-            "voxels": " x ".join(map(str, level.shape)),
-            "dead": level.dead,
-            "silent": f"{level.sparsity:.0%}",
-            "energy": level.energy,
-            "effective rank": f"{level.effective_rank:.1f}",
-            "repeat": f"{level.redundant_share:.0%}",
-        }
-        for level in found.figures
-    ]
-    return f'{table(rows)}<p class="soft">{MEANINGS}</p>'
+    return f'{table(level_rows(found))}<p class="soft">{MEANINGS}</p>'
 
 
 def _sight(sight: ReceptiveField) -> str:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.bundle import ModelBundle
+from pipeline.errors import PlanError
+from pipeline.files import atomic_folder
+from pipeline.gradients import is_out_of_memory
 from pipeline.inspection.attention import attention_maps, write_attention
 from pipeline.inspection.figures import figures_of, record_levels
 from pipeline.inspection.overview import write_overview
@@ -32,15 +35,28 @@ OVERVIEW = "overview.png"
 def write_pictures(folder: Path, bundle: ModelBundle, window: Window) -> list[Path]:
     """Draw what flows through the bundle's network in a window, on the network's device; the files, overview first.
 
+    They take the place of all that is in `folder`.
+
     Raises:
-        PlanError: the levels of the network are not known.
+        PlanError: the levels of the network are not known, or memory does not suffice.
         RunError: a file cannot be written.
     """
+    try:
+        with atomic_folder(folder, force=True) as temporary:
+            written = _draw(temporary, bundle, window)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        patch = "x".join(map(str, bundle.plan.patch_shape))
+        raise PlanError(f"memory does not suffice to draw the levels of the network in a patch of {patch}") from None
+    return [folder / path.name for path in written]
+
+
+def _draw(folder: Path, bundle: ModelBundle, window: Window) -> list[Path]:
     image = window.image.to(next(bundle.network.parameters()).device)
     with record_levels(bundle.network) as activations:
         prediction = _classes(bundle, image, window.geometry)
     scene, figures = Scene(window, prediction, bundle.schema), figures_of(activations)
-    folder.mkdir(parents=True, exist_ok=True)
     write_overview(folder / OVERVIEW, scene, activations, figures)
     maps = attention_maps(bundle.network, image[None], window.centre_ijk)
     sheets = write_sheets(folder, scene, activations, figures)

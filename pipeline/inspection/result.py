@@ -75,6 +75,23 @@ def inspection_of(
     )
 
 
+def level_rows(found: Inspection) -> list[dict[str, Any]]:
+    """The figures of every level, a row each, as tables show them."""
+    return [
+        {
+            "part": level.name,
+            "channels": level.channels,
+            "voxels": "x".join(map(str, level.shape)),
+            "dead": level.dead,
+            "silent": f"{level.sparsity:.0%}",
+            "energy": level.energy,
+            "rank": f"{level.effective_rank:.1f}",
+            "repeat": f"{level.redundant_share:.0%}",
+        }
+        for level in found.figures
+    ]
+
+
 def _receptive(plan: Plan, looks: Sequence[Look]) -> ReceptiveField:
     spacing_mm, deepest = looks[0].spacing_mm, deepest_field(plan)
     radii = [look.radius_mm for look in looks if look.radius_mm is not None]

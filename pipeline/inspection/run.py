@@ -10,7 +10,7 @@ from pipeline.bundle import find_bundles, load_bundle
 from pipeline.config import TrainConfig
 from pipeline.console import Console
 from pipeline.device import choose_hardware
-from pipeline.errors import BundleError, ConfigError
+from pipeline.errors import BundleError, ConfigError, RunError
 from pipeline.files import write_json
 from pipeline.inspection.case import Look, Passes, Untouched, look_at
 from pipeline.inspection.contributions import Against, changes_of
@@ -41,18 +41,22 @@ def open_model(path: Path, device: str) -> Model:
 
 
 def inspect_cases(
-    model: Model, asked: Asked, *, console: Console, out: Path | None = None, quick: bool = False
+    model: Model, asked: Asked, *, console: Console, out: Path | None = None, quick: bool = False, force: bool = False
 ) -> tuple[Inspection, list[Path]]:
     """Look at each case in turn; what was found together, and the files and the folder of pictures written to `out`.
 
-    `quick` leaves out what parts contribute. Where any case has no reference, all are compared with themselves.
+    `quick` leaves out what parts contribute; `force` replaces an inspection that is there. Where any case has no
+    reference, all are compared with themselves.
 
     Raises:
         PlanError: the levels of the network are not known, or memory does not suffice.
+        RunError: `out` holds an inspection and not `force`, or other files where the pictures are to be.
         VolsegError: see `find_subjects`, `read_case` and `look_at`.
     """
     changes = () if quick else changes_of(levels_of(model.bundles[0].network))
     subjects = find_subjects(model, asked, console=console)
+    if out is not None:
+        _require_room(out, out / subjects[0].study.name, force=force)
     with_reference = all(subject.labels is not None for subject in subjects)
     _tell_without(subjects, console)
     looks: list[Look] = []
@@ -71,6 +75,14 @@ def inspect_cases(
     against: Against = "reference" if with_reference else "untouched"
     found = inspection_of(_name(model), model.plan, model.schema, looks, against=against)
     return found, [] if out is None else _write(found, model, pictures, out)
+
+
+def _require_room(out: Path, pictures: Path, *, force: bool) -> None:
+    """Pictures take the place of a folder, which might be anything's: a case's own, where `out` is the one above it."""
+    if pictures.exists() and not (pictures.is_dir() and all(file.suffix == ".png" for file in pictures.iterdir())):
+        raise RunError(f"{pictures}: pictures are to be here, and other files are; choose another --out")
+    if not force and ((out / INSPECTION).exists() or pictures.exists()):
+        raise RunError(f"{out}: holds an inspection; choose another --out, or give --force to replace it")
 
 
 def _name(model: Model) -> str:

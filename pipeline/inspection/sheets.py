@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.export.planes import BACKGROUND, FAINT, FONT, TEXT, Array
 from pipeline.files import atomic_path
-from pipeline.inspection.figures import DEAD_ABOVE, DEAD_BELOW, LevelFigures
+from pipeline.inspection.figures import ChannelSums, LevelFigures
 from pipeline.inspection.scene import DASHES, Scene, grid_shape
 from transforms.quiet_warnings import quiet_warnings
 
@@ -130,8 +130,7 @@ def channels_of(scene: Scene, features: Tensor) -> list[Channel]:
     found = scene.level(features)
     planes, values = scene.plane(found), found.reshape(len(found), -1).astype(np.float64)
     energies = np.sqrt(np.square(values).mean(axis=1))
-    energy = float(np.sqrt(np.square(energies).mean()))
-    dead = (values.max(axis=1) <= DEAD_ABOVE * energy) & (values.min(axis=1) >= -DEAD_BELOW * energy)
+    dead = ChannelSums.of(features).dead.tolist()
     shares = _label_shares(scene, found.shape[1:])
     told: list[float | None] = [None] * len(found)
     worth = energies
@@ -139,8 +138,8 @@ def channels_of(scene: Scene, features: Tensor) -> list[Channel]:
         between, whole = _variances(values, shares)
         told = list(np.divide(between, whole, out=np.zeros_like(between), where=whole > 0))
         worth = np.sqrt(between)
-    order = sorted(range(len(found)), key=lambda n: (bool(dead[n]), -float(worth[n])))
-    return [Channel(n, planes[n], told[n], float(worth[n]), bool(dead[n])) for n in order]
+    order = sorted(range(len(found)), key=lambda n: (dead[n], -float(worth[n])))
+    return [Channel(n, planes[n], told[n], float(worth[n]), dead[n]) for n in order]
 
 
 def _label_shares(scene: Scene, shape: Sequence[int]) -> Array | None:

@@ -82,7 +82,7 @@ class _Changes:
 
     def moves(self, change: Change) -> str:
         """As 'Dice falls by 0.003'."""
-        return f"{self.score} {'rises' if self.found.falls(change) < 0 else 'falls'} by {self.size(change)}"
+        return f"{self.score} {_moves(self.found.falls(change))}"
 
     def size(self, change: Change) -> str:
         """By how much."""
@@ -196,7 +196,7 @@ def _ranking(changes: _Changes, working: Sequence[Change]) -> str:
     text = f"Skip {first.level} {brings} ({changes.moves(first)} when it is replaced by its mean, {changes.where}"
     most = changes.found.most_changed(first)
     if most is not None and len(changes.found.headline) > 1:
-        text += f"; {most[0]} by {score_text(most[1])}"
+        text += f"; {most[0]} {_moves(most[1])}"
     rest = ", ".join(f"skip {c.level} ({changes.size(c)})" for c in others)
     return f"{text}){', then ' if rest else ''}{rest}."
 
@@ -272,6 +272,11 @@ def _about_limits(deepest_mm: Sequence[float], sight: ReceptiveField) -> Iterato
     elif sight.radius_mm is not None and sight.radius_mm >= AT_THE_END * patch / 2:
         text = f"It looks as far as its patch goes ({mm_text(patch / 2)} from the middle): a larger patch might help."
         yield Sentence("limit of sight", text)
+
+
+def _moves(fall: float) -> str:
+    """As 'falls by 0.003'."""
+    return f"{'rises' if fall < 0 else 'falls'} by {score_text(abs(fall))}"
 
 
 def score_text(value: float) -> str:

@@ -37,6 +37,7 @@ def page(report: Report, run: RunFacts, *, pictures: Sequence[Picture] = ()) -> 
         ("pictures", "Worst, median and best", sections.pictures(pictures)),
         ("worst", "Cases to look at first", sections.worst_cases(report)),
         ("volumes", "Agreement of volumes", sections.volumes(report)),
+        ("mirroring", "Mirrored passes", sections.mirroring(report)),
         ("postprocessing", "Post-processing", sections.postprocessing(report)),
         ("expected", "What the model expected", sections.expectations(report)),
         ("curves", "Learning curves", sections.curves(run)),

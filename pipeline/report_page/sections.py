@@ -112,10 +112,12 @@ def expectations(report: Report) -> str:
             charts.append(f"<figure>{chart}<figcaption>{escape(summary.label)}</figcaption></figure>")
     note = "Expected of each label in each case: 2 Σ p [decided] / (Σ p + decided voxels), from the model's own "
     note += "probabilities p. The sentence is of the mean over a case's labels; the axes begin where the points do."
-    return (
-        f'<p>{escape(sentence[0].upper() + sentence[1:])}.</p><div class="charts">{"".join(charts)}</div>'
-        f'<p class="soft">{note}</p>'
-    )
+    return f'<p>{_as_sentence(sentence)}</p><div class="charts">{"".join(charts)}</div><p class="soft">{note}</p>'
+
+
+def mirroring(report: Report) -> str:
+    """What mirrored passes are worth, where that was asked."""
+    return "" if report.mirroring is None else f"<p>{_as_sentence(report.mirroring.sentence)}</p>"
 
 
 def postprocessing(report: Report) -> str:
@@ -127,8 +129,8 @@ def postprocessing(report: Report) -> str:
         f"<h3>{escape(t.title)}</h3>{table(t.rows, text='fold' in t.rows[0])}" for t in postprocessing_tables(found)
     )
     note = honesty(found)
-    told = f'<p class="soft">{escape(note[0].upper() + note[1:])}.</p>' if note else ""
-    return f"<p>{escape(found.note[0].upper() + found.note[1:])}.</p>{body}{told}"
+    told = f'<p class="soft">{_as_sentence(note)}</p>' if note else ""
+    return f"<p>{_as_sentence(found.note)}</p>{body}{told}"
 
 
 def curves(run: RunFacts) -> str:
@@ -289,6 +291,10 @@ def _certificate(certificate: Mapping[str, Any]) -> str:
         for fold in certificate.get("folds", ())
     ]
     return f"<h3>Folds</h3>{verdict}{table(rows)}"
+
+
+def _as_sentence(text: str) -> str:
+    return escape(f"{text[0].upper()}{text[1:]}.")
 
 
 def _listed(value: Any) -> str:

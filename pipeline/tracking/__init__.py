@@ -18,7 +18,7 @@ from pipeline.errors import RunError
 from pipeline.tracking.delivery import Deliverer, Destination, read_sent
 from pipeline.tracking.journal import Busy, Journal, read_facts
 from pipeline.tracking.store_uri import checked_uri, is_embedded, sqlite_uri, without_password
-from pipeline.tracking.tracker import JournalTracker, ModelCard, Status, Tracker, discreet, null_tracker
+from pipeline.tracking.tracker import JournalTracker, ModelCard, Status, Tracker, discreet, discreet_text, null_tracker
 
 __all__ = [
     "Busy",
@@ -26,6 +26,7 @@ __all__ = [
     "Status",
     "Tracker",
     "deliver",
+    "discreet_text",
     "embedded_store",
     "null_tracker",
     "open_tracker",

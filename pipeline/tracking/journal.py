@@ -50,7 +50,7 @@ class Journal:
         self.run_folder = run_folder
         self.path = run_folder / JOURNAL_NAME
         self._lock = _acquire(run_folder)
-        self._writing = threading.Lock()
+        self._writing, self._released = threading.Lock(), False
         try:
             self.facts = read_facts(run_folder)
             self._size_bytes = _drop_torn_line(self.path)
@@ -67,9 +67,11 @@ class Journal:
         """Write a fact to disk; once this returns, it is not lost.
 
         Raises:
-            RunError: the disk is full or the folder cannot be written.
+            RunError: the disk is full, the folder cannot be written, or it was released.
         """
         with self._writing:
+            if self._released:  # whoever holds it now has written lines that this one would cut off
+                raise RunError(f"{self.path}: was released; what comes now is too late for it")
             fact = Fact(len(self.facts) + 1, time.time_ns() // 1_000_000, kind, body)
             self._write(json.dumps(asdict(fact), ensure_ascii=False, allow_nan=False).encode() + b"\n")
             self.facts.append(fact)
@@ -77,7 +79,9 @@ class Journal:
 
     def release(self) -> None:
         """Let others have the folder."""
-        self._lock.release()
+        with self._writing:
+            self._released = True
+            self._lock.release()
 
     def _write(self, line: bytes) -> None:
         try:

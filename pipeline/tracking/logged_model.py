@@ -73,7 +73,8 @@ def register(client: MlflowClient, name: str, model_id: str, *, run_id: str) -> 
     source = f"models:/{model_id}" if not is_embedded(client.tracking_uri) else logged.artifact_location
     for found in client.search_model_versions(f"name = '{name}'"):
         if found.source == source:
-            return int(found.version)
+            # A kill may have come between the creation of the version and the note of it.
+            return _noted(client, model_id, name, int(found.version))
     try:
         client.create_registered_model(name, description=_describe(logged.params))
     except MlflowException as error:
@@ -87,11 +88,16 @@ def register(client: MlflowClient, name: str, model_id: str, *, run_id: str) -> 
         model_id=model_id,
         await_creation_for=0,
     )
-    # By this tag the run's page finds its versions.
-    versions = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
-    versions.append({"name": name, "version": int(made.version)})
-    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})
-    return int(made.version)
+    return _noted(client, model_id, name, int(made.version))
+
+
+def _noted(client: MlflowClient, model_id: str, name: str, number: int) -> int:
+    """The version, which stands in the tag of its model by which the run's page finds it."""
+    noted = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    if (name, number) not in {(version["name"], int(version["version"])) for version in noted}:
+        noted.append({"name": name, "version": number})
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(noted)})
+    return number
 
 
 def _describe(params: Mapping[str, str]) -> str:

@@ -50,7 +50,10 @@ class Sampler:
         while not self._stopping.wait(wait_s):
             now = _processor_s()
             with suppress(RunError, OSError):
-                self._tell(_busy(before, now) | machine_figures(self._folder))
+                figures = _busy(before, now) | machine_figures(self._folder)
+                if self._stopping.is_set():  # a driver hung so long that nobody waits any more
+                    return
+                self._tell(figures)
             before, wait_s = now, _INTERVAL_S
 
 
@@ -92,7 +95,7 @@ def _busy(before: tuple[float, float] | None, now: tuple[float, float] | None) -
 
 
 def _accelerators() -> Figures:
-    """Of the GPUs that this process has begun to use."""
+    """Of the GPUs that this process computes on: to ask for the memory of another would take some of it."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return {}
@@ -100,6 +103,8 @@ def _accelerators() -> Figures:
     for number in range(torch.cuda.device_count()):
         # Its load is known with NVIDIA's library alone, whose errors are its own.
         with suppress(Exception):
+            if not torch.cuda.memory_reserved(number):
+                continue
             free, total = torch.cuda.mem_get_info(number)
             figures[f"gpu_{number}_memory_usage_megabytes"] = (total - free) / _MB
             figures[f"gpu_{number}_memory_usage_percentage"] = 100 * (total - free) / total

@@ -240,10 +240,18 @@ class _NullTracker:
 
 
 def discreet(values: Mapping[str, str]) -> dict[str, str]:
-    """The values without passwords in addresses, and with `~` for the home folder, whose name is the user's."""
+    """See `discreet_text`, of each value."""
+    return {key: discreet_text(value) for key, value in values.items()}
+
+
+def discreet_text(text: str) -> str:
+    """Without passwords in addresses, and with `~` for the home folder, whose name is the user's.
+
+    A text that is to be escaped goes through here first: the name would not be found in it afterwards.
+    """
     home = str(Path.home()).rstrip(os.sep)
-    told = {key: re.sub(r"(?<=://)[^/@\s]*@", "", value) for key, value in values.items()}
-    return {key: value.replace(home + os.sep, "~" + os.sep) if home else value for key, value in told.items()}
+    told = re.sub(r"(?<=://)[^/@\s]*@", "", text)
+    return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", told) if home else told
 
 
 def _as_json(value: float) -> float | str:

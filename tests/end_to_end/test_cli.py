@@ -212,7 +212,19 @@ class TestStages:
         assert "nothing chosen: 4 patients in 2 finished folds; at least 10 patients" in done.out
         assert "nothing was written (--dry-run)" in done.out
         done = in_process("postprocess", world.run, "--none")
-        assert (done.code, done.out) == (0, "no post-processing from now on in the bundles of folds 0, 1\n")
+        assert done.code == 0, done.err
+        assert "post-processing: none is wanted" in done.out
+        report = json.loads((world.run / "report.json").read_text())
+        assert report["postprocessing"]["note"].startswith("none is wanted")
+        assert "None is wanted" in (world.run / "report.html").read_text()
+        done = in_process("crossval", world.config)
+        assert "post-processing: none is wanted" in done.out
+        done = in_process("postprocess", world.run, "--none", "--dry-run")
+        assert (done.code, done.out) == (1, "")
+        done = in_process("postprocess", world.run)
+        assert done.code == 0, done.err
+        assert "nothing chosen: 4 patients" in done.out
+        assert "written to the bundles of folds 0, 1\nreport: " in done.out
         done = in_process("postprocess", world.run / "fold_0")
         assert done.code == 1
         assert "not the folder of a cross-validation (no dataset.json in it)" in done.err

@@ -228,7 +228,7 @@ def some_actions() -> st.SearchStrategy[tuple[Action, ...]]:
         islands(15.0, *SCHEMA.names),
     ]
     return st.lists(
-        st.sampled_from(every), min_size=1, max_size=6, unique_by=lambda action: (action.kind, action.labels)
+        st.sampled_from(every), min_size=1, max_size=6, unique_by=lambda action: (action.removes, action.labels)
     ).map(tuple)
 
 
@@ -318,7 +318,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("actions", "says"),
         [
-            ((largest("liver"), largest("liver")), "another action of the same kind and labels"),
+            ((largest("liver"), largest("liver")), "stands beside another removal of the same labels"),
+            ((largest("liver", "tumour"), islands(9, "tumour", "liver")), "another removal of the same labels"),
+            ((islands(9, "liver"), islands(5, "liver")), "another removal of the same labels"),
+            ((holes("liver"), holes("liver")), "another filling of the same labels"),
             ((largest("liver", "tumour"), largest("tumour", "spleen")), "neither holds the other"),
             ((largest("tumour", becomes="liver"), largest("liver")), "which is cleaned itself"),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.cleaning import postprocessed
-from pipeline.cleaning_choice import JudgedCase, choose
+from pipeline.cleaning_choice import JudgedCase, Trials, choose
 from pipeline.cleaning_effects import CaseEffect, candidates, effects_on, parts_of
+from pipeline.config import EvaluateConfig
 from pipeline.postprocessing import Action, PostProcessing, Tried
 from transforms.geometry import Geometry
 from transforms.labels import Label, LabelSchema, Region, schema_from_names
+
+from .test_compare import few_gain_much
 
 Array = npt.NDArray[Any]
 
@@ -120,7 +124,7 @@ class TestParts:
         nothing, island = np.zeros((20, 20, 20), np.uint8), np.zeros((20, 20, 20), np.uint8)
         assert effect_of(nothing, nothing, "islands") == CaseEffect(1.0, 1.0, is_changed=False)
         island[0, 0, 0] = 4
-        assert effect_of(island, nothing, "islands") == CaseEffect(0.0, 1.0, is_changed=True)
+        assert effect_of(island, nothing, "islands") == CaseEffect(0.0, 1.0, is_changed=True, total=1.0, worst=1.0)
 
     def test_a_label_that_was_not_annotated_says_nothing(self) -> None:
         effects = effects_on(
@@ -180,15 +184,23 @@ LIVER = Action(kind="largest", name="liver", labels=("liver",))
 ALL = Action(kind="largest", name="all labels", labels=("liver", "tumour"))
 
 
-def cases_of(*columns: Sequence[float], lost: Sequence[int] = (), patients: Sequence[str] = ()) -> list[JudgedCase]:
-    """A case a row; a column of changes of Dice an action, from 0.8; where it is exactly 0 nothing is changed."""
+def cases_of(
+    *columns: Sequence[float], lost: Sequence[int] = (), patients: Sequence[str] = (), of_parts: Sequence[int] = ()
+) -> list[JudgedCase]:
+    """A case a row; a column of changes of Dice an action, from 0.8; where it is exactly 0 nothing is changed.
+
+    What an action is of has one part, or as many as `of_parts` says; each changes as their mean does.
+    """
     rows = list(zip(*columns, strict=True))
     return [
         JudgedCase(
             f"case_{n}",
             patients[n] if patients else f"patient_{n}",
             n % 4,
-            tuple(CaseEffect(0.8, 0.8 + x, x != 0, lost[n] if lost else 0) for x in row),
+            tuple(
+                CaseEffect(0.8, 0.8 + x, x != 0, lost[n] if lost else 0, total=x * parts, worst=x)
+                for x, parts in zip(row, of_parts or [1] * len(row), strict=True)
+            ),
         )
         for n, row in enumerate(rows)
     ]
@@ -202,9 +214,18 @@ def surface(values: dict[Action, float], cases: int) -> Callable[[Action], npt.N
     return lambda action: np.full(cases, values[action])
 
 
+def no_harm(actions: Sequence[Action], rows: Sequence[int]) -> npt.NDArray[np.float64]:
+    return np.zeros(len(rows))
+
+
+def chosen_of(
+    actions: Sequence[Action], cases: Sequence[JudgedCase], gains: Any = no_surface, worst: Any = no_harm
+) -> tuple[tuple[Action, ...], tuple[Tried, ...]]:
+    return choose(actions, cases, Trials(gains, worst), EvaluateConfig(bootstrap_samples=200))
+
+
 def told(actions: Sequence[Action], cases: Sequence[JudgedCase], gains: Any = no_surface) -> dict[Action, Tried]:
-    _, tried = choose(actions, cases, gains)
-    return {row.action: row for row in tried}
+    return {row.action: row for row in chosen_of(actions, cases, gains)[1]}
 
 
 CLEAR = [0.01 + 0.001 * n for n in range(12)]
@@ -212,7 +233,7 @@ CLEAR = [0.01 + 0.001 * n for n in range(12)]
 
 class TestChoosing:
     def test_what_helps_everyone_is_chosen(self) -> None:
-        chosen, (row,) = choose([LARGEST], cases_of(CLEAR), no_surface)
+        chosen, (row,) = chosen_of([LARGEST], cases_of(CLEAR))
         assert chosen == (LARGEST,)
         assert (row.cases, row.patients_changed, row.why, row.is_chosen) == (12, 12, "chosen", True)
         assert row.p_value == row.p_corrected == pytest.approx(2 / 2**12)
@@ -223,7 +244,15 @@ class TestChoosing:
         row = told([LARGEST], cases_of([0.2 + 0.001 * n for n in range(11)] + [-0.011]))[LARGEST]
         assert row.p_corrected is not None
         assert row.p_corrected < 0.05
-        assert (row.is_chosen, row.why) == (False, "a case loses 0.011")
+        assert (row.is_chosen, row.why) == (False, "a label of a case loses 0.011")
+
+    def test_so_does_a_single_label_whatever_the_others_gain(self) -> None:
+        """The mean over sixteen labels falls by 0.0075 where one of them falls by 0.12."""
+        cases = cases_of([0.01] * 11 + [-0.0075], of_parts=[16])
+        (last,) = cases[-1].effects
+        cases[-1] = replace(cases[-1], effects=(replace(last, worst=-0.12),))
+        row = told([ALL], cases)[ALL]
+        assert (row.is_chosen, row.why, row.worst_change) == (False, "a label of a case loses 0.120", -0.12)
 
     def test_so_does_a_tumour_that_had_been_found(self) -> None:
         row = told([LARGEST], cases_of(CLEAR, lost=[0] * 11 + [1]))[LARGEST]
@@ -258,9 +287,16 @@ class TestChoosing:
         worlds = 0
         for _ in range(60):
             columns = random.normal(0.0, 0.003, (10, 24)).clip(-0.0099, None)
-            chosen, _ = choose(actions, cases_of(*columns), no_surface)
+            chosen, _ = chosen_of(actions, cases_of(*columns))
             worlds += bool(chosen)
         assert worlds <= 3  # 5 %
+
+    def test_what_harms_most_patients_is_no_help_whatever_a_few_gain(self) -> None:
+        row = told([LARGEST], cases_of(few_gain_much()))[LARGEST]
+        assert row.p_corrected is not None
+        assert row.p_corrected < 0.001
+        assert row.gain > 0.004
+        assert (row.is_chosen, row.why) == (False, "no evidence that it helps")
 
     def test_what_gains_next_to_nothing_is_left(self) -> None:
         tiny = [0.0001 + 0.00001 * n for n in range(12)]
@@ -301,5 +337,57 @@ class TestOneOfMany:
     @pytest.mark.parametrize(("gain", "expected"), [(0.001, {ALL}), (-0.001, {LARGEST, LIVER})])
     def test_all_together_or_each_by_itself(self, gain: float, expected: set[Action]) -> None:
         """Of two labels the mean counts twice."""
-        rows = told([LARGEST, LIVER, ALL], cases_of(CLEAR, CLEAR, [x + gain for x in CLEAR]))
+        rows = told([LARGEST, LIVER, ALL], cases_of(CLEAR, CLEAR, [x + gain for x in CLEAR], of_parts=[1, 1, 2]))
         assert {a for a in rows if rows[a].is_chosen} == expected
+
+    def test_a_region_counts_as_often_as_regions_lie_in_it(self) -> None:
+        """However many labels it has: the whole of three labels is two regions, its core of two labels is one."""
+        regions = tuple(region for region in REGIONS.regions if region.name != "enhancing")
+        schema = REGIONS.model_copy(update={"regions": regions})
+        tried = [action for action in candidates(schema) if action.kind == "largest"]
+        reference = np.zeros((9, 9, 9), np.uint8)
+        reference[1:4, 1:4, 1:4] = 2
+        reference[2, 2, 2:4] = 1
+        prediction = reference.copy()
+        prediction[7, 7, 7] = 1
+        whole, core = effects_on(prediction, reference, tried, schema, voxel_volume_mm3=1.0, annotated=[True] * 4)
+        gains = (1 - 2 * 27 / 55, 1 - 2 * 2 / 5)
+        assert (whole.total, whole.worst) == (pytest.approx(sum(gains)), pytest.approx(min(gains)))
+        assert (core.total, core.worst) == (pytest.approx(gains[1]), pytest.approx(gains[1]))
+
+
+class TestDone:
+    """What is chosen harms only when it is done: a label takes the place of an island."""
+
+    @staticmethod
+    def costly(*costs: tuple[set[Action], int, float]) -> Any:
+        """Each costs a case so much where all of its actions are done."""
+
+        def worst(actions: Sequence[Action], rows: Sequence[int]) -> npt.NDArray[np.float64]:
+            return np.array(
+                [min([0.0, *(-x for who, case, x in costs if case == row and who <= {*actions})]) for row in rows]
+            )
+
+        return worst
+
+    def test_only_what_harms_is_left_out_and_another_takes_its_place(self) -> None:
+        less = [x - 0.002 for x in CLEAR]
+        worst = self.costly(({LARGEST}, 5, 0.03))
+        chosen, tried = chosen_of([LIVER, LARGEST, SMALL], cases_of(CLEAR, CLEAR, less), worst=worst)
+        assert chosen == (LIVER, SMALL)
+        assert [row.why for row in tried] == ["chosen", "done, it costs a label of a case 0.030", "chosen"]
+
+    def test_where_none_does_it_alone_none_is_done(self) -> None:
+        worst = self.costly(({LARGEST, LIVER}, 5, 0.03))
+        chosen, tried = chosen_of([LIVER, LARGEST], cases_of(CLEAR, CLEAR), worst=worst)
+        assert chosen == ()
+        assert {row.why for row in tried} == {"all that was chosen costs a label of a case 0.030"}
+
+    def test_a_little_is_borne(self) -> None:
+        chosen, _ = chosen_of([LIVER], cases_of(CLEAR), worst=self.costly(({LIVER}, 5, 0.0099)))
+        assert chosen == (LIVER,)
+
+    def test_others_ask_of_their_own_cases(self) -> None:
+        """A trial of some cases knows these by their own numbers."""
+        trials = Trials(no_surface, self.costly(({LIVER}, 5, 0.03))).of([3, 5, 7])
+        assert trials.worst([LIVER], [0, 1, 2]).tolist() == [0.0, -0.03, 0.0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.compare import Comparison, compare, holm, signed_rank_p
+from pipeline.compare import Comparison, compare, evident_sign, holm, rank_sign, signed_rank_p
 from pipeline.config import EvaluateConfig
 from pipeline.errors import RunError
 from pipeline.report_values import CaseScores, LabelScore, Report
@@ -126,8 +126,41 @@ def test_what_cannot_be_compared_is_told_in_one_line() -> None:
         compare(report({"x": [0.5]}, patients={"x": "p"}), report({"x": [0.5]}), settings=SETTINGS)
 
 
+def few_gain_much(sign: float = 1.0) -> list[float]:
+    """What 37 of 40 patients lose, all of it together less than what the other three gain."""
+    return [sign * (-0.004 - n / 1e6) for n in range(37)] + [sign * (0.1 + n / 100) for n in range(3)]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ranks_that_say_harm_are_no_evidence_of_a_mean_that_gains(sign: float) -> None:
+    a = {f"c{n:02}": [0.5] for n in range(40)}
+    found = compared(a, {i: [0.5 + change] for i, change in zip(a, few_gain_much(sign), strict=True)})
+    row = found.overall
+    assert (row.difference or 0.0) * sign > 0.004
+    assert row.p_corrected is not None
+    assert row.p_corrected < 0.001
+    assert row.rank_sign == -sign
+    assert (row.evident_sign, found.better(row)) == (0, None)
+    assert "no evidence" in found.verdict
+
+
+def test_ranks_mean_and_interval_must_lie_on_one_side() -> None:
+    assert evident_sign(0.1, (0.05, 0.2), p_value=0.01, rank_sign=1) == 1
+    assert evident_sign(-0.1, (-0.2, -0.05), p_value=0.01, rank_sign=-1) == -1
+    for mean, interval, p_value, sign in (
+        (0.1, (0.05, 0.2), 0.05, 1),
+        (0.1, (0.05, 0.2), None, 0),
+        (0.1, (-0.01, 0.2), 0.01, 1),
+        (0.1, (0.05, 0.2), 0.01, -1),
+        (-0.1, (-0.2, 0.01), 0.01, -1),
+        (0.1, None, 0.01, 1),
+    ):
+        assert evident_sign(mean, interval, p_value=p_value, rank_sign=sign) == 0
+
+
 def test_nothing_differs_is_no_test() -> None:
     assert signed_rank_p(np.zeros(5)) is None
+    assert rank_sign(np.zeros(5)) == 0
 
 
 def test_signed_ranks_are_counted_exactly_with_and_without_equal_sizes() -> None:

@@ -19,14 +19,18 @@ import typer
 from pipeline.bundle import load_bundle
 from pipeline.cli import app
 from pipeline.cli_scores import tell_quality
+from pipeline.combining import segment_scores
+from pipeline.confidence_files import DESCRIPTIONS, discard_confidence, map_file
 from pipeline.console import Silence
 from pipeline.errors import ConfigError, RunError, VolumeError
-from pipeline.kept_scores import read_scores
+from pipeline.kept_scores import read_scores, write_scores
 from pipeline.predict import Model
 from pipeline.quality import read_quality
 from pipeline.references import match_by_name
 from pipeline.segment import SegmentSettings, segment_studies
+from pipeline.segmentation import Algorithm
 from pipeline.studies import Wanted, find_studies
+from transforms.labels import schema_from_names
 from transforms.volume import read_volume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,6 +103,9 @@ class TestFiles:
             assert read_scores(made / "scores" / f"{name}.scores.npz").levels.shape[0] == 2
         assert set(read_quality(made)) == set(CASES)
 
+    def test_headers_of_maps_hold_all_of_what_they_say(self) -> None:
+        assert [len(what) for what in DESCRIPTIONS.values() if len(what) > 79] == []
+
     def test_disagreement_is_a_part_of_entropy(self, made: Path) -> None:
         maps = [made / "uncertainty" / f"{CASES[0]}_{what}.nii.gz" for what in ("entropy", "disagreement")]
         entropy, disagreement = (nib.load(path).get_fdata() for path in maps)  # type: ignore[attr-defined]
@@ -126,6 +133,18 @@ class TestFiles:
         (tmp_path / "uncertainty" / f"{CASES[1]}_disagreement.nii.gz").unlink()
         assert len(segment(model, images, tmp_path, ASKED)[0]) == 4
 
+    def test_more_scores_than_were_kept_are_made(self, model: Model, images: Path, tmp_path: Path) -> None:
+        def kept(count: int) -> tuple[int, list[int]]:
+            written = segment(model, images, tmp_path, replace(SETTINGS, keep_scores=count))[0]
+            files = (tmp_path / "scores" / f"{name}.scores.npz" for name in CASES)
+            return len(written), [len(read_scores(file).levels) for file in files]
+
+        assert kept(2) == (2 * 2, [2, 2])
+        assert kept(1) == (0, [2, 2])
+        assert kept(3) == (2 * 2, [3, 3])
+        # There are no more than three outputs.
+        assert kept(9) == (0, [3, 3])
+
     def test_what_another_model_said_does_not_stay_beside_new_labels(
         self, model: Model, images: Path, tmp_path: Path
     ) -> None:
@@ -133,7 +152,61 @@ class TestFiles:
         segment(Model(model.bundles[:1]), images / f"{CASES[0]}.nii.gz", tmp_path, replace(SETTINGS, force=True))
         assert list(tmp_path.rglob(f"{CASES[0]}_*")) == []
         assert [path.name for path in (tmp_path / "scores").iterdir()] == [f"{CASES[1]}.scores.npz"]
-        assert list(read_quality(tmp_path)) == [CASES[1]]
+        # The other is no longer among the folder's results, nor in the table of these.
+        assert not (tmp_path / "quality.csv").exists()
+        # And what the first model said of it goes when its turn comes, which needs no force.
+        segment(Model(model.bundles[:1]), images, tmp_path, SETTINGS)
+        assert [path for name in ("scores", "quality", "uncertainty") for path in (tmp_path / name).iterdir()] == []
+
+    def test_models_are_not_mixed_in_a_table_nor_combined(
+        self, model: Model, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        segment(model, images, tmp_path, ASKED)
+        one = images / f"{CASES[0]}.nii.gz"
+        segment(Model(model.bundles[:1]), one, tmp_path, replace(ASKED, force=True))
+        rows = list(csv.DictReader((tmp_path / "quality.csv").read_text().splitlines()))
+        assert [row["study"] for row in rows] == [CASES[0]]
+        tell_quality(tmp_path)
+        assert CASES[1] not in capsys.readouterr().out
+        with pytest.raises(VolumeError, match=f"{CASES[1]}.*of another model"):
+            combine(tmp_path, "--out", tmp_path / "combined")
+        assert not (tmp_path / "combined").exists()
+
+    def test_the_same_model_may_do_one_again(self, model: Model, images: Path, tmp_path: Path) -> None:
+        segment(model, images, tmp_path, ASKED)
+        record = json.loads((tmp_path / "predictions.json").read_text())
+        rows = (tmp_path / "quality.csv").read_text()
+        assert len(segment(model, images / f"{CASES[0]}.nii.gz", tmp_path, replace(ASKED, force=True))[0]) == 4
+        assert json.loads((tmp_path / "predictions.json").read_text()) == record
+        assert (tmp_path / "quality.csv").read_text() == rows
+        assert segment(model, images, tmp_path, ASKED)[0] == []
+
+    def test_old_maps_stay_with_an_old_label_map(self, model: Model, images: Path, tmp_path: Path) -> None:
+        """What cannot be written takes nothing away."""
+        out = tmp_path / "out"
+        segment(model, images, out, ASKED)
+        before = sorted(out.rglob("*"))
+        (out / f"{CASES[0]}.nii.gz").unlink()
+        (out / f"{CASES[0]}.nii.gz").mkdir()
+        with pytest.raises(RunError, match="cannot write"):
+            segment(model, images, out, replace(ASKED, force=True))
+        assert sorted(out.rglob("*")) == before
+
+    def test_a_run_that_is_cut_short_keeps_what_it_had(self, model: Model, images: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        (out / f"{CASES[1]}.nii.gz").mkdir(parents=True)
+        with pytest.raises(RunError, match="cannot write"):
+            segment(model, images, out, ASKED)
+        assert list(read_quality(out)) == [CASES[0]]
+        (out / f"{CASES[1]}.nii.gz").rmdir()
+        assert len(segment(model, images, out, ASKED)[0]) == 4
+        rows = csv.DictReader((out / "quality.csv").read_text().splitlines())
+        assert {row["study"] for row in rows} == set(CASES)
+
+    def test_a_map_that_cannot_be_taken_away_is_told_in_a_line(self, tmp_path: Path) -> None:
+        map_file(tmp_path, "x", "entropy").mkdir(parents=True)
+        with pytest.raises(RunError, match="cannot write"):
+            discard_confidence(tmp_path, "x")
 
     def test_one_network_is_told_to_have_nobody_to_disagree_with(
         self, model: Model, images: Path, tmp_path: Path
@@ -195,6 +268,51 @@ class TestCombine:
             combine(one, "--out", tmp_path)
         combine(one, "--out", tmp_path, "--force")
 
+    def test_a_folder_of_predictions_is_not_written_to(self, made: Path) -> None:
+        before = {path: path.read_bytes() for path in made.iterdir() if path.is_file()}
+        with pytest.raises(RunError, match="holds results of `volseg predict`"):
+            combine(made, "--out", made, "--force")
+        assert {path: path.read_bytes() for path in made.iterdir() if path.is_file()} == before
+
+    def test_nothing_is_written_where_one_target_is_there(self, made: Path, tmp_path: Path) -> None:
+        (tmp_path / f"{CASES[1]}.nii.gz").write_text("mine")
+        with pytest.raises(RunError, match=f"{CASES[1]}.nii.gz exists already"):
+            combine(made, "--out", tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [f"{CASES[1]}.nii.gz"]
+
+    def test_other_labels_are_not_replaced_unasked(self, made: Path, tmp_path: Path) -> None:
+        other = schema_from_names({1: "liver"}).model_dump_json()
+        (tmp_path / "labels.json").write_text(other)
+        with pytest.raises(RunError, match=r"labels\.json is of other labels"):
+            combine(made, "--out", tmp_path)
+        assert [path.read_text() for path in tmp_path.iterdir()] == [other]
+        combine(made, "--out", tmp_path, "--force")
+        assert "Anterior" in (tmp_path / "labels.json").read_text()
+
+    def test_studies_of_other_labels_are_not_put_into_one_folder(self, made: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "scores"
+        shutil.copytree(made / "scores", folder)
+        scores = read_scores(folder / f"{CASES[1]}.scores.npz")
+        other = schema_from_names({1: "front", 2: "back"})
+        write_scores(folder / f"{CASES[1]}.scores.npz", replace(scores, schema=other))
+        with pytest.raises(VolumeError, match="other labels"):
+            combine(folder, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_what_a_kill_left_is_no_study(self, made: Path, tmp_path: Path) -> None:
+        shutil.copy(made / "scores" / f"{CASES[0]}.scores.npz", tmp_path / f".writing-x-{CASES[0]}.scores.npz")
+        with pytest.raises(VolumeError, match="no file that ends in"):
+            combine(tmp_path, "--out", tmp_path / "out")
+        shutil.copy(made / "scores" / f"{CASES[1]}.scores.npz", tmp_path)
+        combine(tmp_path, "--out", tmp_path / "out")
+        assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [f"{CASES[1]}.nii.gz"]
+
+    def test_all_models_are_named(self, made: Path) -> None:
+        one = made / "scores" / f"{CASES[0]}.scores.npz"
+        scores = read_scores(one)
+        found = segment_scores([scores, scores, replace(scores, made_by=("volseg other", "2"))])
+        assert found.algorithm == Algorithm("volseg small and volseg other", "0 and 2")
+
     def test_inputs_are_of_the_same_studies(self, made: Path, tmp_path: Path) -> None:
         one = made / "scores" / f"{CASES[0]}.scores.npz"
         with pytest.raises(VolumeError, match=f"no scores of {CASES[1]}"):
@@ -208,10 +326,10 @@ def test_the_worst_are_told_first(made: Path, capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     found = {name: estimate.mean for name, estimate in read_quality(made).items()}
     first = min(found, key=lambda name: found[name] or 0)
-    assert lines[0] == "Dice to expect by the model's own probabilities, lowest first:"
+    assert lines[0] == "Dice to expect by the model's own probabilities, to look at first:"
     assert lines[1] == f"  {first}: {found[first]:.3f}"
     rows = list(csv.DictReader((made / "quality.csv").read_text().splitlines()))
     assert rows[0]["study"] == first
-    assert json.loads((made / "quality.json").read_text())["studies"][first]["mean"] == found[first]
+    assert json.loads((made / "quality" / f"{first}.quality.json").read_text())["mean"] == found[first]
     tell_quality(tmp_path)
     assert capsys.readouterr().out == ""

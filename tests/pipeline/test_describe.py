@@ -5,13 +5,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from pipeline.bundle import BundleFacts, save_bundle
 from pipeline.describe import facts_of
+from pipeline.errors import RunError
+from pipeline.files import write_json
+from pipeline.folds import Folds, write_folds
 from pipeline.manifest import Dataset
 from pipeline.models.registry import build_network
 from pipeline.plan import Plan
+from pipeline.report_values import read_report
+
+from .test_compare import report
 
 
 def told(path: Path) -> dict[str, str]:
@@ -40,3 +47,23 @@ def test_what_is_unusual_in_a_network_is_told(small_dataset: Dataset, small_plan
     )
     save_bundle(tmp_path / "bundle", network.state_dict(), facts)
     assert told(tmp_path / "bundle")["network"] == "unet, features 4 8, block residual, deep supervision True"
+
+
+def test_a_run_tells_the_dice_of_its_reports(tmp_path: Path) -> None:
+    """Not the one from before the folds agreed on mirrored passes, which the end of a fold wrote down."""
+    write_folds(Folds(count=2, seed=0, fixed=False, fold_of={}, cases=()), tmp_path / "folds.json")
+    (tmp_path / "dataset.json").write_text("{}")
+    write_json(tmp_path / "fold_0" / "done.json", {"steps": 3, "seconds": 90, "dice": {"out_of_fold_dice/mean": 0.1}})
+    write_json(tmp_path / "fold_0" / "report.json", report({"x": [0.5, None], "y": [0.7, None]}).to_json())
+    found = told(tmp_path)
+    assert found["fold 0"] == "3 steps in 1.5 minutes; Dice a 0.600, mean 0.600"
+    assert found["fold 1"] == "not finished"
+
+
+def test_a_report_that_is_none_is_named(tmp_path: Path) -> None:
+    for text, reason in (("{", "cannot be read as a report"), ("[]", "not an evaluation report"), ("{}", "settings")):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(RunError, match=rf"report\.json: .*{reason}"):
+            read_report(tmp_path / "report.json")
+    with pytest.raises(RunError, match="FileNotFoundError"):
+        read_report(tmp_path / "nothing.json")

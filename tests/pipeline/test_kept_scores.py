@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.lib.format as npy
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.combining import segment_scores
 from pipeline.errors import ConfigError, VolumeError
-from pipeline.kept_scores import LEVELS, Grids, Keeper, KeptScores, kept_bytes, read_scores, write_scores
+from pipeline.kept_scores import (
+    LEVELS,
+    Grids,
+    Keeper,
+    KeptScores,
+    kept_scores_bytes,
+    read_header,
+    read_scores,
+    write_scores,
+)
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema, Region, schema_from_names
 from transforms.resample import move_argmax, move_regions
@@ -60,7 +73,7 @@ class TestByHand:
     def test_the_likeliest_and_their_levels(self) -> None:
         found = kept([[0.2, 1.0], [0.5, 0.0], [0.0, 0.0], [0.3, 0.0]], 2)
         assert found.outputs[:, 0, 0, 0].tolist() == [1, 3]
-        assert found.levels[:, 0, 0, 0].tolist() == [round(0.5 * LEVELS), round(0.3 * LEVELS)]
+        assert found.levels[:, 0, 0, 0].tolist() == [127, 76]  # half a level is none
         # What has no probability says nothing, so that it packs well.
         assert (found.outputs[:, 1, 0, 0].tolist(), found.levels[:, 1, 0, 0].tolist()) == ([0, 0], [LEVELS, 0])
 
@@ -101,9 +114,42 @@ class TestByHand:
         found = segment_scores([kept(line, 2, REGIONS)], {"whole": 0.4, "core": 0.3}).label_map
         assert found.reshape(-1).tolist() == [2, 1, 1]
 
-    def test_bytes(self) -> None:
-        keeper = Keeper((4, 5, 6), ABC, 3)
-        assert keeper.outputs.nbytes + keeper.levels.nbytes == kept_bytes(120, ABC.output_count, 3)
+    def test_of_regions_all_are_kept(self) -> None:
+        """Of nested ones the innermost paints last, and is never the likeliest."""
+        inner = LabelSchema(
+            labels=schema_from_names({1: "oedema", 2: "core", 3: "enhancing"}).labels,
+            regions=(
+                Region(name="whole", labels=("oedema", "core", "enhancing"), paints="oedema"),
+                Region(name="core region", labels=("core", "enhancing"), paints="core"),
+                Region(name="enhancing region", labels=("enhancing",), paints="enhancing"),
+            ),
+        )
+        line = [[0.99, 0.99, 0.99, 0.2], [0.95, 0.95, 0.3, 0.2], [0.9, 0.2, 0.2, 0.2]]
+        assert segment_scores([kept(line, 1, inner)]).label_map.reshape(-1).tolist() == [3, 2, 1, 0]
+
+    def test_a_region_of_exactly_a_half_is_not_over_it(self) -> None:
+        above = float(np.nextafter(np.float32(0.5), np.float32(1)))
+        line = [[0.5, above], [0.1, 0.1]]
+        assert segment_scores([kept(line, 2, REGIONS)]).label_map.reshape(-1).tolist() == [0, 2]
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    @pytest.mark.parametrize("classes", [5, 6, 7, 9, 40])
+    def test_what_is_left_is_less_than_what_won(self, classes: int, count: int) -> None:
+        """All as likely but one, a little: what is left of each class rounds to more than what that one has."""
+        schema = schema_from_names({n: f"label {n}" for n in range(1, classes)})
+        for winner in (1, classes - 1):
+            line = torch.full((classes, 1), 1 / classes - 1e-4)
+            line[winner] += classes * 1e-4
+            scores = kept(line, count, schema)
+            assert segment_scores([scores]).label_map.item() == winner
+            # Nor does it pass the least likely that is kept.
+            dense = scores.dense(0, 0, 1).flatten()
+            assert dense.argsort(descending=True)[:count].tolist() == scores.outputs.flatten().tolist()
+
+    @pytest.mark.parametrize(("schema", "count"), [(ABC, 3), (ABC, 9), (REGIONS, 1), (REGIONS, 0)])
+    def test_bytes(self, schema: LabelSchema, count: int) -> None:
+        keeper = Keeper((4, 5, 6), schema, count)
+        assert keeper.outputs.nbytes + keeper.levels.nbytes == kept_scores_bytes(120, schema, count)
 
 
 class TestAgainstAllScores:
@@ -192,5 +238,69 @@ class TestFiles:
         with zipfile.ZipFile(tmp_path / "x.scores.npz", "w") as archive:
             for name in ("header", "outputs", "levels"):
                 archive.writestr(f"{name}.npy", stream.getvalue())
-        with pytest.raises(VolumeError, match="damaged or something else"):
+        with pytest.raises(VolumeError, match=r"a header of .* object"):
             read_scores(tmp_path / "x.scores.npz")
+
+    def test_a_header_is_read_alone(self, tmp_path: Path) -> None:
+        scores = kept(drawn(4, (5, 6, 7)), 3)
+        write_scores(tmp_path / "x.scores.npz", scores)
+        rewrite(tmp_path / "x.scores.npz", levels=b"", outputs=b"")
+        found = read_header(tmp_path / "x.scores.npz")
+        assert (found.schema, found.made_by, found.models) == (scores.schema, scores.made_by, scores.models)
+        assert found.grids.difference(scores.grids) is None
+
+    @pytest.mark.parametrize("name", ["grid", "field", "box", "source"])
+    @pytest.mark.parametrize("wrong", ["large", "turned", "flat"])
+    def test_grids_that_scores_cannot_come_to(self, tmp_path: Path, name: str, wrong: str) -> None:
+        path = tmp_path / "x.scores.npz"
+        write_scores(path, kept(drawn(4, (5, 6, 7)), 3))
+        with np.load(path) as arrays:
+            header = json.loads(bytes(arrays["header"]))
+        turned = np.eye(4)
+        turned[:3, :3] = [[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]
+        header["grids"][name] |= {
+            "large": {"shape": [2**15, 2**15, 2**15]},
+            "turned": {"affine_ras": turned.tolist()},
+            "flat": {"shape": [5, 6, float("inf")]},
+        }[wrong]
+        rewrite(path, header=npy_of(np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)))
+        with pytest.raises(VolumeError, match="no kept scores"):
+            read_scores(path)
+
+    def test_nothing_is_unpacked_that_does_not_fit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "x.scores.npz"
+        write_scores(path, kept(drawn(4, (5, 6, 7)), 3))
+        read, seen = npy.read_array, []
+
+        def counted(member: Any, **options: Any) -> Any:
+            seen.append(member.name)
+            return read(member, **options)
+
+        monkeypatch.setattr(npy, "read_array", counted)
+        # Of a thousand times as many voxels as the grid has, and of another type.
+        for wrong in (np.zeros((3, 50, 60, 70), np.uint8), np.zeros((3, 5, 6, 7), np.float64)):
+            rewrite(path, levels=npy_of(wrong))
+            with pytest.raises(VolumeError, match="no kept scores"):
+                read_scores(path)
+        assert set(seen) == {"header.npy"}
+
+    def test_regions_of_which_some_were_not_kept_are_refused(self, tmp_path: Path) -> None:
+        scores = kept([[0.9], [0.8]], 2, REGIONS)
+        write_scores(tmp_path / "x.scores.npz", replace(scores, outputs=scores.outputs[:1], levels=scores.levels[:1]))
+        with pytest.raises(VolumeError, match="no kept scores"):
+            read_scores(tmp_path / "x.scores.npz")
+
+
+def npy_of(array: npt.NDArray[Any]) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def rewrite(path: Path, **members: bytes) -> None:
+    """Other bytes for arrays of a file."""
+    with zipfile.ZipFile(path) as archive:
+        there = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (there | {f"{name}.npy": content for name, content in members.items()}).items():
+            archive.writestr(name, content)

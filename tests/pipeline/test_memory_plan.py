@@ -10,17 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from pipeline import predict as predict_module
+from pipeline import settled_memory
 from pipeline.bundle import load_bundle
+from pipeline.confidence import MOVING_BYTES
 from pipeline.errors import PlanError
 from pipeline.free_memory import _group_bytes, free_bytes, held_bytes
 from pipeline.memory_plan import Demand, plan_memory
 from pipeline.network_memory import answer_bytes
 from pipeline.plan import Plan
-from pipeline.predict import Model, PredictSettings, explain
+from pipeline.predict import Model, PredictSettings, explain, predict
 from transforms.geometry import Geometry
+from transforms.volume import Volume
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -101,6 +106,58 @@ class TestUncertainty:
         ring = plans["asked"]["network"]["unfinished scores"] - plans["plain"]["network"]["unfinished scores"]
         # One channel more of a ring that holds three of them and the coverage.
         assert ring == plans["plain"]["network"]["unfinished scores"] / 4
+
+    def test_finished_maps_are_as_large_as_the_study(self, small_bundle: Path) -> None:
+        """Of twice as fine a grid along each axis as the network's."""
+        bundle = load_bundle(small_bundle)
+        mirrored = replace(bundle, plan=bundle.plan.model_copy(update={"mirror_axes": (1,)}))
+        source = Geometry((128, 160, 192), np.diag([0.5, 0.5, 0.5, 1.0]))
+        plan = explain(Model((mirrored,)), source, settings=self.ASKED, device=CPU)
+        stages, voxels = {stage.name: dict(stage.parts) for stage in plan.stages}, 64 * 80 * 96
+        # On the network's grid two maps in half precision, and the numbers and levels of two classes.
+        assert stages["restoring"]["uncertainty and scores"] == (2 * 2 + 2 * 2) * voxels
+        # Then two maps of bytes on the study's, and the same scores; the first map while the second is moved.
+        assert stages["labels"]["uncertainty and scores"] == 2 * 8 * voxels + 2 * 2 * voxels
+        assert stages["uncertainty"]["work"] == (MOVING_BYTES + 1) * 8 * voxels
+
+
+class TestSettled:
+    """A process of 1 GB that grows by what a first prediction brings, which is counted before and not again."""
+
+    @pytest.fixture
+    def process(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        held = [10**9]
+        monkeypatch.setattr(settled_memory, "_COME", settled_memory._Come())
+        for module in (settled_memory, predict_module):
+            monkeypatch.setattr(module, "held_bytes", lambda: held[0])
+        return held
+
+    def test_the_second_study_is_planned_as_the_first(self, small_bundle: Path, process: list[int]) -> None:
+        model, settings = Model((load_bundle(small_bundle),)), PredictSettings(False)
+        voxels = np.random.default_rng(0).normal(size=(24, 36, 28)).astype(np.float32)
+        volume = Volume(voxels, Geometry(voxels.shape, np.eye(4)), None, 0.0)
+        first = explain(model, volume.geometry, settings=settings, device=CPU)
+        process[0] += voxels.nbytes
+        predict(model, [volume], settings=settings, device=CPU)
+        process[0] += settled_memory.PREDICTING_BYTES - voxels.nbytes
+        second = explain(model, volume.geometry, settings=settings, device=CPU)
+        assert second.stages == first.stages
+        # Nor where others are read and written beside it.
+        beside = replace(settings, held_bytes=settled_memory.settled_bytes(cleans=False))
+        assert explain(model, volume.geometry, settings=beside, device=CPU).stages == first.stages
+
+    def test_what_planning_and_the_first_post_processing_bring(self, process: list[int]) -> None:
+        predicting, cleaning = settled_memory.PREDICTING_BYTES, settled_memory.CLEANING_BYTES
+        before = settled_memory.settled_bytes(cleans=True)
+        assert before == 10**9 + predicting + cleaning
+        with settled_memory.planning():
+            process[0] += 10**7
+        assert settled_memory.settled_bytes(cleans=True) == before
+        settled_memory.note_prediction(cleaned=False)
+        process[0] = 10**9 + predicting
+        assert settled_memory.settled_bytes(cleans=True) == before
+        settled_memory.note_prediction(cleaned=True)
+        assert settled_memory.settled_bytes(cleans=True) == process[0] == settled_memory.settled_bytes(cleans=False)
 
 
 class TestExplain:
@@ -200,8 +257,10 @@ try:
     voxels = torch.nn.functional.interpolate(coarse, size=tuple(shape), mode="trilinear")[0, 0].numpy()
     volume = Volume(voxels, geometry, None, float(voxels.min()))
     del coarse
-    found = predict(model, [volume], settings=settings, device=torch.device("cpu"))
-    digest = hashlib.sha256(found.label_map.tobytes()).hexdigest()
+    for _ in range(2):
+        found = predict(model, [volume], settings=settings, device=torch.device("cpu"))
+        digest = hashlib.sha256(found.label_map.tobytes()).hexdigest()
+        del found
 except PlanError as caught:
     error = str(caught)
 status = Path("/proc/self/status").read_text().splitlines()
@@ -213,6 +272,7 @@ print(json.dumps({"peak": peak, "digest": digest, "planned": planned, "error": e
 def predict_within(
     limit: int | None, plan: Plan, folder: Path, *, shape: tuple[int, int, int], mirror: bool, asked: bool
 ) -> dict[str, Any]:
+    """Two equal studies, one after the other."""
     (folder / "plan.json").write_text(plan.model_dump_json())
     command = [sys.executable, "-c", WORKER, str(folder / "plan.json"), json.dumps([shape, mirror, limit, asked])]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

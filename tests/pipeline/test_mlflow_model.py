@@ -9,15 +9,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from pipeline.bundle import BundleFacts, find_bundles, load_bundle, save_bundle
 from pipeline.errors import VolumeError
-from pipeline.mlflow_model import _affine_ras
+from pipeline.mlflow_model import _affine_ras, _refuse_to_replace
 from pipeline.models.registry import build_network
 from pipeline.models.spec import UNetSpec
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.predict import Model, PredictSettings, predict
+from pipeline.results import record_sources
+from pipeline.studies import Study
 from pipeline.tracking import ModelCard, embedded_store, open_tracker
 from transforms.geometry import Geometry
 from transforms.intensity_spec import Normalisation
@@ -184,6 +187,24 @@ class TestPaths:
             model.predict(str(folder / "inside" / "other"), params={"out": str(tmp_path)})
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_root_keeps_what_lies_below_a_study_inside(self, tracked: tuple[Path, str], tmp_path: Path) -> None:
+        """A file in a study's folder that is a link, and voxels beside their header that are one."""
+        folder, _ = tracked
+        root = tmp_path / "root"
+        write_study(root / "study", seed=0)
+        model = loaded(tracked, model_config={"root": str(root)})
+        assert len(model.predict(str(root / "study"))) == 1
+        (root / "study" / "slices").mkdir()
+        (root / "study" / "slices" / "0001.dcm").symlink_to(folder / "study" / "case_0000.nii.gz")
+        with pytest.raises(VolumeError, match=r"0001\.dcm: not inside the folder"):
+            model.predict(str(root / "study"))
+        image = sitk.ReadImage(str(folder / "study" / "case_0000.nii.gz"))
+        sitk.WriteImage(image, str(root / "one.mhd"))
+        (root / "one.raw").rename(tmp_path / "one.raw")
+        (root / "one.raw").symlink_to(tmp_path / "one.raw")
+        with pytest.raises(VolumeError, match=r"one\.raw: not inside the folder"):
+            model.predict(str(root / "one.mhd"))
+
     def test_the_scoring_server_answers(self, tracked: tuple[Path, str], tmp_path: Path) -> None:
         """MLflow's own application, as `mlflow models serve` starts it, and its own input example's form."""
         from mlflow.pyfunc.scoring_server import invocations
@@ -198,6 +219,69 @@ class TestPaths:
         request["params"] = {"out": str(tmp_path)}
         answer = invocations(json.dumps(request), "application/json", model, schema)
         assert json.loads(answer.response) == {"predictions": [str(tmp_path / "case.nii.gz")]}
+
+
+class TestWhatIsWritten:
+    """No label map takes the place of an image, or of another patient's label map."""
+
+    @pytest.fixture
+    def studies(self, tmp_path: Path) -> tuple[Path, Path]:
+        """Two patients' studies, both called case."""
+        for number, name in enumerate(("p1", "p2")):
+            write_study(tmp_path / name, seed=number)
+        return tmp_path / "p1", tmp_path / "p2"
+
+    def test_studies_of_one_name_are_refused_before_anything_is_written(
+        self, tracked: tuple[Path, str], studies: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        model, out = loaded(tracked), tmp_path / "out"
+        with pytest.raises(VolumeError, match=r"p1/case_0000\S+ and \S+p2/case_0000\S+ would both be written as case;"):
+            model.predict([str(study) for study in studies], params={"out": str(out)})
+        assert not out.exists()
+        assert len(model.predict([str(study) for study in studies])) == 2
+        once = str(studies[0])
+        assert model.predict([once, once], params={"out": str(out)}) == [str(out / "case.nii.gz")] * 2
+
+    def test_another_studys_label_map_stays(
+        self, tracked: tuple[Path, str], studies: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        model, out = loaded(tracked), {"out": str(tmp_path / "out")}
+        (file,) = model.predict(str(studies[0]), params=out)
+        first = Path(file).read_bytes()
+        with pytest.raises(VolumeError, match=r"out/case\.nii\.gz: stands there, and not as what was made from \S+p2/"):
+            model.predict(str(studies[1]), params=out)
+        assert Path(file).read_bytes() == first
+        Path(file).write_bytes(b"")
+        assert model.predict(str(studies[0]), params=out) == [file]
+        assert Path(file).read_bytes() == first
+
+    def test_one_that_came_meanwhile_stays(
+        self, tracked: tuple[Path, str], studies: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        """Another request writes the file while this one's study passes through the network."""
+        raw, out = loaded(tracked).get_raw_model(), tmp_path / "out"
+        segment = raw._segment
+
+        def meanwhile(channels: Any) -> Any:
+            out.mkdir(exist_ok=True)
+            (out / "case.nii.gz").write_bytes(b"theirs")
+            return segment(channels)
+
+        raw._segment = meanwhile
+        with pytest.raises(VolumeError, match="stands there"):
+            raw.predict([str(studies[0])], {"out": str(out)})
+        assert (out / "case.nii.gz").read_bytes() == b"theirs"
+
+    def test_the_image_itself_stays(self, tmp_path: Path) -> None:
+        image = tmp_path / "scan.nii.gz"
+        nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), image)
+        before, study = image.read_bytes(), Study("scan", (image,))
+        with pytest.raises(VolumeError, match=r"scan\.nii\.gz: stands there"):
+            _refuse_to_replace(study, tmp_path)
+        record_sources(tmp_path, "scan", [image])
+        with pytest.raises(VolumeError, match=r"scan\.nii\.gz: stands there"):
+            _refuse_to_replace(study, tmp_path)
+        assert image.read_bytes() == before
 
 
 def test_arrays_on_the_plans_grid_go_past_the_signature(tracked: tuple[Path, str]) -> None:

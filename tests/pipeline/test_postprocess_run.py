@@ -28,7 +28,13 @@ from pipeline.interop.exporting import export_model
 from pipeline.kept_scores import Grids, Keeper, KeptScores, write_scores
 from pipeline.manifest import Case, Channel, Dataset, Manifest
 from pipeline.plan import Plan
-from pipeline.postprocess_run import find_postprocessing, store_postprocessing, with_postprocessing
+from pipeline.postprocess_run import (
+    find_postprocessing,
+    settle_postprocessing,
+    store_postprocessing,
+    want_postprocessing,
+    with_postprocessing,
+)
 from pipeline.postprocessing import Action, Found, PostProcessing
 from pipeline.postprocessing_tables import honesty, postprocessing_tables
 from pipeline.predict import Model, PredictSettings, explain, predict
@@ -240,8 +246,12 @@ class TestChoice:
 
         found = found_in(tmp_path, small_plan, predicted, expected)
         assert found.chosen is None
-        assert found.note.startswith("nothing chosen: with all that was chosen, a label of a case loses 0.0")
+        assert found.note.startswith("nothing chosen: of 41 actions ")
         assert not any(row.is_chosen for row in found.tried)
+        assert any(row.why.startswith("done, it costs a label of a case 0.0") for row in found.tried)
+        # Nor does it look better in the figures that are to be honest: the folds choose as all do.
+        assert [choice.actions for choice in found.folds] == [(), ()]
+        assert found.effects == ()
 
     def test_too_few_patients_or_folds(self, helped: tuple[Run, Report, Found]) -> None:
         run, report, _ = helped
@@ -360,6 +370,20 @@ class TestStoring:
         assert report.postprocessing is not None
         assert report.postprocessing.chosen is None
         assert self.model(run, 0, 1).postprocessing is None
+
+    def test_none_stays_none_until_it_is_asked_for(self, run: Run, helped: tuple[Run, Report, Found]) -> None:
+        few = helped[1].model_copy(update={"cases": helped[1].cases[:3]})
+        store_postprocessing(run, [0, 1], self.ANTERIOR)
+        want_postprocessing(run, False)
+        for _ in range(2):  # as a cross-validation of the finished run does, as often as it is run
+            report = with_postprocessing(run, [0, 1], few, Silence())
+            assert report.postprocessing is not None
+            assert report.postprocessing.note.startswith("none is wanted (`volseg postprocess RUN --none`)")
+            assert "None is wanted" in page_of(report, RunFacts("world"))
+            assert self.model(run, 0, 1).postprocessing is None
+        want_postprocessing(run, True)
+        found = settle_postprocessing(run, [0, 1], few, Silence())
+        assert found == find_postprocessing(run, few, Silence())
 
     def test_an_ensemble_that_disagrees_is_refused_unless_it_is_left_out(
         self, run: Run, small_dataset: Dataset

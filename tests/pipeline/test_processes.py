@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import processes
 from pipeline.device import Hardware
 from pipeline.history import HISTORY
 from pipeline.plan import Plan
-from pipeline.processes import open_fabric
+from pipeline.processes import open_fabric, require_shared
 from pipeline.train import train
 
 from .tiny_training import Listener, same
@@ -87,3 +88,17 @@ def test_all_refuse_a_folder_that_is_not_the_same_for_all(folder: Path, found: l
             "choose an --out on a disk that all of them share"
         )
     assert not list((folder / "shared").iterdir())
+
+
+def test_two_trainings_may_ask_of_one_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two folds of a run do: here the second asks while the first still looks for its mark."""
+    fabric, look = open_fabric(ONE), processes._comes_to_hold
+
+    def another_asks_first(file: Path, word: str, within_s: float) -> bool:
+        monkeypatch.setattr(processes, "_comes_to_hold", look)
+        require_shared(fabric, tmp_path, within_s=0.5)
+        return look(file, word, within_s)
+
+    monkeypatch.setattr(processes, "_comes_to_hold", another_asks_first)
+    require_shared(fabric, tmp_path, within_s=0.5)
+    assert not list(tmp_path.iterdir())

@@ -70,6 +70,8 @@ class TestAgainstDecidingAgain:
                 gains = [_gain(before, after, classes, c) for c in (1, 2, 3)]
                 assert effect.before == pytest.approx(dice(before == own, classes == own, classes != 4))
                 assert effect.after == pytest.approx(effect.before + sum(gains)), action.words
+                assert effect.total == pytest.approx(sum(gains))
+                assert effect.worst == pytest.approx(min(gains))
                 assert effect.is_changed == bool((before != after).any())
                 changed += effect.is_changed
         assert changed > 50
@@ -88,6 +90,7 @@ class TestAgainstDecidingAgain:
             truth = np.isin(classes, union)
             assert effect.before == pytest.approx(dice(level[number] > 0.5 * LEVELS, truth, counted))
             assert effect.after == pytest.approx(dice(level[number] > action.threshold * LEVELS, truth, counted))
+            assert effect.total == effect.worst == effect.after - effect.before
             assert effect.is_changed
 
 

@@ -235,6 +235,24 @@ def test_a_model_of_several_bundles_is_registered_once(runs: Path) -> None:
     assert sorted(path.parent.name for path in location.glob("model/*/bundle")) == ["fold_0", "fold_1"]
 
 
+def test_a_version_that_was_made_before_a_kill_is_noted_by_the_next_try(runs: Path) -> None:
+    """Between the creation of a version and the tag by which the run's page finds it."""
+    from pipeline.tracking.logged_model import register
+
+    folder = runs / "fold_0"
+    with track(folder, Warnings()) as tracker:
+        tracker.model([write_bundle(folder / "bundle")], replace(CARD, register_as="liver"))
+    client, key = client_of(embedded_store(runs)), "mlflow.modelVersions"
+    run = runs_in(embedded_store(runs))["fold_0"]
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    noted = model.tags[key]
+    assert json.loads(noted) == [{"name": "liver", "version": 1}]
+    client.delete_logged_model_tag(model.model_id, key)
+    for _ in range(2):
+        assert register(client, "liver", model.model_id, run_id=run.info.run_id) == 1
+        assert client.get_logged_model(model.model_id).tags[key] == noted
+
+
 def test_a_note_links_to_the_artifacts_of_its_run(runs: Path) -> None:
     for text in ("[report](artifact:report.html)", "[page](artifact:overlays/worst.png)"):
         with track(runs / "fold_0", Warnings()) as tracker:

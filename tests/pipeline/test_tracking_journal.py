@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import embedded_store, null_tracker, open_tracker, page_address, page_command
 from pipeline.tracking.delivery import Deliverer
 from pipeline.tracking.journal import JOURNAL_NAME, Journal, read_facts
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import JournalTracker, discreet_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +49,24 @@ def test_a_disk_that_was_full_leaves_no_half_line(tmp_path: Path) -> None:
     journal.append("end", {"status": "FINISHED"})
     journal.release()
     assert [(fact.number, fact.kind) for fact in read_facts(tmp_path)] == [(1, "start"), (2, "end")]
+
+
+def test_one_that_was_released_takes_nothing_and_cuts_nothing_off(tmp_path: Path) -> None:
+    late = Journal(tmp_path)
+    late.append("start", {"key": "k"})
+    late.release()
+    owner = Journal(tmp_path)
+    owner.append("resume", {"tags": {}})
+    with pytest.raises(RunError, match="was released"):
+        late.append("metrics", {"step": 1, "values": {}})
+    owner.release()
+    assert [fact.kind for fact in read_facts(tmp_path)] == ["start", "resume"]
+
+
+def test_the_home_folder_is_not_told_and_others_stay() -> None:
+    home = Path.home()
+    told = discreet_text(f"{home}, {home}/scan, file://{home} {home}er/scan /data{home}/scan")
+    assert told == f"~, ~/scan, file://~ {home}er/scan /data{home}/scan"
 
 
 class Nowhere:

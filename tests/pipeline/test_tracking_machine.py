@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +33,52 @@ def test_the_processor_is_busy_where_time_went_into_work() -> None:
     before, now = (100.0, 1000.0), (175.0, 1100.0)
     assert machine._busy(before, now) == {"system/cpu_utilization_percentage": 75.0}
     assert machine._busy(None, now) == machine._busy(now, now) == {}
+
+
+def test_of_gpus_only_those_that_are_computed_on_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask CUDA for the memory of a GPU begins a context on it, some hundred MB that others may need."""
+    asked = list[int]()
+
+    def free_and_total(number: int) -> tuple[float, float]:
+        asked.append(number)
+        return 1e9, 4e9
+
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 4,
+        memory_reserved=lambda number: 2e9 if number == 2 else 0,
+        mem_get_info=free_and_total,
+        utilization=lambda _: 60,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert machine._accelerators() == {
+        "gpu_2_memory_usage_megabytes": 3000.0,
+        "gpu_2_memory_usage_percentage": 75.0,
+        "gpu_2_utilization_percentage": 60.0,
+    }
+    assert asked == [2]
+
+
+def test_nothing_is_told_once_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by a driver that answers when nobody waits for it any more."""
+    begun, answering, told = Event(), Event(), list[machine.Figures]()
+
+    def slow(_: Path) -> machine.Figures:
+        begun.set()
+        assert answering.wait(10)
+        return {"system/x": 1.0}
+
+    monkeypatch.setattr(machine, "_FIRST_S", 0.01)
+    monkeypatch.setattr(machine, "_INTERVAL_S", 0.01)
+    monkeypatch.setattr(machine, "machine_figures", slow)
+    sampler = machine.Sampler(told.append, tmp_path)
+    sampler.start()
+    assert begun.wait(10)
+    sampler.stop()
+    answering.set()
+    sampler._thread.join(10)
+    assert not sampler._thread.is_alive()
+    assert told == []
 
 
 def test_a_fold_tells_of_the_machine_and_goes_on_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

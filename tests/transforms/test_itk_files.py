@@ -14,7 +14,8 @@ from scipy.spatial.transform import Rotation
 
 from transforms.errors import VolumeError
 from transforms.geometry import Geometry
-from transforms.volume import read_label, read_volume
+from transforms.itk_files import file_of_voxels
+from transforms.volume import read_grid, read_label, read_volume
 
 VALUES = np.arange(60, dtype=np.int16).reshape(5, 4, 3) - 7
 TO_RAS = {"RAS": (1, 1, 1), "LAS": (-1, 1, 1), "LPS": (-1, -1, 1)}
@@ -283,3 +284,65 @@ def test_damage_anywhere_is_a_volume_error(tmp_path: Path, kind: str) -> None:
             outcomes["read"] += 1
             assert isinstance(volume.geometry, Geometry)
     assert min(outcomes.values()) > 5
+
+
+class TestVoxelsElsewhere:
+    """A header from a stranger names no file but one beside it, however it puts the name."""
+
+    @pytest.fixture
+    def secret(self, tmp_path: Path) -> Path:
+        (tmp_path / "secret").mkdir()
+        write_meta(tmp_path / "secret" / "s.mhd", VALUES + 1)
+        return tmp_path / "secret" / "s.raw"
+
+    def refused(self, path: Path) -> None:
+        for read in (read_volume, read_grid):
+            with pytest.raises(VolumeError, match=r"not one file beside it|no 'ElementDataFile =' where") as caught:
+                read(path)
+            assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("named", ["{secret}", "../inside/../secret/s.raw", "..\\secret\\s.raw"])
+    @pytest.mark.parametrize("name", ["a.mhd", "a.nhdr"])
+    def test_a_path(self, tmp_path: Path, secret: Path, name: str, named: str) -> None:
+        (tmp_path / "inside").mkdir()
+        write = write_meta if name == "a.mhd" else write_nrrd
+        path = write(tmp_path / "inside" / name)
+        self.refused(replaced(path, b"a.raw", named.format(secret=secret).encode()))
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            "Comment = ElementDataFile\nElementDataFile = ../secret/s.raw",
+            "ElementDataFile : ../secret/s.raw",
+            "Comment = x\rElementDataFile = a.raw\nElementDataFile = ../secret/s.raw",
+            "data file = a.raw\nElementDataFile = ../secret/s.raw",
+        ],
+    )
+    def test_a_header_that_itk_reads_otherwise_than_it_looks(self, tmp_path: Path, secret: Path, lines: str) -> None:
+        """ITK itself follows each of these."""
+        (tmp_path / "inside").mkdir()
+        path = replaced(write_meta(tmp_path / "inside" / "a.mhd"), b"ElementDataFile = a.raw", lines.encode() + b"\n")
+        assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))).transpose(2, 1, 0), VALUES + 1)
+        self.refused(path)
+
+    @pytest.mark.parametrize("mark", [b"\x0b", b"\x0c", b"\x1c"])
+    def test_a_comment_that_could_pass_for_a_line(self, tmp_path: Path, secret: Path, mark: bytes) -> None:
+        (tmp_path / "inside").mkdir()
+        path = write_nrrd(tmp_path / "inside" / "a.nhdr")
+        self.refused(
+            replaced(path, b"data file: a.raw", b"data file: ../secret/s.raw\n# x" + mark + b"data file: a.raw")
+        )
+
+    def test_a_header_that_does_not_end(self, tmp_path: Path, secret: Path) -> None:
+        (tmp_path / "inside").mkdir()
+        path = write_nrrd(tmp_path / "inside" / "a.nhdr")
+        replaced(path, b"data file: a.raw", b"# x\n" * (1 << 18) + b"data file: ../secret/s.raw")
+        with pytest.raises(VolumeError, match="NRRD header does not end within 1048576 bytes"):
+            read_volume(path)
+
+    def test_a_file_beside_it_may_be_named_as_being_here(self, tmp_path: Path) -> None:
+        for path in (write_nrrd(tmp_path / "a.nhdr"), write_meta(tmp_path / "b.mhd")):
+            name = path.with_suffix(".raw").name.encode()
+            assert np.array_equal(read_volume(replaced(path, name, b"./" + name)).voxels, VALUES)
+            assert file_of_voxels(path) == path.with_suffix(".raw")
+        assert file_of_voxels(write_nrrd(tmp_path / "c.nrrd")) == tmp_path / "c.nrrd"

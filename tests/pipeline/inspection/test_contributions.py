@@ -127,8 +127,9 @@ def test_every_network_is_changed_and_is_itself_again(name: str) -> None:
 
 
 class TestDice:
-    UNTOUCHED = ({"liver": 0.9, "spleen": 0.8, "cyst": math.nan}, {"liver": 0.7, "spleen": math.nan, "cyst": math.nan})
-    CHANGED = ({"liver": 0.8, "spleen": 0.5, "cyst": 0.0}, {"liver": 0.72, "spleen": 0.0, "cyst": math.nan})
+    NAN = math.nan
+    UNTOUCHED = ({"liver": 0.9, "spleen": 0.8, "cyst": NAN}, {"liver": 0.7, "spleen": NAN, "cyst": NAN})
+    CHANGED = ({"liver": 0.8, "spleen": 0.5, "cyst": NAN}, {"liver": 0.72, "spleen": NAN, "cyst": NAN})
     CHANGE = Change("mean", 1)
 
     def found(self, names: tuple[str, ...] = ("liver", "spleen", "cyst")) -> Contributions:
@@ -138,10 +139,26 @@ class TestDice:
         found = self.found()
         assert found.dice == pytest.approx((0.85 + 0.7) / 2)
         assert found.dice_with(self.CHANGE) == pytest.approx((0.65 + 0.72) / 2)
+        assert found.falls(self.CHANGE) == pytest.approx((0.20 - 0.02) / 2)
+        assert found.falls_of_cases(self.CHANGE) == pytest.approx((0.20, -0.02))
 
-    def test_what_did_not_count_before_does_not_count_after(self) -> None:
-        assert self.found().falls(self.CHANGE) == pytest.approx((0.20 - 0.02) / 2)
-        assert self.found().falls_of_cases(self.CHANGE) == pytest.approx((0.20, -0.02))
+    def test_a_false_find_that_vanishes_is_a_rise_and_one_that_comes_a_fall(self) -> None:
+        """A reference with a liver alone, of Dice 0.9 throughout; a cyst is found where there is none, or is not."""
+        wrong, right = {"liver": 0.9, "cyst": 0.0}, {"liver": 0.9, "cyst": math.nan}
+        vanishes = Contributions("reference", ("liver", "cyst"), (wrong,), {self.CHANGE: (right,)})
+        assert (vanishes.dice, vanishes.dice_with(self.CHANGE)) == pytest.approx((0.45, 0.95))
+        assert vanishes.most_changed(self.CHANGE) == ("cyst", -1.0)
+        comes = Contributions("reference", ("liver", "cyst"), (right,), {self.CHANGE: (wrong,)})
+        assert (comes.dice, comes.dice_with(self.CHANGE)) == pytest.approx((0.95, 0.45))
+        assert comes.falls_of_cases(self.CHANGE) == pytest.approx((0.5,))
+        assert comes.most_changed(self.CHANGE) == ("cyst", 1.0)
+
+    def test_labels_of_a_case_are_the_same_in_every_row(self) -> None:
+        """What one change brings up counts in another that leaves it be, which changes nothing then."""
+        other, wrong, right = Change("cut", 1), {"liver": 0.9, "cyst": 0.0}, {"liver": 0.9, "cyst": math.nan}
+        found = Contributions("reference", ("liver", "cyst"), (right,), {self.CHANGE: (wrong,), other: (right,)})
+        assert found.falls(other) == 0.0
+        assert found.dice_with(other) == found.dice == pytest.approx(0.95)
 
     def test_the_label_that_changes_most_is_named(self) -> None:
         assert self.found().most_changed(self.CHANGE) == ("spleen", pytest.approx(0.3))

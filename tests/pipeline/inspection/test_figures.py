@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PlanError
-from pipeline.inspection.figures import ChannelSums, figures_of, record_levels, record_sums
+from pipeline.inspection.figures import MOST_SAMPLED, ChannelSums, figures_of, record_levels, record_sums
 from pipeline.inspection.levels import kind_and_level
 from pipeline.models.registry import NETWORKS, build_network
 from pipeline.models.slices import SliceNetwork
@@ -86,6 +86,33 @@ def test_sums_of_patches_are_those_of_all_their_voxels() -> None:
         torch.testing.assert_close(getattr(added, name), getattr(whole, name))
 
 
+@pytest.mark.parametrize("shape", [(256, 256, 32), (64, 96, 96), (512, 512, 2)])
+def test_every_plane_is_sampled(shape: tuple[int, int, int]) -> None:
+    """Features that are not 0 in one plane alone."""
+    for axis in range(3):
+        features = torch.zeros((1, 2, *shape))
+        first = features.select(axis + 2, 0)
+        first.copy_(torch.randn(first.shape, generator=generator()))
+        found = ChannelSums.of(features)
+        share = float((found.products.diagonal() / found.squares).mean())
+        # A sample of one in n voxels holds one nth of the squares.
+        assert share == pytest.approx(found.sampled / found.voxels, rel=0.2), axis
+        assert figures_of({"encoder 1": features})[0].effective_rank == pytest.approx(2.0, abs=0.05)
+        assert found.sampled <= MOST_SAMPLED
+
+
+def test_figures_do_not_depend_on_the_batch() -> None:
+    """How many windows pass at a time is the memory's matter; here one is far quieter than the other."""
+    features = torch.randn((2, 3, 40, 41, 43), generator=generator()).relu()
+    features[1] = 1e-4 * features[1] + 1e-5
+    (whole,), (parts,) = (
+        figures_of({"encoder 1": sums})
+        for sums in (ChannelSums.of(features), ChannelSums.of(features[:1]) + ChannelSums.of(features[1:]))
+    )
+    assert whole == parts
+    assert whole.sparsity == pytest.approx(0.25, abs=0.01)
+
+
 def test_features_that_are_not_finite_do_not_pass_for_figures() -> None:
     features = torch.ones(1, 2, 2, 2, 2)
     features[0, 0, 0, 0, 0] = math.nan
@@ -124,8 +151,9 @@ def test_every_network_names_its_levels(name: str, dimensions: Literal[2, 3]) ->
 
 
 def test_a_network_of_unknown_levels_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match=r"network Conv3d: its levels are not known.*known are UNet, DynUNet"):
-        record_levels(nn.Conv3d(1, 1, 1))
+    refused = pytest.raises(PlanError, match=r"network Conv3d: its levels are not known.*known are UNet, DynUNet")
+    with refused, record_levels(nn.Conv3d(1, 1, 1)):
+        pass
 
 
 def test_skips_are_taken_behind_the_gate_and_cropped() -> None:

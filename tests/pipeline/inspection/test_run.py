@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pipeline.bundle import load_bundle
 from pipeline.cli import app
 from pipeline.console import Silence
-from pipeline.errors import BundleError, ConfigError, GeometryMismatch, ManifestError, PlanError, VolsegError
+from pipeline.errors import BundleError, ConfigError, GeometryMismatch, ManifestError, PlanError, RunError, VolsegError
 from pipeline.gradients import is_out_of_memory
 from pipeline.inspection.reading import Asked, find_subjects, read_case
 from pipeline.inspection.result import Inspection
@@ -139,6 +139,30 @@ class TestCommand:
         assert (out / "inspection.html").stat().st_size > 100_000
         assert {"overview.png", "encoder_1.png", "bottleneck_2.png"} <= {p.name for p in (out / CASE).iterdir()}
 
+    def test_an_inspection_is_replaced_only_when_told_to(
+        self, model: Model, small_bundle: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        self.run(small_bundle, CASE, "--manifest", MANIFEST, "--out", out, "--quick")
+        (out / CASE / "encoder_9.png").write_bytes(b"of a deeper network")
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        asked = Asked((CASE,), manifest=MANIFEST)
+        with pytest.raises(RunError, match=r"out: holds an inspection; choose another --out, or give --force"):
+            inspect_cases(model, asked, console=Silence(), out=out, quick=True)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        self.run(small_bundle, CASE, "--manifest", MANIFEST, "--out", out, "--quick", "--force")
+        assert set(before) - set(out.rglob("*")) == {out / CASE / "encoder_9.png"}
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_folder_of_other_files_is_never_replaced(self, model: Model, tmp_path: Path, force: bool) -> None:
+        """As the case's own, where --out is the folder above it."""
+        (tmp_path / CASE).mkdir()
+        (tmp_path / CASE / "0001.dcm").touch()
+        asked = Asked((CASE,), manifest=MANIFEST)
+        with pytest.raises(RunError, match="pictures are to be here, and other files are"):
+            inspect_cases(model, asked, console=Silence(), out=tmp_path, quick=True, force=force)
+        assert (tmp_path / CASE / "0001.dcm").exists()
+
     def test_nothing_is_written_unless_asked(self, small_bundle: Path, tmp_path: Path) -> None:
         shutil.copytree(small_bundle, tmp_path / "bundle")
         before = sorted(tmp_path.rglob("*"))
@@ -198,6 +222,19 @@ class TestRefusals:
         other = Model((replace(model.bundles[0], network=torch.nn.Conv3d(1, 3, 1)),))
         text = self.refused(PlanError, lambda: looked(other, CASE, manifest=MANIFEST))
         assert "network Conv3d: its levels are not known" in text
+
+
+def test_where_memory_does_not_suffice_for_pictures_none_are_left(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def attention_maps(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr("pipeline.inspection.pictures.attention_maps", attention_maps)
+    asked = Asked((CASE,), manifest=MANIFEST)
+    with pytest.raises(PlanError, match="memory does not suffice to draw the levels of the network in a patch of 24x3"):
+        inspect_cases(model, asked, console=Silence(), out=tmp_path / "out", quick=True)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("how", ["by an error", "by what is free"])

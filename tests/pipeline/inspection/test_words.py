@@ -116,6 +116,16 @@ class TestSkips:
             "is replaced by its mean, in this one case)."
         )
 
+    @pytest.mark.parametrize(("spleen", "told"), [(0.4, "spleen falls by 0.50"), (1.0, "spleen rises by 0.40")])
+    def test_the_label_that_changes_most_falls_or_rises(self, spleen: float, told: str) -> None:
+        change, start = Change("mean", 1), 0.9 if spleen < 0.6 else 0.6
+        before: Any = {"liver": 0.9, "lung": 0.9, "spleen": start}
+        after: Any = {"liver": 0.6, "lung": 0.6, "spleen": spleen}
+        contributions = Contributions("reference", ("liver", "lung", "spleen"), (before,), {change: (after,)})
+        (text,) = texts(replace(found({change: 0.1}), contributions=contributions))
+        assert text.startswith("Skip 1 brings detail (Dice falls by ")
+        assert f"in this one case; {told})" in text
+
     def test_those_that_work_are_ranked(self) -> None:
         falls = {Change("mean", n): fall for n, fall in ((1, 0.02), (2, 0.31), (3, 0.004))}
         assert texts(found(falls)) == [
@@ -246,9 +256,9 @@ def test_scores_are_told_with_as_few_digits_as_say_them() -> None:
 
 def test_json_has_no_nan() -> None:
     figures = [level("bottleneck 6", energy=math.nan)]
-    value = found({Change("cut", 5): math.nan}, figures=figures).to_json()
+    value = found({Change("cut", 5): math.nan}, dice=math.nan, figures=figures).to_json()
     read = json.loads(json.dumps(value, allow_nan=False))
     assert read["levels"][0]["energy"] is None
     assert read["contributions"]["changes"][0]["falls_by"] is None
-    assert read["contributions"]["dice"] == 0.9
+    assert read["contributions"]["dice"] is None
     assert read["receptive_field"]["radius_mm"] is None
