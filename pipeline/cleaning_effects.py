@@ -40,8 +40,8 @@ class CaseEffect:
     side has a part: to find nothing where nothing is, is right. None where a part was not annotated.
 
     `total` is what all of the parts gain, `worst` the least that one of them does. `parts_lost` are components of the
-    reference that were touched before and are not touched any more. `moved` is how many voxels a threshold moves from or
-    to each other label, or background, by its name ("").
+    reference that were touched before and are not touched any more. `moved` is how many voxels a threshold moves from
+    or to each other label, or background, by its name ("").
     """
 
     before: float | None
