@@ -1,7 +1,8 @@
 """An imported nnU-Net model, from files to files: volseg's command against nnU-Net's own, in turns.
 
     python benchmarks/against_nnunet.py TRAINED_MODEL IMAGES --nnunet-python PYTHON [--cases 20] [--rounds 5]
-        [--mirroring on off] [--in-plane 512] [--alter-plans] [--device cpu] [--work FOLDER]
+        [--mirroring on off] [--backends torch torch-bf16] [--in-plane 512] [--alter-plans] [--device cpu]
+        [--work FOLDER]
 
 TRAINED_MODEL is nnU-Net's folder (plans.json, dataset.json, fold_*), of one channel; PYTHON is that of an environment
 with nnunetv2. IMAGES holds volumes (NIfTI), of which the first `--cases` are taken. volseg imports the model once,
@@ -56,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mirroring", nargs="+", choices=("on", "off"), default=["on", "off"])
+    parser.add_argument("--backends", nargs="+", default=["torch"], help="of volseg: what `volseg predict` knows")
     parser.add_argument("--in-plane", type=int)
     parser.add_argument("--alter-plans", action="store_true")
     parser.add_argument("--device", default="cpu")
@@ -135,23 +137,29 @@ def import_model(model: Path, bundle: Path) -> Path:
 def compare(asked: argparse.Namespace, work: Path, models: tuple[Path, Path], *, mirror: bool) -> None:
     """Both commands in turns, and how they differ."""
     how = "mirrored" if mirror else "plain"
-    outs = {"nnU-Net": work / f"nnunet_{how}", "volseg": work / f"volseg_{how}"}
-    runs: dict[str, list[Run]] = {name: [] for name in outs}
+    outs = {None: work / f"nnunet_{how}", **{name: work / f"volseg_{name}_{how}" for name in asked.backends}}
+    runs: dict[str | None, list[Run]] = {name: [] for name in outs}
     for _ in range(asked.rounds):
-        for name, out in outs.items():
+        for backend, out in outs.items():
             shutil.rmtree(out, ignore_errors=True)
-            command = nnunet_command if name == "nnU-Net" else volseg_command
-            runs[name].append(run(command(asked, models, (work / "inputs", out), mirror=mirror)))
-    for name, found in runs.items():
+            folders = work / "inputs", out
+            if backend is None:
+                command = nnunet_command(asked, models, folders, mirror=mirror)
+            else:
+                command = [*volseg_command(asked, models, folders, mirror=mirror), "--backend", backend]
+            runs[backend].append(run(command))
+    for backend, found in runs.items():
+        name = "nnU-Net" if backend is None else f"volseg, {backend}"
         seconds, mib = [r.seconds for r in found], [r.peak_mib for r in found]
         print(f"{how}: {name}: {median(seconds):.1f} s (from {min(seconds):.1f} to {max(seconds):.1f}), "
               f"{median(mib):.0f} MiB")  # fmt: skip
-    theirs, ours = (runs[name] for name in outs)
-    faster = median(r.seconds for r in theirs) / median(r.seconds for r in ours)
-    part = median(r.peak_mib for r in ours) / median(r.peak_mib for r in theirs)
-    equal, voxels = agreement(outs["nnU-Net"], outs["volseg"])
-    print(f"{how}: {faster:.2f} times as fast, {part:.2f} of the memory, {100 * equal / voxels:.4f} % of {voxels} "
-          f"voxels the same", flush=True)  # fmt: skip
+    for backend in asked.backends:
+        theirs, ours = runs[None], runs[backend]
+        faster = median(r.seconds for r in theirs) / median(r.seconds for r in ours)
+        part = median(r.peak_mib for r in ours) / median(r.peak_mib for r in theirs)
+        equal, voxels = agreement(outs[None], outs[backend])
+        print(f"{how}: volseg, {backend}: {faster:.2f} times as fast, {part:.2f} of the memory, "
+              f"{100 * equal / voxels:.4f} % of {voxels} voxels the same", flush=True)  # fmt: skip
 
 
 def nnunet_command(
