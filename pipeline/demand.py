@@ -96,6 +96,7 @@ def with_confidence(
     """The same, with what is gathered beside the labels."""
     # One channel more of what is averaged, in a window and in the ring, and a piece of logarithms and of the figure.
     figure = figure_for(members, asked) is not None and demand.is_on_host
+    work = WORK_PLANES * FLOAT_BYTES * schema.output_count if demand.is_on_host else 0
     window = max(math.prod(row.window) for row in layout.rows)
     network = FLOAT_BYTES * (window + 2 * CHUNK_VALUES) if figure else 0
     empty = FLOAT_BYTES * _window_voxels(layout) if figure else 0
@@ -107,7 +108,7 @@ def with_confidence(
         network=demand.network + network,
         live=demand.live + live,
         empty=demand.empty + empty,
-        restoring=demand.restoring + WORK_PLANES * FLOAT_BYTES * schema.output_count * plane,
+        restoring=demand.restoring + work * plane,
         gathered=taken.gathered,
         finishing=taken.finishing,
         finished=taken.finished,

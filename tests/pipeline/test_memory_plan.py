@@ -121,6 +121,17 @@ class TestUncertainty:
         assert stages["uncertainty"]["work"] == (MOVING_BYTES + 1) * 8 * voxels
 
 
+    def test_on_a_gpu_only_what_is_gathered_is_in_ordinary_memory(self, small_bundle: Path) -> None:
+        bundle = load_bundle(small_bundle)
+        mirrored = replace(bundle, plan=bundle.plan.model_copy(update={"mirror_axes": (1,)}))
+        source = Geometry((64, 80, 96), np.eye(4))
+        plan = explain(Model((mirrored,)), source, settings=self.ASKED, device=torch.device("cuda"))
+        stages, voxels = {stage.name: dict(stage.parts) for stage in plan.stages}, 64 * 80 * 96
+        assert (stages["network"]["network"], stages["network"]["unfinished scores"]) == (0, 0)
+        assert stages["restoring"]["finished scores"] == 0
+        assert stages["restoring"]["uncertainty and scores"] == (2 * 2 + 2 * 2) * voxels
+
+
 class TestSettled:
     """A process of 1 GB that grows by what a first prediction brings, which is counted before and not again."""
 
