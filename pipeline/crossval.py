@@ -14,7 +14,7 @@ from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase
 from pipeline.device import describe
-from pipeline.errors import RunError, describe_fault
+from pipeline.errors import PlanError, RunError, describe_fault
 from pipeline.files import write_json
 from pipeline.folder_lock import held
 from pipeline.held_out import agree_on_mirroring, out_of_fold_report, score_fold, write_report
@@ -119,7 +119,10 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
         _save(run, fold, result)
         report = score_fold(run, fold, [case.case_id for case in validation], console)
         if task.settings.inspect_every is not None:
-            _draw_levels(run, fold, task, tracker)
+            try:
+                _draw_levels(run, fold, task, tracker)
+            except PlanError as error:  # pictures are not worth a fold that is trained and scored
+                console.note(f"fold {fold}: no pictures of its levels: {error}")
         _finish(run, fold, result, report, tracker)
     return report
 

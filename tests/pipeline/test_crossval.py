@@ -162,6 +162,21 @@ def test_levels_are_drawn_and_tracked_where_looking_was_asked_for(
     assert not (finished[0].fold_folder(0) / "inspection").exists()
 
 
+def test_a_fold_does_without_pictures_where_memory_does_not_suffice(
+    finished: tuple[Run, list[str], list[str]], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attention_maps(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr("pipeline.inspection.pictures.attention_maps", attention_maps)
+    run = open_run(config_at(home, train={"steps": 2, "inspect_every": 2}), home / "unseen", Silence())
+    listener = Listener()
+    train_fold(run, 0, listener, resume=False)
+    assert run.is_done(0)
+    assert any("fold 0: no pictures of its levels: memory does not suffice" in note for note in listener.notes)
+    assert not (run.fold_folder(0) / "inspection").exists()
+
+
 class TestOpening:
     def test_a_run_goes_on_with_the_same_config(self, finished: tuple[Run, list[str], list[str]], home: Path) -> None:
         run, _, _ = finished
