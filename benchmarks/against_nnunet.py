@@ -6,15 +6,16 @@
 
 TRAINED_MODEL is nnU-Net's folder (plans.json, dataset.json, fold_*), of one channel; PYTHON is that of an environment
 with nnunetv2. IMAGES holds volumes (NIfTI), of which the first `--cases` are taken. volseg imports the model once,
-which is not counted. Each command is run with mirroring and without; what is told are medians of wall times, the peak
-of the memory that all processes of a command hold together, and in how many voxels the labels agree.
+which is not counted. Each command is run with mirroring and without; what is told are medians of wall times and of the
+processors' time (which other work on the machine hardly stretches), the peak of the memory that all processes of a
+command hold together, and in how many voxels the labels agree.
 
 `--in-plane 512` first brings each volume to 512 x 512 voxels within its slices (linearly, the same field of view).
 `--alter-plans` is for a model that was not trained on such images: in a copy of its plans, which both commands then
 get, the spacing becomes the median one of the volumes and the intensities are normalised by each volume's own mean.
 The labels mean nothing then; time and memory are those of such a model.
 
-The memory is what the kernel says is resident (Pss of /proc, so that what processes share counts once), asked for ten
+The memory is what the kernel says is resident (Pss of /proc, so that what processes share counts once), asked for four
 times a second.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-ASKED_EVERY_S = 0.1
+ASKED_EVERY_S = 0.25
 PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
 
 
@@ -46,6 +48,7 @@ class Run:
     """What one command took."""
 
     seconds: float
+    processor_s: float
     peak_mib: float
 
 
@@ -152,14 +155,15 @@ def compare(asked: argparse.Namespace, work: Path, models: tuple[Path, Path], *,
         name = "nnU-Net" if backend is None else f"volseg, {backend}"
         seconds, mib = [r.seconds for r in found], [r.peak_mib for r in found]
         print(f"{how}: {name}: {median(seconds):.1f} s (from {min(seconds):.1f} to {max(seconds):.1f}), "
-              f"{median(mib):.0f} MiB")  # fmt: skip
+              f"{median(r.processor_s for r in found):.1f} s of the processors, {median(mib):.0f} MiB")  # fmt: skip
     for backend in asked.backends:
         theirs, ours = runs[None], runs[backend]
         faster = median(r.seconds for r in theirs) / median(r.seconds for r in ours)
+        less = median(r.processor_s for r in theirs) / median(r.processor_s for r in ours)
         part = median(r.peak_mib for r in ours) / median(r.peak_mib for r in theirs)
         equal, voxels = agreement(outs[None], outs[backend])
-        print(f"{how}: volseg, {backend}: {faster:.2f} times as fast, {part:.2f} of the memory, "
-              f"{100 * equal / voxels:.4f} % of {voxels} voxels the same", flush=True)  # fmt: skip
+        print(f"{how}: volseg, {backend}: {faster:.2f} times as fast, {less:.2f} times by the processors, {part:.2f} of "
+              f"the memory, {100 * equal / voxels:.4f} % of {voxels} voxels the same", flush=True)  # fmt: skip
 
 
 def nnunet_command(
@@ -191,7 +195,7 @@ def run(command: Sequence[str]) -> Run:
         SystemExit: it failed; with the end of what it said.
     """
     environment = {"PYTHONPATH": str(ROOT)} if command[0] == sys.executable else {"nnUNet_compile": "f"}
-    start = time.perf_counter()
+    start, processor_s = time.perf_counter(), processor_of_children_s()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**inherited(), **environment}
     )
@@ -201,9 +205,16 @@ def run(command: Sequence[str]) -> Run:
     said, _ = process.communicate()
     seconds = time.perf_counter() - start
     watcher.join()
+    processor_s = processor_of_children_s() - processor_s
     if process.returncode:
         sys.exit(f"{' '.join(command)}\n{said[-2000:]}")
-    return Run(seconds, peak_kib[0] / 1024)
+    return Run(seconds, processor_s, peak_kib[0] / 1024)
+
+
+def processor_of_children_s() -> float:
+    """What all commands that have ended took, with all that they started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def inherited() -> dict[str, str]:
