@@ -162,8 +162,8 @@ def compare(asked: argparse.Namespace, work: Path, models: tuple[Path, Path], *,
         less = median(r.processor_s for r in theirs) / median(r.processor_s for r in ours)
         part = median(r.peak_mib for r in ours) / median(r.peak_mib for r in theirs)
         equal, voxels = agreement(outs[None], outs[backend])
-        print(f"{how}: volseg, {backend}: {faster:.2f} times as fast, {less:.2f} times by the processors, {part:.2f} of "
-              f"the memory, {100 * equal / voxels:.4f} % of {voxels} voxels the same", flush=True)  # fmt: skip
+        print(f"{how}: volseg, {backend}: {faster:.2f} times as fast, {less:.2f} times by the processors, {part:.2f} "
+              f"of the memory, {100 * equal / voxels:.4f} % of {voxels} voxels the same", flush=True)  # fmt: skip
 
 
 def nnunet_command(
