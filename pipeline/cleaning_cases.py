@@ -167,7 +167,8 @@ class Cases:
             ignored=self.schema.ignore,
         )
         labels = dice_from_counts(counts.classes)[list(ids)]
-        return np.nan_to_num([*labels, *(dice_from_counts(region)[1] for region in counts.regions)], nan=1.0)
+        regions = [dice_from_counts(region)[1] for region in counts.regions]
+        return np.asarray(np.nan_to_num(np.array([*labels, *regions]), nan=1.0))
 
     def _surface_gain(self, case: HeldOut, action: Action) -> float:
         """Of the mean over the parts of the action's structure."""

@@ -73,7 +73,7 @@ class Trials:
 
 
 def choose(
-    actions: Sequence[Action], cases: Sequence[JudgedCase], trials: Trials, settings: EvaluateConfig
+    actions: Sequence[Action], cases: Sequence[JudgedCase], *, trials: Trials, settings: EvaluateConfig
 ) -> tuple[tuple[Action, ...], tuple[Tried, ...]]:
     """What is chosen, and what came of everything that was tried.
 

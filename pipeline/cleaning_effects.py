@@ -193,7 +193,7 @@ class _Structure:
     def _dice(self, voxels: Counts, overlaps: Counts) -> Floats:
         """(P,)"""
         whole = voxels + self.expected
-        return np.divide(2.0 * overlaps, whole, out=np.ones(len(whole)), where=whole > 0)
+        return np.asarray(np.divide(2.0 * overlaps, whole, out=np.ones(len(whole)), where=whole > 0))
 
 
 def _filling(structure: _Structure, action: Action, case: _Case, parts: Sequence[Sequence[int]]) -> CaseEffect:

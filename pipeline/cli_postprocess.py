@@ -39,10 +39,8 @@ def choose_postprocessing(
     if not folds:
         raise RunError(f"{folder}: no fold is finished; run `volseg crossval` first")
     if dry_run:
-        found, last = (
-            find_postprocessing(run, out_of_fold_report(run, folds), console),
-            "nothing was written (--dry-run)",
-        )
+        found = find_postprocessing(run, out_of_fold_report(run, folds), console)
+        last = "nothing was written (--dry-run)"
     else:
         found, page = _written(run, folds, console, wanted=not none)
         last = f"written to the bundles of {_listed(folds)}\nreport: {page}"

@@ -32,6 +32,8 @@ from transforms.volume import read_volume
 PLAIN_JSON, MIRRORED_JSON = "report_plain.json", "report_mirrored.json"
 """The same cases in one pass and in mirrored ones, where both were tried."""
 
+SET_ASIDE = "set_aside_predictions.json"
+
 
 def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
     """Predict held-out cases with the fold's bundle on their own grids, write the label maps and score them."""
@@ -90,8 +92,11 @@ def _weighed(run: Run, folds: Sequence[int]) -> Mirroring | None:
     folders = [run.fold_folder(fold) for fold in folds]
     if not _is_open(run) or not all((folder / MIRRORED_JSON).is_file() for folder in folders):
         return None
-    ways = ([c for f in folders for c in read_report(f / name).cases] for name in (PLAIN_JSON, MIRRORED_JSON))
-    return weigh_mirroring(*ways, run.config.evaluate)
+    plain, mirrored = (
+        [case for folder in folders for case in read_report(folder / name).cases]
+        for name in (PLAIN_JSON, MIRRORED_JSON)
+    )
+    return weigh_mirroring(plain, mirrored, run.config.evaluate)
 
 
 def _score_both_ways(run: Run, fold: int, case_ids: Sequence[str], console: Console) -> Report:
@@ -116,8 +121,10 @@ def _score_again(run: Run, fold: int, found: Mirroring, console: Console) -> Non
     """The way that the fold did not choose by itself; its label maps, report and page take the place of the others."""
     folder = run.fold_folder(fold)
     plain, again = read_report(folder / PLAIN_JSON), folder / f"{VALIDATION}_again"
+    (folder / SET_ASIDE).unlink(missing_ok=True)
     # Those whose prediction failed are tried again too: they are not to vanish.
-    case_ids = [*(row.case_id for row in (*plain.cases, *plain.failures)), *plain.missing_predictions]
+    case_ids = [case.case_id for case in plain.cases] + [failure.case_id for failure in plain.failures]
+    case_ids += plain.missing_predictions
     report = _score(run, fold, case_ids, console, target=again, mirror=found.worth_it)
     _put_in_place(again, folder / VALIDATION)
     report = report.model_copy(update={"mirroring": found})
@@ -148,7 +155,7 @@ def _score(
             failures.append(Failure(case.case_id, str(error)))
         console.progress("predicting held-out cases", done, len(cases))
     if failures:
-        tell_set_aside(folder / "set_aside_predictions.json", failures, console)
+        tell_set_aside(folder / SET_ASIDE, failures, console)
     write_text(target / SCHEMA_FILE, run.dataset.manifest.labels.model_dump_json(indent=2) + "\n")
     write_quality_table(target, read_quality(target))
     return evaluate_files(target, _part(run, fold, case_ids), settings=run.config.evaluate, allow_missing=True)

@@ -23,9 +23,13 @@ def weigh_mirroring(plain: Sequence[CaseScores], mirrored: Sequence[CaseScores],
         return found
     nested: list[CaseScores] = []
     for fold in folds:
-        others = _weighed(*([case for case in way if case.fold != fold] for way in (plain, mirrored)), settings)
+        others = _weighed(_without(plain, fold), _without(mirrored, fold), settings)
         nested += [case for case in (mirrored if others.worth_it else plain) if case.fold == fold]
     return found.model_copy(update={"dice_nested": mean_dice_difference(plain, nested, settings=settings).mean_b})
+
+
+def _without(cases: Sequence[CaseScores], fold: int) -> list[CaseScores]:
+    return [case for case in cases if case.fold != fold]
 
 
 def _weighed(plain: Sequence[CaseScores], mirrored: Sequence[CaseScores], settings: EvaluateConfig) -> Mirroring:

@@ -11,7 +11,7 @@ from pipeline.cleaning_effects import candidates
 from pipeline.confidence_files import scores_file
 from pipeline.console import Console
 from pipeline.files import explain_os_error, write_json
-from pipeline.postprocessing import FoldChoice, Found, PostProcessing, Tried, described
+from pipeline.postprocessing import Action, FoldChoice, Found, PostProcessing, Tried, described
 from pipeline.references import references_of_dataset
 from pipeline.report_values import Report
 from pipeline.runs import BUNDLE, VALIDATION, Run
@@ -113,13 +113,15 @@ def _found(cases: Cases, folds: Sequence[int], patients: int) -> Found:
         actions += threshold_candidates(cases.schema)
     judged = cases.judge(actions)
     trials = cases.trials(judged, actions)
-    chosen, tried = choose(actions, judged, trials, cases.settings)
+    chosen, tried = choose(actions, judged, trials=trials, settings=cases.settings)
     choices = []
     for fold in folds:
         others = [row for row, case in enumerate(judged) if case.fold != fold]
-        enough = len({judged[row].patient_id for row in others}) >= LEAST_PATIENTS
-        some = choose(actions, [judged[row] for row in others], trials.of(others), cases.settings)[0] if enough else ()
-        choices.append(FoldChoice(fold=fold, actions=some))
+        theirs: tuple[Action, ...] = ()
+        if len({judged[row].patient_id for row in others}) >= LEAST_PATIENTS:
+            some = [judged[row] for row in others]
+            theirs, _ = choose(actions, some, trials=trials.of(others), settings=cases.settings)
+        choices.append(FoldChoice(fold=fold, actions=theirs))
     is_anything = bool(chosen) or any(choice.actions for choice in choices)
     return Found(
         cases=len(judged),

@@ -139,7 +139,7 @@ class _Labels:
 
     def _dice(self, found: Counts, overlaps: Counts) -> Floats:
         whole = found + self.expected
-        return np.divide(2.0 * overlaps, whole, out=np.ones(len(whole)), where=whole > 0)
+        return np.asarray(np.divide(2.0 * overlaps, whole, out=np.ones(len(whole)), where=whole > 0))
 
 
 class _Regions:

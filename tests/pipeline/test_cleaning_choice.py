@@ -221,7 +221,7 @@ def no_harm(actions: Sequence[Action], rows: Sequence[int]) -> npt.NDArray[np.fl
 def chosen_of(
     actions: Sequence[Action], cases: Sequence[JudgedCase], gains: Any = no_surface, worst: Any = no_harm
 ) -> tuple[tuple[Action, ...], tuple[Tried, ...]]:
-    return choose(actions, cases, Trials(gains, worst), EvaluateConfig(bootstrap_samples=200))
+    return choose(actions, cases, trials=Trials(gains, worst), settings=EvaluateConfig(bootstrap_samples=200))
 
 
 def told(actions: Sequence[Action], cases: Sequence[JudgedCase], gains: Any = no_surface) -> dict[Action, Tried]:

@@ -152,6 +152,7 @@ def test_a_case_that_could_not_be_predicted_is_named_and_tried_again(
         score_fold(scored, 0, HELD_OUT[0], Silence())
     report = out_of_fold_report(scored, [0, 1])
     assert report.missing_predictions == (lost,)
+    assert (scored.fold_folder(0) / "set_aside_predictions.json").is_file()
     assert {case.case_id for case in report.cases} == {*SMALL_CASES[1:3]}
 
     mirrored_is_better(scored, monkeypatch)
@@ -159,6 +160,7 @@ def test_a_case_that_could_not_be_predicted_is_named_and_tried_again(
     agree_on_mirroring(scored, [0, 1], Silence())
     report = out_of_fold_report(scored, [0, 1])
     assert report.missing_predictions == ()
+    assert not (scored.fold_folder(0) / "set_aside_predictions.json").exists()
     assert {case.case_id for case in report.cases} == {*SMALL_CASES[:3]}
 
 
