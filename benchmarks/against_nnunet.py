@@ -12,7 +12,8 @@ command hold together, and in how many voxels the labels agree.
 
 `--in-plane 512` first brings each volume to 512 x 512 voxels within its slices (linearly, the same field of view).
 `--alter-plans` is for a model that was not trained on such images: in a copy of its plans, which both commands then
-get, the spacing becomes the median one of the volumes and the intensities are normalised by each volume's own mean.
+get, the spacing becomes the median one of the volumes, the intensities are normalised by each volume's own mean, and
+the channel is called CT, which volseg would refuse in the place of an MR.
 The labels mean nothing then; time and memory are those of such a model.
 
 The memory is what the kernel says is resident (Pss of /proc, so that what processes share counts once), asked for four
@@ -129,6 +130,9 @@ def prepare_model(asked: argparse.Namespace, work: Path, images: Sequence[Path])
             configuration["normalization_schemes"] = ["ZScoreNormalization"]
             configuration["use_mask_for_norm"] = [False]
     (model / "plans.json").write_text(json.dumps(plans, indent=1))
+    dataset = json.loads((model / "dataset.json").read_text())
+    dataset["channel_names"] = dict.fromkeys(dataset["channel_names"], "CT")
+    (model / "dataset.json").write_text(json.dumps(dataset, indent=1))
     return model
 
 
