@@ -97,7 +97,10 @@ def _expected(scores: Sequence[LabelScore], estimate: QualityEstimate | None) ->
 def _expectation(
     name: str, scores: Sequence[Sequence[LabelScore]], patients: npt.NDArray[np.intp], settings: EvaluateConfig
 ) -> Expectation | None:
-    known = [[(s.expected_dice, s.dice) for s in case if None not in (s.expected_dice, s.dice)] for case in scores]
+    known = [
+        [(s.expected_dice, s.dice) for s in case if s.expected_dice is not None and s.dice is not None]
+        for case in scores
+    ]
     both = np.array([bool(pairs) for pairs in known])
     if not both.any():
         return None

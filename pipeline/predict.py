@@ -17,10 +17,11 @@ from pipeline.kept_scores import Grids
 from pipeline.memory_plan import MemoryPlan, plan_memory
 from pipeline.outputs import Goal, Listeners, layout_on, segment_image
 from pipeline.plan import ChannelPlan, Plan
+from pipeline.postprocessing import LIBRARY_BYTES as CLEANING_BYTES
 from pipeline.postprocessing import PostProcessing, cleaning_bytes
 from pipeline.preparing import Prepared, grid_of, prepare, put_back
 from pipeline.segmentation import Algorithm, Segmentation
-from pipeline.settled_memory import CLEANING_BYTES, note_prediction, planning, settled_bytes
+from pipeline.settled_memory import note_prediction, planning, settled_bytes
 from pipeline.windows import Member, Pace, Progress, window_settings
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema

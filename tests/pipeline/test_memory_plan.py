@@ -23,6 +23,7 @@ from pipeline.free_memory import _group_bytes, free_bytes, held_bytes
 from pipeline.memory_plan import Demand, plan_memory
 from pipeline.network_memory import answer_bytes
 from pipeline.plan import Plan
+from pipeline.postprocessing import LIBRARY_BYTES
 from pipeline.predict import Model, PredictSettings, explain, predict
 from transforms.geometry import Geometry
 from transforms.volume import Volume
@@ -120,7 +121,6 @@ class TestUncertainty:
         assert stages["labels"]["uncertainty and scores"] == 2 * 8 * voxels + 2 * 2 * voxels
         assert stages["uncertainty"]["work"] == (MOVING_BYTES + 1) * 8 * voxels
 
-
     def test_on_a_gpu_only_what_is_gathered_is_in_ordinary_memory(self, small_bundle: Path) -> None:
         bundle = load_bundle(small_bundle)
         mirrored = replace(bundle, plan=bundle.plan.model_copy(update={"mirror_axes": (1,)}))
@@ -158,7 +158,7 @@ class TestSettled:
         assert explain(model, volume.geometry, settings=beside, device=CPU).stages == first.stages
 
     def test_what_planning_and_the_first_post_processing_bring(self, process: list[int]) -> None:
-        predicting, cleaning = settled_memory.PREDICTING_BYTES, settled_memory.CLEANING_BYTES
+        predicting, cleaning = settled_memory.PREDICTING_BYTES, LIBRARY_BYTES
         before = settled_memory.settled_bytes(cleans=True)
         assert before == 10**9 + predicting + cleaning
         with settled_memory.planning():
@@ -247,6 +247,7 @@ from pipeline.bundle import BundleIndex, ModelBundle
 from pipeline.errors import PlanError
 from pipeline.models.registry import build_network
 from pipeline.plan import Plan
+from pipeline.postprocessing import LIBRARY_BYTES
 from pipeline.predict import Model, PredictSettings, explain, predict
 from transforms.geometry import Geometry
 from transforms.labels import schema_from_names
