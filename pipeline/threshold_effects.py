@@ -26,7 +26,7 @@ Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-THRESHOLDS = (0.2, 0.3, 0.4, 0.6, 0.7, 0.8)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
 """That are tried beside a half."""
 
 KEPT = 3
