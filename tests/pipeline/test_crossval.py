@@ -112,6 +112,7 @@ def test_every_case_is_asked_what_it_expects(finished: tuple[Run, list[str], lis
     report = out_of_fold_report(run, [0, 1])
     for fold in (0, 1):
         expected = read_quality(run.fold_folder(fold) / "validation")
+        assert len((run.fold_folder(fold) / "validation" / "quality.csv").read_text().splitlines()) == 1 + len(expected)
         assert set(expected) == set(run.folds.validation_cases(fold))
         for case in (case for case in report.cases if case.fold == fold):
             found = [label.expected_dice for label in expected[case.case_id].labels]
