@@ -32,12 +32,32 @@ class Beside:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """Of the folder `out`; `value` is what its file holds. With `force` all that is asked for is made again. One thread
-    adds to it."""
+    """Of the folder `out`; `value` is what its file holds. With `force` all that is asked for is made again. `foreign`
+    are the names of files that lay there before there was a record. One thread adds to it."""
 
     out: Path
     value: dict[str, Any]
     force: bool
+    foreign: frozenset[str] = frozenset()
+
+    def begin(self) -> None:
+        """Have the record on disk before the first result is: what lies there from now on is a result.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        if not (self.out / RECORD).exists():
+            write_json(self.out / RECORD, self.value)
+
+    def in_the_way(self, study: Study, formats: Sequence[str]) -> str | None:
+        """Why the results of a study cannot be written: one would replace what it is read from, which `force` does not
+        change either, or a file that is no result."""
+        for target in (self.out / f"{study.name}{FORMATS[name].suffix}" for name in formats):
+            if target.exists() and any(target.samefile(path) for path in study.paths if path.exists()):
+                return f"{target} is what is to be segmented, and its result would replace it; choose another --out"
+            if target.name in self.foreign and not self.force:
+                return f"{target} exists already and is no result of volseg; choose another --out, or give --force"
+        return None
 
     def is_of_another(self, study: Study, origin: str) -> bool:
         """Whether the folder holds a result of this name that was made from another input, and is to stay."""
@@ -90,7 +110,8 @@ def open_record(out: Path, model: Sequence[str], made: Made, *, usual: Made, for
         value |= {part: dict(before.get(part, {})) for part in _PARTS}
     elif (out / RECORD).exists() and not force:
         raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
-    return Record(out, value, force)
+    is_fresh = out.is_dir() and not (out / RECORD).exists()
+    return Record(out, value, force, frozenset(path.name for path in out.iterdir()) if is_fresh else frozenset())
 
 
 def recorded_quality(out: Path) -> dict[str, QualityEstimate]:

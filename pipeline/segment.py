@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.confidence import answer_count
 from pipeline.confidence_files import discard_confidence, files_of, write_confidence
 from pipeline.console import Console
-from pipeline.errors import PlanError, VolsegError
+from pipeline.errors import PlanError, RunError, VolsegError
 from pipeline.export import ExportedFile, Options, Source, check_formats, export
 from pipeline.failures import Failure
 from pipeline.files import write_text
@@ -86,7 +86,7 @@ def segment_studies(
     """
     check_formats(settings.formats)
     record = _record(out, model, settings)
-    write_text(out / SCHEMA_FILE, model.schema.model_dump_json(indent=2) + "\n")
+    _write_schema(record, model.schema)
     work = _Work(model, settings, record, console, len(studies))
     outcomes = {study.name: work.before(study) for study in studies}
     wanted = [study for study in studies if outcomes[study.name] is None]
@@ -157,6 +157,8 @@ class _Work:
         if self._record.is_of_another(study, self._origin(study)):
             what = f"{out} holds the result of another input named {study.name}"
             return self.told(study, VolsegError(f"{study.paths[0]}: {what}; choose another --out, or give --force"))
+        if (what := self._record.in_the_way(study, settings.formats)) is not None:
+            return self.told(study, VolsegError(what))
         if self._record.holds(study, settings.formats, self._beside(study)):
             self._console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
             return self.told(study, [])
@@ -202,6 +204,7 @@ class _Work:
 
     def write(self, study: Study, made: _Segmented) -> list[ExportedFile]:
         settings, out = self._settings, self._record.out
+        self._record.begin()
         options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
         files = export(
             made.segmentation,
@@ -277,6 +280,13 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
         "postprocessing": "none",
     }
     return open_record(out, [b.digest for b in model.bundles], made, usual=usual, force=settings.force)
+
+
+def _write_schema(record: Record, schema: LabelSchema) -> None:
+    target, text = record.out / SCHEMA_FILE, schema.model_dump_json(indent=2) + "\n"
+    if target.name in record.foreign and not record.force and target.read_bytes() != text.encode():
+        raise RunError(f"{target} is of other label maps; choose another --out, or give --force")
+    write_text(target, text)
 
 
 def predict_settings(model: Model, settings: SegmentSettings) -> PredictSettings:

@@ -22,6 +22,7 @@ from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.plan import ChannelPlan
 from pipeline.predict import Model
+from pipeline.record import Record
 from pipeline.segment import SegmentSettings, schema_for, segment_studies
 from pipeline.sources import read_source
 from pipeline.studies import Study, Wanted, find_studies
@@ -406,6 +407,56 @@ class TestAgain:
         with pytest.raises(RunError, match="holds results of another model or setting; choose another --out"):
             segment(model, [images], out)
         assert len(segment(model, [images], out, force=True)[0]) == 2
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_what_is_segmented_is_never_replaced(self, model: Model, images: Path, *, force: bool) -> None:
+        """The results would go to the folder of the images, under their names."""
+        before = {path.name: path.read_bytes() for path in images.iterdir()}
+        written, reasons = segment(model, [images], images, force=force)
+        assert written == []
+        for name, reason in reasons.items():
+            assert reason == (
+                f"{images / name}.nii.gz is what is to be segmented, and its result would replace it; choose another "
+                "--out"
+            )
+        assert {path.name: path.read_bytes() for path in images.glob("*.nii.gz")} == before
+
+    def test_a_file_that_is_no_result_is_replaced_only_by_force(
+        self, model: Model, images: Path, tmp_path: Path
+    ) -> None:
+        out, one = tmp_path / "drawn", images / "hippocampus_001.nii.gz"
+        out.mkdir()
+        (out / one.name).write_text("drawn by hand")
+        written, reasons = segment(model, [images], out)
+        assert written == ["hippocampus_015.nii.gz"]
+        assert reasons["hippocampus_001"].endswith(
+            "exists already and is no result of volseg; choose another --out, or give --force"
+        )
+        assert (out / one.name).read_text() == "drawn by hand"
+        assert segment(model, [one], out, force=True)[0] == [one.name]
+
+    def test_labels_of_other_results_are_not_replaced(self, model: Model, images: Path, tmp_path: Path) -> None:
+        (tmp_path / "labels.json").write_text("of others")
+        with pytest.raises(RunError, match=r"labels.json is of other label maps; choose another --out"):
+            segment(model, [images], tmp_path)
+        assert (tmp_path / "labels.json").read_text() == "of others"
+
+    def test_what_a_kill_left_is_done_again(
+        self, model: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The file of a result is there, and the record was not written any more."""
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        one = images / "hippocampus_001.nii.gz"
+        add = Record.add
+        monkeypatch.setattr(Record, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment(model, [one], tmp_path / "out")
+        assert (tmp_path / "out" / one.name).exists()
+        monkeypatch.setattr(Record, "add", add)
+        assert segment(model, [one], tmp_path / "out")[0] == [one.name]
 
     @pytest.mark.parametrize("text", ["", "[]", "null", "\udcff"])
     def test_a_damaged_record_is_not_believed(self, model: Model, images: Path, out: Path, text: str) -> None:
