@@ -196,7 +196,7 @@ class TestFiles:
         out = tmp_path / "out"
         (out / f"{CASES[1]}.nii.gz").mkdir(parents=True)
         with pytest.raises(RunError, match="cannot write"):
-            segment(model, images, out, ASKED)
+            segment(model, images, out, replace(ASKED, force=True))
         assert list(read_quality(out)) == [CASES[0]]
         (out / f"{CASES[1]}.nii.gz").rmdir()
         assert len(segment(model, images, out, ASKED)[0]) == 4
