@@ -157,8 +157,8 @@ class _Work:
         if self._record.is_of_another(study, self._origin(study)):
             what = f"{out} holds the result of another input named {study.name}"
             return self.told(study, VolsegError(f"{study.paths[0]}: {what}; choose another --out, or give --force"))
-        if (what := self._record.in_the_way(study, settings.formats)) is not None:
-            return self.told(study, VolsegError(what))
+        if (obstacle := self._record.in_the_way(study, settings.formats)) is not None:
+            return self.told(study, VolsegError(obstacle))
         if self._record.holds(study, settings.formats, self._beside(study)):
             self._console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
             return self.told(study, [])
