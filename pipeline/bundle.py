@@ -24,12 +24,18 @@ from transforms.labels import LabelSchema
 INDEX = "bundle.json"
 WEIGHTS, PLAN, LABELS, CONFIG = "weights.safetensors", "plan.json", "labels.json", "config.yaml"
 
+AIR = "air"
+"""In the provenance: the levels that training cases give, and once held-out cases were asked what they said."""
+
 POSTPROCESSING = "postprocessing.json"
 """In a bundle whose cross-validation found one that helps; only where the index names it."""
 
 
 class BundleIndex(BaseModel):
-    """What `bundle.json` holds. `sha256` has one entry a file of the bundle."""
+    """What `bundle.json` holds. `sha256` has one entry a file of the bundle.
+
+    `air` is what `WindowSettings` calls so, where held-out cases had the same labels with it and without.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,6 +44,7 @@ class BundleIndex(BaseModel):
     fold: int | None
     mirror: bool
     tile_step: float
+    air: tuple[float, ...] | None = None
     provenance: dict[str, Any]
     sha256: dict[str, str]
 
@@ -179,7 +186,21 @@ def set_mirror(folder: Path, wanted: bool, reason: dict[str, Any]) -> None:
         RunError: it cannot be written.
     """
     index = _read_index(folder)
-    changes = {"mirror": wanted, "provenance": {**index.provenance, "mirroring": reason}}
+    # What was proven of air was proven of the other way.
+    air = index.air if index.mirror == wanted else None
+    changes = {"mirror": wanted, "air": air, "provenance": {**index.provenance, "mirroring": reason}}
+    _write_index(folder, index.model_copy(update=changes), index.sha256)
+
+
+def set_air(folder: Path, levels: tuple[float, ...] | None, reason: dict[str, Any]) -> None:
+    """Have a bundle take windows below `levels` for air, or with None no window, and keep what says why.
+
+    Raises:
+        BundleError: it is no bundle.
+        RunError: it cannot be written.
+    """
+    index = _read_index(folder)
+    changes = {"air": levels, "provenance": {**index.provenance, AIR: reason}}
     _write_index(folder, index.model_copy(update=changes), index.sha256)
 
 

@@ -94,6 +94,10 @@ KeepScores = Annotated[
 PostProcess = Annotated[
     bool, typer.Option("--postprocessing/--no-postprocessing", help="Do what the cross-validation found to help.")
 ]
+SkipAir = Annotated[
+    bool,
+    typer.Option("--skip-air/--no-skip-air", help="Skip dark windows if the model's held-out cases kept every label."),
+]
 Smooth = Annotated[int, typer.Option("--smooth", metavar="ROUNDS", min=0, help="Rounds of smoothing of meshes.")]
 Deidentify = Annotated[
     bool, typer.Option("--deidentify", help="Remove the patient's identity from the results (PS3.15 basic profile).")
@@ -236,6 +240,7 @@ def predict(
     uncertainty: Uncertainty = False,
     keep_scores: KeepScores = 0,
     postprocessing: PostProcess = True,
+    skip_air: SkipAir = True,
 ) -> None:
     """Segment volumes, or a study of an archive; results lie on the grid of their source."""
     from pipeline.cli_pacs import predict_study
@@ -244,7 +249,8 @@ def predict(
 
     removal = Removal(deidentify, deidentify_source, key)
     wanted = Prediction(tuple(_names(formats)), mirror, series, root, device, force, resample_uneven, removal, smooth,
-                        max_memory, explain, backend, step, uncertainty, keep_scores, postprocessing)  # fmt: skip
+                        max_memory, explain, backend, step, uncertainty, keep_scores, postprocessing,
+                        skip_air)  # fmt: skip
     if any(map(is_node, inputs)):
         if explain:
             raise typer.BadParameter("not for a study of an archive; fetch it first", param_hint="--explain")

@@ -216,6 +216,7 @@ class Prediction:
     uncertainty: bool = False
     keep_scores: int = 0
     postprocess: bool = True
+    skip_air: bool = True
 
 
 def predict_inputs(
@@ -242,6 +243,7 @@ def predict_inputs(
         uncertainty=wanted.uncertainty,
         keep_scores=wanted.keep_scores,
         postprocess=wanted.postprocess,
+        skip_air=wanted.skip_air,
     )
     if wanted.explain:
         plans, failures = explain_studies(model, studies, settings=settings)

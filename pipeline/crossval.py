@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.bundle import BundleFacts, load_bundle, save_bundle
+from pipeline.air import air_levels
+from pipeline.bundle import AIR, BundleFacts, load_bundle, save_bundle
 from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase
@@ -116,7 +117,7 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
         counts = f"{len(training)} cases to train on, {len(validation)} held out"
         console.note(f"fold {fold}: {counts}; {describe(run.hardware)}")
         result = train(task, run.hardware, _Observer(console, tracker, fold), resume=resume)
-        _save(run, fold, result)
+        _save(run, fold, result, air_levels(training, run.plan.patch_shape))
         report = score_fold(run, fold, [case.case_id for case in validation], console)
         if task.settings.inspect_every is not None:
             try:
@@ -178,7 +179,7 @@ def _task(run: Run, fold: int, training: Sequence[PreparedCase], validation: Seq
     )
 
 
-def _save(run: Run, fold: int, result: TrainingResult) -> None:
+def _save(run: Run, fold: int, result: TrainingResult, air: tuple[float, ...] | None) -> None:
     facts = BundleFacts(
         name=run.config.name,
         fold=fold,
@@ -192,6 +193,7 @@ def _save(run: Run, fold: int, result: TrainingResult) -> None:
             "device": describe(run.hardware),
             "steps": result.steps,
             "seconds": round(result.elapsed_s, 1),
+            AIR: {"levels": air},
         },
     )
     save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)

@@ -1,6 +1,7 @@
 """The cases that a fold's model never saw: predicted on their own grids and scored, and those of all folds together.
 
 Where the config leaves it open whether mirrored passes are taken, they are predicted both ways; the bundles are told.
+Then they are asked whether dark windows may be taken for air (`air_proof`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.air_proof import prove_air
 from pipeline.bundle import is_mirrored, load_bundle, set_mirror
 from pipeline.confidence_files import write_confidence
 from pipeline.console import Console
@@ -43,6 +45,7 @@ def score_fold(run: Run, fold: int, case_ids: Sequence[str], console: Console) -
     else:
         report = _score(run, fold, case_ids, console, target=folder / VALIDATION, mirror=None)
     write_report(folder, report)
+    prove_air(run, fold, case_ids, console)
     return report
 
 
@@ -59,8 +62,11 @@ def agree_on_mirroring(run: Run, folds: Sequence[int], console: Console) -> None
     for fold in folds:
         bundle = run.fold_folder(fold) / BUNDLE
         if is_mirrored(bundle) != found.worth_it:
-            _score_again(run, fold, found, console)
-        set_mirror(bundle, found.worth_it, found.to_json())
+            case_ids = _score_again(run, fold, found, console)
+            set_mirror(bundle, found.worth_it, found.to_json())
+            prove_air(run, fold, case_ids, console)
+        else:
+            set_mirror(bundle, found.worth_it, found.to_json())
 
 
 def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
@@ -117,8 +123,11 @@ def _score_both_ways(run: Run, fold: int, case_ids: Sequence[str], console: Cons
     return (mirrored if found.worth_it else plain).model_copy(update={"mirroring": found})
 
 
-def _score_again(run: Run, fold: int, found: Mirroring, console: Console) -> None:
-    """The way that the fold did not choose by itself; its label maps, report and page take the place of the others."""
+def _score_again(run: Run, fold: int, found: Mirroring, console: Console) -> list[str]:
+    """The way that the fold did not choose by itself; its label maps, report and page take the place of the others.
+
+    Gives the cases that were predicted.
+    """
     folder = run.fold_folder(fold)
     plain, again = read_report(folder / PLAIN_JSON), folder / f"{VALIDATION}_again"
     (folder / SET_ASIDE).unlink(missing_ok=True)
@@ -130,6 +139,7 @@ def _score_again(run: Run, fold: int, found: Mirroring, console: Console) -> Non
     report = report.model_copy(update={"mirroring": found})
     write_report(folder, report)
     write_run_page(run, folder, report)
+    return case_ids
 
 
 def _put_in_place(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.postprocessing import PostProcessing, cleaning_bytes
 from pipeline.preparing import Prepared, grid_of, prepare, put_back
 from pipeline.segmentation import Algorithm, Segmentation
 from pipeline.settled_memory import note_prediction, planning, settled_bytes
-from pipeline.windows import Member, Pace, Progress, window_settings
+from pipeline.windows import Member, Pace, Progress, count_taken_for_air, window_settings
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
 from transforms.volume import Volume
@@ -48,7 +48,8 @@ class PredictSettings:
 
     Asked for beside the labels (`Segmentation.confidence`): `uncertainty`, maps of entropy and disagreement and an
     estimate of quality; `estimate`, that alone; `keep_scores`, the probabilities of so many likeliest outputs a voxel.
-    `postprocess`: do to the labels what the model's cross-validation found to help, if anything.
+    `postprocess`: do to the labels what the model's cross-validation found to help, if anything. `skip_air`: windows
+    that the model takes for air are not computed, where labels are decided as they were when that was proven.
     """
 
     mirror: bool
@@ -59,6 +60,7 @@ class PredictSettings:
     estimate: bool = False
     keep_scores: int = 0
     postprocess: bool = True
+    skip_air: bool = True
 
     @property
     def asked(self) -> Asked:
@@ -128,6 +130,12 @@ class Model:
                 "one; let all of them decide with `volseg postprocess RUN`, or give --mirror or --no-mirror"
             )
         return found.pop()
+
+    @property
+    def air(self) -> tuple[float, ...] | None:
+        """Values, one a channel, below which all bundles take a window for air; None where one has not proven any."""
+        levels = [bundle.index.air for bundle in self.bundles if bundle.index.air is not None]
+        return tuple(map(min, zip(*levels, strict=True))) if len(levels) == len(self.bundles) else None
 
     @property
     def tile_step(self) -> float:
@@ -244,10 +252,35 @@ def _planned(
 
 def members_of(model: Model, settings: PredictSettings) -> list[Member]:
     """The model's networks, each with the windows that it wants."""
-    step = settings.tile_step or model.tile_step
-    return [
-        Member(b.network, window_settings(b.plan, b.schema, step=step, mirror=settings.mirror)) for b in model.bundles
-    ]
+    step, air = settings.tile_step or model.tile_step, air_of(model, settings)
+    wanted = [window_settings(b.plan, b.schema, step=step, mirror=settings.mirror) for b in model.bundles]
+    return [Member(b.network, replace(w, air=air)) for b, w in zip(model.bundles, wanted, strict=True)]
+
+
+def air_of(model: Model, settings: PredictSettings) -> tuple[float, ...] | None:
+    """What windows have to reach not to be taken for air; None where that was not proven of such settings.
+
+    It was of the likeliest labels, by the model's own windows and passes: not of scores, nor of moved thresholds.
+
+    Raises:
+        BundleError: as `Model.postprocessing`.
+    """
+    passes = all(settings.mirror == bundle.index.mirror for bundle in model.bundles)
+    if not settings.skip_air or not passes or settings.tile_step not in (None, model.tile_step):
+        return None
+    cleaning = _cleaning_of(model, settings)
+    return None if settings.asked.anything or (cleaning is not None and cleaning.thresholds) else model.air
+
+
+def taken_for_air(model: Model, channels: Sequence[Volume | None], settings: PredictSettings) -> int:
+    """Windows of a study that `predict` would not compute although they hold more than the lowest values.
+
+    Raises:
+        VolumeError, GeometryMismatch, BundleError: see `predict`.
+    """
+    check_input(model.plan, channels)
+    prepared, members = prepare(model.plan, channels), members_of(model, settings)
+    return count_taken_for_air(members, prepared.image, layout_on(members, prepared.grid, prepared.field))
 
 
 def check_input(plan: Plan, channels: Sequence[Volume | None]) -> None:

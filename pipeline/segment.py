@@ -25,7 +25,7 @@ from pipeline.manifest import load_dataset
 from pipeline.memory_plan import MemoryPlan
 from pipeline.overlap import Stages, one_at_a_time, overlapped
 from pipeline.postprocessing import described
-from pipeline.predict import FREE_SHARE, Model, PredictSettings, cleans_labels, explain, members_of, predict
+from pipeline.predict import FREE_SHARE, Model, PredictSettings, air_of, cleans_labels, explain, members_of, predict
 from pipeline.quality import write_quality_table
 from pipeline.record import Beside, Record, open_record, origin_of, recorded_quality
 from pipeline.references import SCHEMA_FILE
@@ -71,6 +71,7 @@ class SegmentSettings:
     uncertainty: bool = False
     keep_scores: int = 0
     postprocess: bool = True
+    skip_air: bool = True
 
 
 def segment_studies(
@@ -270,6 +271,7 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
         "tile_step": settings.tile_step or model.tile_step,
         "backend": settings.backend,
         "postprocessing": "none" if cleaning is None else f"{described(cleaning.actions)} ({cleaning.digest[:8]})",
+        "skip_air": air_of(model, predict_settings(model, settings)) is not None,
     }
     usual: dict[str, bool | int | float | str] = {
         "mirror": False,
@@ -278,6 +280,7 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
         "tile_step": model.tile_step,
         "backend": "torch",
         "postprocessing": "none",
+        "skip_air": False,
     }
     return open_record(out, [b.digest for b in model.bundles], made, usual=usual, force=settings.force)
 
@@ -298,6 +301,7 @@ def predict_settings(model: Model, settings: SegmentSettings) -> PredictSettings
         uncertainty=settings.uncertainty,
         keep_scores=settings.keep_scores,
         postprocess=settings.postprocess,
+        skip_air=settings.skip_air,
     )
 
 

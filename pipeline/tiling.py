@@ -26,7 +26,8 @@ class WindowSettings:
 
     `factor` is what a tile's sides must be divisible by. `mirror_axes` are averaged over in every combination;
     () means once, as it is. `twin_outputs` are the outputs' left/right counterparts. Outputs exclude each other (a
-    softmax), or are regions that `overlap` (a sigmoid each).
+    softmax), or are regions that `overlap` (a sigmoid each). A window that stays below `air`, a value a channel, is
+    taken for one of nothing but the image's lowest values; None takes every window for what it is.
     """
 
     patch_shape: Triple
@@ -36,6 +37,7 @@ class WindowSettings:
     twin_outputs: tuple[int, ...]
     overlap: bool = False
     conventions: InferenceConventions = field(default_factory=InferenceConventions)
+    air: tuple[float, ...] | None = None
 
 
 def window_settings(plan: Plan, schema: LabelSchema, *, step: float, mirror: bool) -> WindowSettings:

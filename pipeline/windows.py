@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 class Pace:
     """How much is in memory at a time: windows in a batch, finished planes in a slab. It changes no result.
 
-    `skip_empty`: of windows that hold nothing but the lowest value of each channel, as those in air do, the network
+    `skip_empty`: of windows that hold nothing but the lowest value of each channel, or are taken for such, the network
     sees one, and its answer is kept for the others.
     """
 
@@ -110,6 +110,15 @@ def stream_windows(
         yield from live.take(layout.shape[layout.axis], pace.slab_planes)
 
 
+def count_taken_for_air(members: Sequence[Member], image: Tensor, layout: Layout) -> int:
+    """Windows of an image (C, I, J, K) that are taken for air (`WindowSettings.air`) although they hold more."""
+    count = 0
+    for row in layout.rows:
+        scorer = _Scorer([members[m] for m in row.members], image, row.window, skip_empty=True, figure=None)
+        count += sum(scorer.takes_for_air(start) for start in row.starts)
+    return count
+
+
 class _RowWeights:
     """What each voxel of a row's windows counts for: over all windows that see a voxel they sum to `share`."""
 
@@ -148,17 +157,20 @@ class _Scorer:
         zero = members[0].settings.conventions.padding == "zero"
         self.padding = torch.zeros_like(self.lowest) if zero else self.lowest
         self.skip_empty = skip_empty
+        air = members[0].settings.air
+        self.air = None if air is None else torch.tensor(air, dtype=image.dtype, device=image.device)
         self._of_empty: list[tuple[int, Tensor]] = []
 
     def scores(self, starts: Sequence[Triple]) -> Iterator[tuple[Triple, int, Tensor]]:
         """Pieces of the windows that begin at `starts`: the window's start, the piece's first plane, its scores."""
         tiles = {start: self._cut(start) for start in starts}
-        empty = [start for start, tile in tiles.items() if self.skip_empty and self._is_empty(tile)]
-        for start in empty:
+        for start in [start for start, tile in tiles.items() if self._is_dark(tile) or self._is_empty(tile)]:
+            if not self.skip_empty:
+                tiles[start] = self._nothing()
+                continue
             del tiles[start]
             if not self._of_empty:
-                nothing = self.lowest.reshape(-1, 1, 1, 1).expand(-1, *self.window).contiguous()
-                pieces = score_tiles(self.members, nothing[None], self.figure)
+                pieces = score_tiles(self.members, self._nothing()[None], self.figure)
                 self._of_empty = [(low, piece.clone()) for _, low, piece in pieces]
             yield from ((start, low, piece) for low, piece in self._of_empty)
         if tiles:
@@ -167,6 +179,14 @@ class _Scorer:
             tiles.clear()
             pieces = score_tiles(self.members, batch, self.figure)
             yield from ((seen[number], low, piece) for number, low, piece in pieces)
+
+    def takes_for_air(self, start: Triple) -> bool:
+        """Whether a window is taken for air although it holds more than the lowest values."""
+        tile = self._cut(start)
+        return self._is_dark(tile) and not self._is_empty(tile)
+
+    def _nothing(self) -> Tensor:
+        return self.lowest.reshape(-1, 1, 1, 1).expand(-1, *self.window).contiguous()
 
     def _cut(self, start: Triple) -> Tensor:
         """A window (C, I, J, K), padded where it reaches out of the image."""
@@ -178,6 +198,9 @@ class _Scorer:
         tile = filled(shape, self.padding, dtype=self.image.dtype, device=self.image.device)
         tile[(slice(None), *inside)] = part
         return tile
+
+    def _is_dark(self, tile: Tensor) -> bool:
+        return self.air is not None and bool((tile.amax(dim=(1, 2, 3)) < self.air).all())
 
     def _is_empty(self, tile: Tensor) -> bool:
         return bool((tile == self.lowest.reshape(-1, 1, 1, 1)).all())
