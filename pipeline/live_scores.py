@@ -17,6 +17,12 @@ MOST_FLOAT32_OUTPUTS = 32
 FIXED_POINT = 32_000
 """Probabilities in 16 bits are multiples of one part in this; the rest of the range is for what rounding adds."""
 
+_NOTHING = 0.499
+"""What is less is rounded to 0."""
+
+_MOST = 0.8
+"""Of the outputs: with more than this left, all are added at once."""
+
 Store = Literal["float32", "fixed", "float16"]
 _DTYPES: dict[Store, torch.dtype] = {"float32": torch.float32, "fixed": torch.int16, "float16": torch.float16}
 
@@ -48,8 +54,8 @@ class LiveScores:
         self.first = 0
         self.sums = torch.zeros((output_count, *layout.live_shape), dtype=_DTYPES[store], device=device)
 
-    def add(self, start_ijk: Sequence[int], scores: Tensor) -> None:
-        """Weighted scores (O, i, j, k) float32 at a place of the volume; they are used up.
+    def add(self, start_ijk: Sequence[int], scores: Tensor, weights: Tensor) -> None:
+        """Scores (O, i, j, k) float32 at a place of the volume, times weights (i, j, k).
 
         Raises:
             ValueError: they reach out of the planes that are held.
@@ -57,25 +63,48 @@ class LiveScores:
         begin, count = start_ijk[self.axis], scores.shape[self.axis + 1]
         if begin < self.first or begin + count > self.first + self.depth:
             raise ValueError(f"planes {begin} to {begin + count} of {self.first} to {self.first + self.depth}")
-        if self.store == "fixed":
-            scores = scores.mul_(FIXED_POINT).round_()
+        outputs, shares = self._shares(scores, weights)
         for low, high in self.parts(begin, begin + count):
-            part = scores.narrow(self.axis + 1, low - begin, high - low)
+            part = shares.narrow(self.axis + 1, low - begin, high - low)
             place: list[slice] = [slice(None)]
             for axis, side in enumerate(part.shape[1:]):
                 at = low % self.depth if axis == self.axis else start_ijk[axis]
                 place.append(slice(at, at + side))
-            self.sums[tuple(place)] += part.to(self.sums.dtype)
+            sums = self.sums[tuple(place)]
+            if outputs is None:
+                sums += part
+            else:
+                sums.index_add_(0, outputs, part)
+
+    def _shares(self, scores: Tensor, weights: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What is added, as it is held, and to which outputs; None are all."""
+        if self.store != "fixed":
+            return None, (scores * weights).to(self.sums.dtype)
+        weights = weights * FIXED_POINT
+        # Of many classes most are so unlikely everywhere in a piece that nothing of them is left in 16 bits.
+        counts = scores.amax(dim=(1, 2, 3)) * weights.amax() > _NOTHING
+        outputs = counts.nonzero()[:, 0]
+        if len(outputs) > _MOST * len(scores):
+            return None, (scores * weights).round_().to(self.sums.dtype)
+        return outputs, scores.index_select(0, outputs).mul_(weights).round_().to(self.sums.dtype)
 
     def take(self, stop: int, planes: int) -> Iterator[tuple[int, Tensor]]:
         """The planes up to `stop`, which are finished, at most `planes` at a time: number of the first, float32 scores.
 
         A slab is good until the next is asked for.
         """
+        copy: Tensor | None = None
         while self.first < stop:
             low, high = next(self.parts(self.first, min(self.first + planes, stop)))
             slab = self.sums.narrow(self.axis + 1, low % self.depth, high - low)
-            yield low, slab.to(torch.float32).div_(FIXED_POINT) if self.store == "fixed" else slab.to(torch.float32)
+            # A plane's scores of one output lie together in the copy, as who takes them wants them.
+            planes_first = slab.movedim(self.axis + 1, 1)
+            if copy is None or copy.shape != planes_first.shape:
+                copy = None  # else the next one would be made beside it
+                copy = torch.empty(planes_first.shape, dtype=torch.float32, device=slab.device)
+            finished = copy.copy_(planes_first).movedim(1, self.axis + 1)
+            yield low, finished.div_(FIXED_POINT) if self.store == "fixed" else finished
+            del finished
             slab.zero_()
             self.first = high
 

@@ -20,6 +20,11 @@ Box = tuple[slice, slice, slice]
 _Tiling = tuple[Triple, float, bool]
 
 
+SCATTERED = 1.15
+"""Times as many unfinished voxels are worth it where finished planes lie together: they are taken out and restored in
+less than half the time."""
+
+
 @dataclass(frozen=True)
 class WindowSettings:
     """How a volume is tiled and what a network's outputs are.
@@ -106,7 +111,8 @@ def window_shape(shape: Sequence[int], settings: WindowSettings) -> Triple:
 
 
 def lay_out(shape: Sequence[int], members: Sequence[WindowSettings], *, axis: int | None = None) -> Layout:
-    """The windows of every member over a volume, along `axis` or the one that keeps least unfinished.
+    """The windows of every member over a volume, along `axis` or the one that keeps least unfinished; along the first,
+    whose planes lie together in memory, also where that is a little more.
 
     Raises:
         ValueError: there are no members.
@@ -119,7 +125,7 @@ def lay_out(shape: Sequence[int], members: Sequence[WindowSettings], *, axis: in
         spread = settings.conventions.tiles == "spread"
         tilings.setdefault((window_shape(shape, settings), settings.step, spread), []).append(number)
     along = [_along((i, j, k), a, tilings) for a in range(3) if axis in (None, a)]
-    return min(along, key=lambda layout: math.prod(layout.live_shape))
+    return min(along, key=lambda layout: math.prod(layout.live_shape) * (1 if layout.axis == 0 else SCATTERED))
 
 
 def _along(shape: Triple, axis: int, tilings: dict[_Tiling, list[int]]) -> Layout:

@@ -214,7 +214,7 @@ def _add(live: LiveScores, start: Triple, low: int, scores: Tensor, weights: Ten
         j, k = (max(0, -a) for a in start[1:])
         part = scores[:, begin - low : end - low, j : j + weights.shape[1], k : k + weights.shape[2]]
         place = (start[0] + begin, start[1] + j, start[2] + k)
-        live.add(place, part * weights[begin - first : end - first])
+        live.add(place, part, weights[begin - first : end - first])
 
 
 _PROFILES: dict[str, Callable[[Triple], Tensor]] = {

@@ -12,6 +12,9 @@ from transforms.spline import LinearTaps
 _CHUNK = 1 << 17
 """Scores that are interpolated at a time: they stay in a core's cache."""
 
+_COMPETITORS = 64
+"""Classes that may win among neighbouring cells, mostly fewer; chunks are sized for so many."""
+
 _FEW = 1 << 15
 """Voxels up to which PyTorch's own search for the highest is faster than one class after another."""
 
@@ -63,9 +66,8 @@ class PlaneBetween:
         places = (found < 0).view(-1).nonzero()[:, 0]
         if len(places):
             scores, corners = self._corners(mixed)
-            outputs = _that_may_win(scores, corners) if above is None else torch.arange(len(scores))
             numbers = _numbered(mixed)[cells.view(-1)[places]]
-            found.view(-1)[places] = self._decided(scores[outputs], corners[:, numbers], places, outputs, above)
+            found.view(-1)[places] = self._decided(scores, corners[:, numbers], places, above)
         return found
 
     def _extremes(self) -> tuple[Tensor, Tensor]:
@@ -96,23 +98,32 @@ class PlaneBetween:
             scores = _mean(scores, self.far.at(used.nonzero()[:, 0]), torch.tensor(self.part))
         return scores, _numbered(used)[places]
 
-    def _decided(self, scores: Tensor, corners: Tensor, places: Tensor, outputs: Tensor, above: float | None) -> Tensor:
-        """Codes of the flat `places` of the plane, whose cells have these corners, among some of the outputs."""
+    def _decided(self, scores: Tensor, corners: Tensor, places: Tensor, above: float | None) -> Tensor:
+        """Codes of the flat `places` of the plane, in rising order, whose cells have these corners."""
         rows = places.div(len(self.columns.low), rounding_mode="floor")
         columns = places - rows * len(self.columns.low)
         down, right = (torch.from_numpy(taps.part).to(places.device) for taps in (self.rows, self.columns))
         decided = torch.empty(len(places), dtype=torch.int16, device=places.device)
-        size = max(1, _CHUNK // len(scores))
+        needed = None if above is not None else _needed(scores, corners)
+        size = 512
         for start in range(0, len(places), size):
             chunk = slice(start, start + size)
-            values = [scores[:, at] for at in corners[:, chunk]]
+            nearby, outputs = scores, None
+            at = corners[:, chunk]
+            if needed is not None:
+                first, count = int(at.min()), int(at.max() - at.min()) + 1
+                nearby, at = scores.narrow(1, first, count), at - first
+                # A class that stays below what is needed at all of these corners wins in none of their cells.
+                outputs = (~(nearby.amax(dim=1) < needed[chunk].amin())).nonzero()[:, 0]
+                nearby = nearby.index_select(0, outputs)
+            values = [nearby.index_select(1, corner) for corner in at]
             if not self.rows.is_selection:
                 part = down[rows[chunk]]
                 values = [_mean(values[0], values[1], part), values[1], _mean(values[2], values[3], part)]
             if not self.columns.is_selection:
                 values = [_mean(values[0], values[2], right[columns[chunk]])]
             codes = codes_of(values[0], above)
-            decided[chunk] = outputs[codes.long()].to(torch.int16) if above is None else codes.to(torch.int16)
+            decided[chunk] = codes.to(torch.int16) if outputs is None else outputs[codes.long()].to(torch.int16)
         return decided
 
 
@@ -126,20 +137,16 @@ def _numbered(mask: Tensor) -> Tensor:
     return mask.reshape(-1).to(torch.int32).cumsum(0) - 1
 
 
-def _that_may_win(scores: Tensor, corners: Tensor) -> Tensor:
-    """The numbers, in order, of those classes that may win in one of these cells.
+def _needed(scores: Tensor, corners: Tensor) -> Tensor:
+    """What a class has to reach, at a corner at least, to win in each of these cells.
 
     In a cell the highest score is at least the mean of its corners' winners, so at least the lowest value that mean
-    has at a corner. A class that stays below it at every corner wins nowhere in the cell.
+    has at a corner.
     """
     winners = codes_of(scores, None).long()[corners]
     flat, width = scores.reshape(-1), scores.shape[1]
-    mean = torch.stack([flat[winners * width + at].mean(dim=0) for at in corners])
-    needed = mean.amin(dim=0) - _MARGIN * scores.abs().amax()
-    lowest = torch.full((width,), torch.inf, device=scores.device)
-    for at in corners:
-        lowest.scatter_reduce_(0, at, needed, "amin")
-    return (~(scores < lowest)).any(dim=1).nonzero()[:, 0]
+    mean = torch.stack([flat.take(winners * width + at).mean(dim=0) for at in corners])
+    return mean.amin(dim=0) - _MARGIN * scores.abs().amax()
 
 
 def codes_of(scores: Tensor, above: float | None) -> Tensor:

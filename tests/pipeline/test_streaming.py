@@ -215,13 +215,38 @@ class TestLiveScores:
     def test_what_is_not_held_is_refused(self) -> None:
         layout = lay_out((30, 8, 8), [settings()])
         live = LiveScores(2, layout, "float32", torch.device("cpu"))
-        live.add((0, 0, 0), torch.ones(2, 8, 8, 8))
+        live.add((0, 0, 0), torch.ones(2, 8, 8, 8), torch.ones(8, 8, 8))
         with pytest.raises(ValueError, match="planes 4 to 12 of 0 to 8"):
-            live.add((4, 0, 0), torch.ones(2, 8, 8, 8))
+            live.add((4, 0, 0), torch.ones(2, 8, 8, 8), torch.ones(8, 8, 8))
         assert [(first, slab.shape[1]) for first, slab in live.take(4, 3)] == [(0, 3), (3, 1)]
-        live.add((4, 0, 0), torch.ones(2, 8, 8, 8))
+        live.add((4, 0, 0), torch.ones(2, 8, 8, 8), torch.ones(8, 8, 8))
         found = torch.cat([slab.clone() for _, slab in live.take(12, 99)], dim=1)
         assert found[0, :, 0, 0].tolist() == [2.0] * 4 + [1.0] * 4
+
+    @pytest.mark.parametrize("likely", [0.1, 0.9])
+    def test_classes_of_which_nothing_is_left_in_16_bits_are_not_missed(self, likely: float) -> None:
+        """Few are likely anywhere, or most; some by just enough for one part in 32,000."""
+        generator = torch.Generator().manual_seed(2)
+        scores = 1e-7 * torch.rand(50, 8, 8, 8, generator=generator)
+        scores[torch.rand(50, generator=generator) < likely] *= 1e6
+        scores[7, 3, 3, 3], scores[9, 3, 3, 3] = 0.51 / FIXED_POINT, 0.49 / FIXED_POINT
+        weights = torch.rand(8, 8, 8, generator=generator)
+        weights[3, 3, 3] = 1.0
+        live = LiveScores(50, lay_out((8, 8, 8), [settings()]), "fixed", torch.device("cpu"))
+        for _ in range(2):
+            live.add((0, 0, 0), scores, weights)
+        ((_, found),) = live.take(8, 8)
+        torch.testing.assert_close(found, 2 * (scores * weights * FIXED_POINT).round() / FIXED_POINT)
+        if likely < 0.5:
+            assert (found[7].count_nonzero(), found[9].count_nonzero()) == (1, 0)
+
+    @pytest.mark.parametrize("shape", [(30, 8, 8), (8, 30, 8), (8, 8, 30)])
+    def test_a_plane_lies_together(self, shape: Triple) -> None:
+        layout = lay_out(shape, [settings()])
+        live = LiveScores(3, layout, "float32", torch.device("cpu"))
+        live.add((0, 0, 0), volume((8, 8, 8)).expand(3, -1, -1, -1), torch.ones(8, 8, 8))
+        for _, slab in live.take(8, 3):
+            assert slab.select(layout.axis + 1, 0)[0].is_contiguous()
 
 
 class TestEmptyWindows:

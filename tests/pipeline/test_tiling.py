@@ -51,6 +51,11 @@ def test_it_goes_along_the_axis_that_leaves_least_unfinished() -> None:
     assert lay_out((20, 20, 100), [settings((16, 16, 16))], axis=0).axis == 0
 
 
+def test_where_it_hardly_matters_it_goes_along_the_first_axis() -> None:
+    assert lay_out((40, 40, 44), [settings((16, 16, 16))]).axis == 0
+    assert lay_out((40, 40, 48), [settings((16, 16, 16))]).axis == 2
+
+
 def test_networks_with_the_same_windows_share_them() -> None:
     shared = lay_out((40, 16, 16), [settings((8, 8, 8)), settings((8, 8, 8))])
     assert {row.members for row in shared.rows} == {(0, 1)}
