@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from pipeline.errors import BundleError
-from pipeline.files import atomic_folder, sha256_of_file, write_json, write_text
+from pipeline.files import atomic_folder, atomic_path, sha256_of_file, write_json, write_text
 from pipeline.models.registry import build_network
 from pipeline.models.slices import as_volume_network
 from pipeline.plan import Plan
@@ -29,6 +30,12 @@ AIR = "air"
 
 POSTPROCESSING = "postprocessing.json"
 """In a bundle whose cross-validation found one that helps; only where the index names it."""
+
+INT8_NETWORK = "int8.onnx"
+"""The network in eight bits, in a bundle of which `volseg bundle quantise` proved it; only where the index names it."""
+
+INT8 = "int8"
+"""In the provenance: what cases said of the network in eight bits."""
 
 
 class BundleIndex(BaseModel):
@@ -49,9 +56,36 @@ class BundleIndex(BaseModel):
     sha256: dict[str, str]
 
 
+@dataclass(frozen=True)
+class BundleFile:
+    """A file of a bundle that is read when it is asked for."""
+
+    path: Path
+    sha256: str
+
+    def read(self) -> bytes:
+        """Its content.
+
+        Raises:
+            BundleError: it is missing, or not the one that was saved.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError as error:
+            raise BundleError(_missing(self.path.parent, self.path.name)) from error
+        except OSError as error:
+            raise BundleError(f"{self.path}: cannot be read ({type(error).__name__})") from error
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise BundleError(_changed(self.path))
+        return content
+
+
 @dataclass(frozen=True, eq=False)
 class ModelBundle:
-    """A model that is ready to predict: `network` maps (B, C, I, J, K) to logits and is in evaluation mode."""
+    """A model that is ready to predict: `network` maps (B, C, I, J, K) to logits and is in evaluation mode.
+
+    `digest` is that of the weights it has. `int8` is the same network in eight bits, where the bundle has it.
+    """
 
     index: BundleIndex
     plan: Plan
@@ -59,6 +93,7 @@ class ModelBundle:
     network: nn.Module
     digest: str
     postprocessing: PostProcessing | None = None
+    int8: BundleFile | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +154,7 @@ def find_bundles(model: Path) -> list[Path]:
 
 
 def load_bundle(folder: Path, device: torch.device | None = None) -> ModelBundle:
-    """Read and check a bundle.
+    """Read and check a bundle; its network in eight bits is read and checked where it is asked for.
 
     Raises:
         BundleError: a file is missing, was changed, or does not fit the others.
@@ -128,9 +163,9 @@ def load_bundle(folder: Path, device: torch.device | None = None) -> ModelBundle
     optional = [POSTPROCESSING] if POSTPROCESSING in index.sha256 else []
     for name in (WEIGHTS, PLAN, LABELS, CONFIG, *optional):
         if not (folder / name).is_file():
-            raise BundleError(f"{folder}: {name} is missing from the bundle; copy the whole folder again")
+            raise BundleError(_missing(folder, name))
         if sha256_of_file(folder / name) != index.sha256.get(name):
-            raise BundleError(f"{folder / name}: not the file that was saved (its hash differs); copy it again")
+            raise BundleError(_changed(folder / name))
     try:
         plan = Plan.model_validate_json((folder / PLAN).read_bytes())
         schema = LabelSchema.model_validate_json((folder / LABELS).read_bytes())
@@ -140,7 +175,8 @@ def load_bundle(folder: Path, device: torch.device | None = None) -> ModelBundle
     network = network_of(plan)
     _fill(network, folder)
     network = network.to(device or torch.device("cpu")).eval()
-    return ModelBundle(index, plan, schema, network, index.sha256[WEIGHTS], cleaning)
+    int8 = BundleFile(folder / INT8_NETWORK, index.sha256[INT8_NETWORK]) if INT8_NETWORK in index.sha256 else None
+    return ModelBundle(index, plan, schema, network, index.sha256[WEIGHTS], cleaning, int8)
 
 
 def set_postprocessing(folder: Path, wanted: PostProcessing | None) -> None:
@@ -153,20 +189,34 @@ def set_postprocessing(folder: Path, wanted: PostProcessing | None) -> None:
         RunError: it cannot be written.
     """
     index = _read_index(folder)
-    without = {name: digest for name, digest in index.sha256.items() if name != POSTPROCESSING}
     if wanted is not None:
         try:
             wanted.check_labels(LabelSchema.model_validate_json((folder / LABELS).read_bytes()))
         except (OSError, ValueError) as error:
             raise BundleError(f"{folder}: {error}") from error
-    if POSTPROCESSING in index.sha256:
-        # Before the file is touched, so that at no time it differs from what the index says of it.
-        _write_index(folder, index, without)
+    without = _taken_out(folder, index, POSTPROCESSING)
     if wanted is None:
         (folder / POSTPROCESSING).unlink(missing_ok=True)
         return
     write_json(folder / POSTPROCESSING, wanted.model_dump(mode="json"))
-    _write_index(folder, index, without | {POSTPROCESSING: sha256_of_file(folder / POSTPROCESSING)})
+    _put_in(folder, without, POSTPROCESSING)
+
+
+def set_int8(folder: Path, content: bytes, reason: dict[str, Any]) -> None:
+    """Have a network in eight bits (ONNX) in a bundle, and keep what was proven of it; the weights stay as they are.
+
+    Whenever it is cut short the bundle can be read, with such a network or without.
+
+    Raises:
+        BundleError: it is no bundle.
+        RunError: it cannot be written.
+    """
+    index = _read_index(folder)
+    known = {key: value for key, value in index.provenance.items() if key != INT8}
+    without = _taken_out(folder, index.model_copy(update={"provenance": known}), INT8_NETWORK)
+    with atomic_path(folder / INT8_NETWORK) as temporary:
+        temporary.write_bytes(content)
+    _put_in(folder, without.model_copy(update={"provenance": {**known, INT8: reason}}), INT8_NETWORK)
 
 
 def is_mirrored(folder: Path) -> bool:
@@ -227,6 +277,27 @@ def _read_index(folder: Path) -> BundleIndex:
     except ValidationError as error:
         first = error.errors()[0]
         raise BundleError(f"{folder / INDEX}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _missing(folder: Path, name: str) -> str:
+    return f"{folder}: {name} is missing from the bundle; copy the whole folder again"
+
+
+def _changed(path: Path) -> str:
+    return f"{path}: not the file that was saved (its hash differs); copy it again"
+
+
+def _taken_out(folder: Path, index: BundleIndex, name: str) -> BundleIndex:
+    """The index without a file, also on the disk: before the file is touched, so that it never differs from it."""
+    without = index.model_copy(update={"sha256": {n: digest for n, digest in index.sha256.items() if n != name}})
+    if name in index.sha256:
+        _write_index(folder, without, without.sha256)
+    return without
+
+
+def _put_in(folder: Path, index: BundleIndex, name: str) -> None:
+    """Have the index name a file that is there now."""
+    _write_index(folder, index, index.sha256 | {name: sha256_of_file(folder / name)})
 
 
 def _write_index(folder: Path, index: BundleIndex, sha256: dict[str, str]) -> None:
