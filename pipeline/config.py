@@ -67,7 +67,9 @@ class NetworkConfig(Section):
     preset: Literal["resenc_m", "resenc_l", "resenc_xl"] | None = Field(
         None, description="residual encoder for about 8, 24 or 40 GB; null: as the keys below say"
     )
-    block: Literal["plain", "residual"] = Field("plain", description="block of every stage")
+    block: Literal["plain", "residual"] = Field(
+        "plain", description="block of every stage; a preset has residual ones down and plain ones up"
+    )
     normalisation: Literal["instance", "batch", "group", "none"] = Field("instance", description="in every block")
     skip: Literal["concatenate", "attention"] = Field("concatenate", description="how skips join the decoder")
     upsampling: Literal["transposed", "interpolated"] = Field("transposed", description="how the decoder gets finer")
@@ -86,6 +88,13 @@ class NetworkConfig(Section):
         "auto",
         description="gradient checkpointing: less memory, more time, the same result; auto: when memory asks",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_decides(cls, value: Any) -> Any:
+        """Under a preset only what a file itself says can be plain: `make_plan` refuses that."""
+        has_preset = isinstance(value, dict) and value.get("preset") is not None
+        return {"block": "residual", **value} if has_preset else value
 
     @model_validator(mode="after")
     def _keys_say_something(self) -> NetworkConfig:

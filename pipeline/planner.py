@@ -18,7 +18,7 @@ from pipeline.sizing import Sizer
 from pipeline.topology import PRESET_GB, RESIDUAL_ENCODER_BLOCKS, Topology
 from transforms.intensity_spec import Normalisation
 
-__all__ = ["advice_when_too_large", "make_plan", "percentile"]
+__all__ = ["advice_when_too_large", "make_plan", "percentile", "require_consistent"]
 
 ANISOTROPIC = 3.0
 """A dataset whose coarsest median spacing exceeds its finest by this factor keeps more of its coarse axis."""
@@ -40,7 +40,7 @@ def make_plan(
     Raises:
         PlanError: what is set by hand does not fit the network, or the budget admits no network.
     """
-    _refuse_unused_keys(settings, network)
+    require_consistent(settings, network)
     reasons: dict[str, str] = {}
     budget = _with_preset(budget, settings, network, reasons)
     spacing_mm = _spacing(fingerprint, settings, reasons)
@@ -76,8 +76,8 @@ def make_plan(
     )
 
 
-def _refuse_unused_keys(settings: PlanConfig, network: NetworkConfig) -> None:
-    """Keys that say nothing to the network that is named, unless they have their defaults."""
+def require_consistent(settings: PlanConfig, network: NetworkConfig) -> None:
+    """Raise PlanError where a key says nothing to the network that is named, or contradicts the preset."""
     needs = needs_of(network.name)
     for key, field in type(network).model_fields.items():
         if key in ("name", "dimensions") or needs.follows(key) or getattr(network, key) == field.default:
@@ -90,6 +90,11 @@ def _refuse_unused_keys(settings: PlanConfig, network: NetworkConfig) -> None:
         )
     if settings.features is not None and needs.features is not None:
         raise PlanError(f"plan.features: network '{network.name}' has widths of its own: leave it out")
+    if network.preset is not None and network.block == "plain":
+        raise PlanError(
+            f"network.block: plain, but network.preset {network.preset} has residual blocks down and plain ones up: "
+            "leave one of the two out"
+        )
 
 
 def _with_preset(budget: Budget, settings: PlanConfig, network: NetworkConfig, reasons: dict[str, str]) -> Budget:

@@ -30,7 +30,7 @@ from pipeline.folds import Folds, assign_folds, read_folds, write_folds
 from pipeline.manifest import Dataset, load_dataset, manifest_hash
 from pipeline.models.registry import require_network
 from pipeline.plan import Fingerprint, Plan, read_plan
-from pipeline.planner import make_plan
+from pipeline.planner import make_plan, require_consistent
 from pipeline.provenance import provenance_tags
 from pipeline.tracking import (
     Busy,
@@ -90,6 +90,7 @@ def plan_dataset(config: Config, console: Console) -> tuple[Dataset, CheckReport
     # What is wrong in the config is told before a large dataset is read for it.
     budget = budget_of(choose_hardware(config.train), config.plan, config.train)
     require_network(config.network.name)
+    require_consistent(config.plan, config.network)
     dataset = load_dataset(config.data.manifest, config.data.root)
     measuring = Measuring(dataset.manifest)
     report = check_dataset(

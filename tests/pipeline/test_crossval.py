@@ -21,7 +21,7 @@ from pipeline.manifest import Dataset, save_manifest
 from pipeline.metrics import confusion_counts, dice_from_counts
 from pipeline.quality import read_quality
 from pipeline.report_values import Report
-from pipeline.runs import Run, open_run, read_done
+from pipeline.runs import Run, open_run, plan_dataset, read_done
 from pipeline.tracking.journal import read_facts
 from transforms.volume import read_label
 
@@ -284,3 +284,10 @@ def test_two_that_begin_at_once_set_up_one_run_and_share_no_fold(home: Path) -> 
     with held(run.fold_folder(0)), pytest.raises(RunError, match="fold_0: another process is at work here"):
         train_fold(run, 0, Silence(), resume=True)
     assert not (run.fold_folder(0) / CHECKPOINT).exists()
+
+
+def test_keys_that_contradict_each_other_are_told_before_the_data_is_read(home: Path, tmp_path: Path) -> None:
+    network = {"preset": "resenc_m", "block": "plain"}
+    config = config_at(home, data={"manifest": str(tmp_path / "none.json")}, network=network)
+    with pytest.raises(PlanError, match=r"^network\.block: plain, but"):
+        plan_dataset(config, Silence())

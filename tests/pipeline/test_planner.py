@@ -346,6 +346,23 @@ class TestNetworks:
         assert not mednext.unet.checkpointing
         assert mednext.reasons["checkpointing"] == "off: network 'mednext' has none"
 
+    def test_a_block_that_contradicts_a_preset_is_refused(self) -> None:
+        with pytest.raises(PlanError, match=r"^network.block: plain, but network.preset resenc_l has residual blocks"):
+            plan_for(self.BIG, preset="resenc_l", block="plain")
+
+    def test_a_block_that_agrees_with_a_preset_changes_nothing(self) -> None:
+        """As every config does that was written out with all its keys."""
+        assert plan_for(self.BIG, preset="resenc_m", block="residual") == plan_for(self.BIG, preset="resenc_m")
+        written = NetworkConfig(preset="resenc_m").model_dump(mode="json")
+        assert written["block"] == "residual"
+        assert NetworkConfig.model_validate(written) == NetworkConfig(preset="resenc_m")
+
+    def test_what_else_is_set_stands_beside_a_preset(self) -> None:
+        plan = plan_for(self.BIG, preset="resenc_m", features=(16, 32, 64), normalisation="group", skip="attention")
+        assert plan.unet.features == (16, 32, 64)
+        assert (plan.unet.normalisation, plan.unet.skip) == ("group", "attention")
+        assert plan.unet.encoder_blocks == (1, 3, 4)
+
     @pytest.mark.parametrize(("preset", "gb"), [("resenc_m", 8.0), ("resenc_l", 24.0), ("resenc_xl", 40.0)])
     def test_a_preset_has_its_blocks_and_fills_its_memory(self, preset: str, gb: float) -> None:
         plan = plan_for(self.BIG, Budget("cuda", 70.0, None, 20_000.0), preset=preset)
