@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from pipeline.bundle import ModelBundle
 from pipeline.confidence import WORK_PLANES, Asked, bytes_taken, figure_for
 from pipeline.live_scores import live_bytes, store_of
 from pipeline.memory_plan import Demand
 from pipeline.models.cost import WORKSPACE_FACTOR, kept_bytes, weight_count
+from pipeline.models.unet import UNet
 from pipeline.network_memory import answer_bytes
 from pipeline.outputs import class_dtype
 from pipeline.plan import Plan
-from pipeline.tile_scores import CHUNK_VALUES, Member, mirror_passes
+from pipeline.tile_scores import CHUNK_VALUES, Member, mirror_passes, widening
 from pipeline.tiling import Layout, Triple
 from transforms.geometry import Geometry
 from transforms.labels import LabelSchema
@@ -138,18 +140,32 @@ def _network(bundles: Sequence[ModelBundle], members: Sequence[Member], layout: 
         sums = FLOAT_BYTES * bundles[0].schema.output_count * voxels if passes > 1 else 0
         weights = 4 * FLOAT_BYTES * voxels + FLOAT_BYTES * math.prod(layout.live_shape)
         answers = [_answer(bundles[m], window, exactly=exactly) for m in seeing]
-        most = max(most, max(answers) + sums + weights + 4 * FLOAT_BYTES * CHUNK_VALUES)
+        most = max(most, max(answers) + sums + weights + 6 * FLOAT_BYTES * CHUNK_VALUES)
     return most
 
 
 def _answer(bundle: ModelBundle, window: Triple, *, exactly: bool) -> int:
     plan = bundle.plan
     shape = (1, len(plan.channels), *window)
-    found = answer_bytes(bundle.network, shape) if exactly or plan.monai is not None else None
+    unet = widening(bundle.network)
+    # Logits that are made a few planes at a time are none of what is held.
+    network, logits = (bundle.network, bundle.schema.output_count) if unet is None else (_Features(unet), 0)
+    found = answer_bytes(network, shape) if exactly or plan.monai is not None else None
     if found is not None:
         return found
     if plan.monai is not None:
         return FLOAT_BYTES * FOREIGN_CHANNELS * math.prod(window)
     flat = tuple(n for axis, n in enumerate(window) if axis != plan.slice_axis)
     kept = kept_bytes(plan.network, plan.unet, flat, 1) + FLOAT_BYTES * weight_count(plan.network, plan.unet)
-    return round(WORKSPACE_FACTOR * kept) + FLOAT_BYTES * bundle.schema.output_count * math.prod(window)
+    return round(WORKSPACE_FACTOR * kept) + FLOAT_BYTES * logits * math.prod(window)
+
+
+class _Features(nn.Module):
+    """A U-Net without its last layer."""
+
+    def __init__(self, network: UNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network.features(image)

@@ -10,6 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from pipeline.models.unet import UNet
 from pipeline.onednn import OneDnnConvolutions
 from pipeline.tiling import WindowSettings
 
@@ -38,33 +39,57 @@ def score_tiles(
     """
     passes = [(member, axes) for member in members for axes in mirror_passes(member.settings.mirror_axes)]
     if len(passes) == 1:
-        logits = _answer(passes[0][0].network, tiles)
-        for tile, low, high in _pieces(logits):
-            scores = _activated(logits[tile, :, low:high], passes[0][0].settings)
+        answer = _Answer(passes[0][0].network, tiles)
+        for tile, low, high in _pieces(answer.shape):
+            scores = _activated(answer.logits(tile, low, high), passes[0][0].settings)
             yield tile, low, scores if figure is None else torch.cat([scores, figure(scores)[None]])
         return
     total: Tensor | None = None
     for member, axes in passes:
-        logits = _answer(member.network, tiles.flip([a + 2 for a in axes]))
-        outputs = logits.shape[1]
+        answer = _Answer(member.network, tiles.flip([a + 2 for a in axes]))
+        outputs = answer.shape[1]
         if total is None:
-            shape = (len(logits), outputs + (figure is not None), *logits.shape[2:])
-            total = torch.zeros(shape, dtype=torch.float32, device=logits.device)
+            shape = (len(tiles), outputs + (figure is not None), *answer.shape[2:])
+            total = torch.zeros(shape, dtype=torch.float32, device=tiles.device)
         share = 1.0 / (len(members) * len(mirror_passes(member.settings.mirror_axes)))
-        for tile, low, high in _pieces(logits):
-            scores = _unmirrored(logits[tile], low, high, axes, member.settings)
+        for tile, low, high in _pieces(answer.shape):
+            scores = _unmirrored(answer, tile, (low, high), axes, member.settings)
             total[tile, :outputs, low:high].add_(scores, alpha=share)
             if figure is not None:
                 total[tile, outputs, low:high].add_(figure(scores), alpha=share)
-        del logits  # else the next ones would be made beside them
+        del answer  # else the next one would be made beside it
     if total is not None:
-        for tile, low, high in _pieces(total):
+        for tile, low, high in _pieces(total.shape):
             yield tile, low, total[tile, :, low:high]
 
 
-def _answer(network: Network, tiles: Tensor) -> Tensor:
-    with OneDnnConvolutions():
-        return network(tiles)
+def widening(network: Network) -> UNet | None:
+    """The network, if it is a U-Net whose last layer makes more channels than it gets."""
+    if isinstance(network, UNet) and network.spec.out_channels > network.spec.features[0]:
+        return network
+    return None
+
+
+class _Answer:
+    """A network's logits of windows (B, C, I, J, K), `shape` (B, O, I, J, K), of which a few planes are asked for at a
+    time. Those of many classes are made only then, of what a U-Net's last layer takes: they would be most of what it
+    holds."""
+
+    def __init__(self, network: Network, tiles: Tensor) -> None:
+        unet = widening(network)
+        with OneDnnConvolutions():
+            self._values = network(tiles) if unet is None else unet.features(tiles)
+        self._head = None if unet is None else unet.head
+        batch, channels, *sides = self._values.shape
+        self.shape = (batch, channels if unet is None else unet.spec.out_channels, *sides)
+
+    def logits(self, tile: int, low: int, high: int) -> Tensor:
+        """(O, i, J, K) of the planes [low, high) of one window."""
+        part = self._values[tile, :, low:high]
+        if self._head is None:
+            return part
+        with OneDnnConvolutions():
+            return self._head(part[None])[0]
 
 
 def mirror_passes(axes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -72,20 +97,23 @@ def mirror_passes(axes: Sequence[int]) -> list[tuple[int, ...]]:
     return [c for n in range(len(axes) + 1) for c in combinations(sorted(axes), n)]
 
 
-def _pieces(scores: Tensor) -> Iterator[tuple[int, int, int]]:
+def _pieces(shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Window, first plane and the plane after the last, over (B, O, I, J, K)."""
-    count, outputs, planes, *plane = scores.shape
+    count, outputs, planes, *plane = shape
     step = max(1, CHUNK_VALUES // (outputs * math.prod(plane)))
     for tile in range(count):
         for low in range(0, planes, step):
             yield tile, low, min(low + step, planes)
 
 
-def _unmirrored(logits: Tensor, low: int, high: int, axes: Sequence[int], settings: WindowSettings) -> Tensor:
-    """Scores of the planes [low, high) of one window, from the logits (O, I, J, K) of a mirrored pass."""
-    planes = logits.shape[1]
-    part = logits[:, planes - high : planes - low] if 0 in axes else logits[:, low:high]
-    scores = _activated(part, settings).flip([a + 1 for a in axes])
+def _unmirrored(
+    answer: _Answer, tile: int, planes: tuple[int, int], axes: Sequence[int], settings: WindowSettings
+) -> Tensor:
+    """Scores of the planes [low, high) of one window, from the answer to a mirrored pass."""
+    low, high = planes
+    if 0 in axes:
+        low, high = answer.shape[2] - high, answer.shape[2] - low
+    scores = _activated(answer.logits(tile, low, high), settings).flip([a + 1 for a in axes])
     # What the mirrored patient calls left is this patient's right.
     return scores[list(settings.twin_outputs)] if 0 in axes else scores
 

@@ -135,6 +135,23 @@ class UNet(nn.Module):
         supervised = self.spec.deep_supervision and self.training
         return tuple(reversed(outputs)) if supervised else outputs[-1]
 
+    def features(self, image: Tensor) -> Tensor:
+        """(B, features, ...), of which `head` makes the logits for `image`.
+
+        Raises:
+            ValueError: see `forward`.
+        """
+        skips = self._encode(image)
+        features = skips.pop()
+        for stage in reversed(range(len(self.decoder))):
+            features = self.decoder[stage](features, skips.pop())
+        return features
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits (B, out_channels, ...) of features at any places: it sees single voxels."""
+        logits: Tensor = self.heads[0](features)
+        return logits
+
     @torch.no_grad()
     def attention_maps(self, image: Tensor) -> tuple[Tensor, ...]:
         """The coefficients of every attention gate, finest first: (B,1,...) in [0, 1] on its (cropped) skip.

@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline import tile_scores
+from pipeline.models.registry import build_network
+from pipeline.models.spec import UNetSpec
+from pipeline.models.unet import UNet
 from pipeline.onednn import OneDnnConvolutions
 from pipeline.windows import WindowSettings, mirror_passes, predict_windows, window_shape
 
@@ -187,9 +191,6 @@ class TestMirroring:
 
 
 def test_a_deeply_supervised_network_answers_at_full_resolution() -> None:
-    from pipeline.models.registry import build_network
-    from pipeline.models.spec import UNetSpec
-
     spec = UNetSpec(
         out_channels=3,
         features=(4, 8),
@@ -203,6 +204,33 @@ def test_a_deeply_supervised_network_answers_at_full_resolution() -> None:
     with torch.inference_mode():
         found = predict_windows(network, volume((8, 8, 8)), settings(factor=(2, 2, 2)))
     assert found.shape == (3, 8, 8, 8)
+
+
+@pytest.mark.parametrize("mirror", [(), (0, 2)])
+def test_logits_of_many_classes_are_made_piece_by_piece(
+    mirror: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = UNetSpec(
+        out_channels=40,
+        features=(4, 8),
+        strides=((1, 1, 1), (2, 2, 2)),
+        kernel_shapes=((3, 3, 3),) * 2,
+        encoder_blocks=(1, 1),
+        decoder_blocks=(1,),
+    )
+    network = build_network("unet", spec, (8, 8, 8), generator=torch.Generator().manual_seed(0)).eval()
+    assert isinstance(network, UNet)
+    made: list[int] = []
+    network.heads[0].register_forward_hook(lambda _, __, logits: made.append(logits.numel()))
+    monkeypatch.setattr(tile_scores, "CHUNK_VALUES", 40 * 3 * 8 * 8)
+    wanted = settings(factor=(2, 2, 2), mirror=mirror, twins=tuple(range(40)))
+    with torch.inference_mode():
+        found = predict_windows(network, volume((20, 8, 8)), wanted)
+        assert max(made) == 40 * 3 * 8 * 8
+        monkeypatch.setattr(tile_scores, "widening", lambda _: None)
+        whole = predict_windows(network, volume((20, 8, 8)), wanted)
+    assert max(made) == 40 * 8 * 8 * 8
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("shape", "count"), [((8, 8, 8), 1), ((20, 8, 8), 4)])

@@ -116,6 +116,17 @@ def test_checkpointing_changes_not_one_bit(choices: dict[str, Any]) -> None:
         assert torch.equal(checkpointed[name], expected), name
 
 
+@pytest.mark.parametrize("choices", [*settings(), *further()])
+def test_the_head_sees_single_voxels(choices: dict[str, Any]) -> None:
+    spec = spec_of(**choices)
+    network, image = UNet(spec, seeded()).eval(), image_for(spec)
+    with torch.inference_mode():
+        expected, features = network(image), network.features(image)
+        assert torch.equal(network.head(features), expected)
+        some = network.head(features[:1, :, 1:])
+    torch.testing.assert_close(some, expected[:1, :, 1:], atol=1e-6, rtol=1e-5)
+
+
 def test_checkpointing_counts_a_batch_once() -> None:
     spec = spec_of(normalisation="batch", checkpointing=True)
     network = UNet(spec, seeded())
