@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from pipeline.errors import RunError
 from pipeline.export import FORMATS
-from pipeline.files import safe_name, sha256_of_json, write_json
+from pipeline.files import safe_name, sha256_of_json
+from pipeline.growing_json import change_object, fold_object, read_object, replace_object
 from pipeline.quality import QualityEstimate, read_quality
-from pipeline.results import RECORD
+from pipeline.results import RECORD, SOURCES, forget_sources
 from pipeline.studies import Study
 
 Made = Mapping[str, bool | int | float | str]
@@ -30,24 +32,49 @@ class Beside:
     kept_scores: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Record:
-    """Of the folder `out`; `value` is what its file holds. With `force` all that is asked for is made again. `foreign`
-    are the names of files that lay there before there was a record. One thread adds to it."""
+    """Of the folder `out`; `value` is what it says there. With `force` all that is asked for is made again. `foreign`
+    are the names of files that lay there before there was a record. One thread adds to it.
+
+    A study costs a line in a journal; leaving its `with` brings file and journal together. `is_on_disk`: the folder's
+    record is of this model and these settings, which are then not written once more.
+    """
 
     out: Path
     value: dict[str, Any]
     force: bool
     foreign: frozenset[str] = frozenset()
+    is_on_disk: bool = False
 
-    def begin(self) -> None:
-        """Have the record on disk before the first result is: what lies there from now on is a result.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if (self.out / RECORD).exists():
+                fold_object(self.out / RECORD)
+            fold_object(self.out / SOURCES)
+        except RunError:
+            # What ended the work is worth more than that it stays in the journal.
+            if kind is None:
+                raise
+
+    def begin(self, study: Study) -> None:
+        """Have the record on disk before the first result is: what lies there from now on is a result. Of a study that
+        is made again it says nothing from now on, until all of it is there.
 
         Raises:
             RunError: the folder cannot be written.
         """
-        if not (self.out / RECORD).exists():
-            write_json(self.out / RECORD, self.value)
+        if not self.is_on_disk:
+            replace_object(self.out / RECORD, self.value)
+            self.is_on_disk = True
+        if self.force and study.name in self.value["studies"]:
+            self._change(study, {})
+            forget_sources(self.out, study.name)
 
     def in_the_way(self, study: Study, formats: Sequence[str]) -> str | None:
         """Why the results of a study cannot be written: one would replace what it is read from, which `force` does not
@@ -84,16 +111,23 @@ class Record:
         Raises:
             RunError: the folder cannot be written.
         """
-        # What was asked for before is there still, unless all was made again.
-        for part in ("missing",) if self.vouches_for(study) else ("missing", "beside", "kept_scores"):
+        names, kept_scores = {path.name for path in beside.files}, beside.kept_scores
+        if self.vouches_for(study):
+            # What was asked for before is there still.
+            names |= set(self.value["beside"].get(study.name, []))
+            kept_scores = kept_scores or self.value["kept_scores"].get(study.name, 0)
+        facts: dict[str, Any] = {"studies": sorted(formats), "origins": origin}
+        facts |= {"missing": list(study.missing)} if study.missing else {}
+        facts |= {"beside": sorted(names)} if names else {}
+        self._change(study, facts | ({"kept_scores": kept_scores} if kept_scores else {}))
+
+    def _change(self, study: Study, facts: Mapping[str, Any]) -> None:
+        """Say this of a study, on disk too, and nothing else."""
+        change_object(self.out / RECORD, {part: {study.name: facts.get(part)} for part in _PARTS})
+        for part in _PARTS:
             self.value[part].pop(study.name, None)
-        self.value["studies"][study.name] = sorted(formats)
-        self.value["origins"][study.name] = origin
-        self.value["missing"] |= {study.name: list(study.missing)} if study.missing else {}
-        names = {*self.value["beside"].get(study.name, []), *(path.name for path in beside.files)}
-        self.value["beside"] |= {study.name: sorted(names)} if names else {}
-        self.value["kept_scores"] |= {study.name: beside.kept_scores} if beside.kept_scores else {}
-        write_json(self.out / RECORD, self.value)
+        for part, fact in facts.items():
+            self.value[part][study.name] = fact
 
 
 def open_record(out: Path, model: Sequence[str], made: Made, *, usual: Made, force: bool) -> Record:
@@ -111,7 +145,8 @@ def open_record(out: Path, model: Sequence[str], made: Made, *, usual: Made, for
     elif (out / RECORD).exists() and not force:
         raise RunError(f"{out}: holds results of another model or setting; choose another --out, or give --force")
     is_fresh = out.is_dir() and not (out / RECORD).exists()
-    return Record(out, value, force, frozenset(path.name for path in out.iterdir()) if is_fresh else frozenset())
+    foreign = frozenset(path.name for path in out.iterdir()) if is_fresh else frozenset()
+    return Record(out, value, force, foreign, is_on_disk=is_same and value.keys() <= before.keys())
 
 
 def recorded_quality(out: Path) -> dict[str, QualityEstimate]:
@@ -127,11 +162,9 @@ def recorded_quality(out: Path) -> dict[str, QualityEstimate]:
 
 def _read(out: Path) -> dict[str, Any]:
     """What a folder's record says; nothing where there is none, or it is damaged."""
-    try:
-        value = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    with suppress(RunError):
+        return read_object(out / RECORD)
+    return {}
 
 
 def origin_of(study: Study, *, series: str | None, resample_uneven: bool) -> str:

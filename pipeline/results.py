@@ -2,20 +2,20 @@
 
 The paths of the images stand in a file of their own, relative to the folder: paths may tell whose images they are,
 so results are passed on without that file. `volseg view` reads it and can do without; a served model, which writes it
-too, replaces a result only where it says that the same images were behind it.
+too, replaces a result only where it says that the same images were behind it. Beside each of the two files lies, while
+something is at work in the folder or after a kill, a journal of what is not in it yet (`pipeline.growing_json`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.files import safe_name, write_json
+from pipeline.files import safe_name
+from pipeline.growing_json import change_object, fold_object, journal_of, read_object
 
 RECORD = "predictions.json"
 SOURCES = "sources.json"
@@ -40,7 +40,20 @@ def record_sources(out: Path, name: str, paths: Sequence[Path]) -> None:
         RunError: the folder cannot be written.
     """
     file = out / SOURCES
-    write_json(file, {**_read(file), name: [_relative(path, out) for path in paths]})
+    journal_bytes = change_object(file, {name: [_relative(path, out) for path in paths]})
+    # A file that is written whole once it would double is written, all in all, in step with what it holds.
+    if not file.exists() or journal_bytes >= file.stat().st_size:
+        fold_object(file)
+
+
+def forget_sources(out: Path, name: str) -> None:
+    """Note that the result `name` in `out` is about to be replaced.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    if (out / SOURCES).exists() or journal_of(out / SOURCES).exists():
+        change_object(out / SOURCES, {name: None})
 
 
 def find_results(folder: Path) -> list[Result]:
@@ -52,7 +65,7 @@ def find_results(folder: Path) -> list[Result]:
     file = folder / RECORD
     if not file.is_file():
         raise RunError(f"{folder}: no {RECORD}; expected an output folder of `volseg predict`, or name a label map")
-    studies = _read(file).get("studies")
+    studies = read_object(file).get("studies")
     # A record that was tampered with leads to no file outside the folder.
     names = [name for name in studies if safe_name(name) == name] if isinstance(studies, dict) else []
     results = [result for name in names if (result := _result(folder, name)) is not None]
@@ -75,21 +88,10 @@ def _result(folder: Path, name: str) -> Result | None:
 
 
 def _images(folder: Path, name: str) -> tuple[Path, ...]:
-    paths = _read(folder / SOURCES).get(name, [])
+    paths = read_object(folder / SOURCES).get(name, [])
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise RunError(f"{folder / SOURCES}: expected a list of paths for {name}; name the image yourself, by --image")
     return tuple(folder / path for path in paths)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        raise RunError(f"{file}: not a JSON object; it is damaged, take it away")
-    return value
 
 
 def _relative(path: Path, folder: Path) -> str:

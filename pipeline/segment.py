@@ -25,7 +25,7 @@ from pipeline.manifest import load_dataset
 from pipeline.memory_plan import MemoryPlan
 from pipeline.overlap import Stages, one_at_a_time, overlapped
 from pipeline.postprocessing import described
-from pipeline.predict import FREE_SHARE, Model, PredictSettings, air_of, cleans_labels, explain, members_of, predict
+from pipeline.predict import FREE_SHARE, Model, PredictSettings, cleans_labels, explain, members_of, predict
 from pipeline.quality import write_quality_table
 from pipeline.record import Beside, Record, open_record, origin_of, recorded_quality
 from pipeline.references import SCHEMA_FILE
@@ -92,13 +92,14 @@ def segment_studies(
     outcomes = {study.name: work.before(study) for study in studies}
     wanted = [study for study in studies if outcomes[study.name] is None]
     stages = Stages(work.open, reading_bytes, work.read, work.room, work.segment, work.write)
-    if len(wanted) == 1:
-        outcomes |= {study.name: work.told(study, outcome) for study, outcome in one_at_a_time(wanted, stages)}
-    else:
-        work.share_memory()
-        stream = overlapped(wanted, stages)
-        with quiet_warnings(), closing(stream) as ending:
-            outcomes |= {study.name: work.told(study, outcome) for study, outcome in ending}
+    with record:
+        if len(wanted) == 1:
+            outcomes |= {study.name: work.told(study, outcome) for study, outcome in one_at_a_time(wanted, stages)}
+        else:
+            work.share_memory()
+            stream = overlapped(wanted, stages)
+            with quiet_warnings(), closing(stream) as ending:
+                outcomes |= {study.name: work.told(study, outcome) for study, outcome in ending}
     write_quality_table(out, recorded_quality(out))
     results = list(outcomes.values())
     files = [file for result in results if isinstance(result, list) for file in result]
@@ -201,11 +202,14 @@ class _Work:
             device=device_of(self._model),
             on_window=self._windows_of(study),
         )
+        if found.skipped_windows:
+            told = "windows are darker than any with a label in training and were skipped; --no-skip-air computes them"
+            self._console.note(f"{study.name}: {found.skipped_windows} {told}")
         return _Segmented(found, sources[0])
 
     def write(self, study: Study, made: _Segmented) -> list[ExportedFile]:
         settings, out = self._settings, self._record.out
-        self._record.begin()
+        self._record.begin(study)
         options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
         files = export(
             made.segmentation,
@@ -271,7 +275,7 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
         "tile_step": settings.tile_step or model.tile_step,
         "backend": settings.backend,
         "postprocessing": "none" if cleaning is None else f"{described(cleaning.actions)} ({cleaning.digest[:8]})",
-        "skip_air": air_of(model, predict_settings(model, settings)) is not None,
+        "skip_air": settings.skip_air and model.air is not None,
     }
     usual: dict[str, bool | int | float | str] = {
         "mirror": False,

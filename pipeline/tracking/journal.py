@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import RunError
 from pipeline.files import explain_os_error
+from pipeline.line_file import LineFile, read_lines
 
 JOURNAL_NAME = "tracking.jsonl"
 _LOCK_NAME = ".tracking.lock"
@@ -53,7 +53,7 @@ class Journal:
         self._writing, self._released = threading.Lock(), False
         try:
             self.facts = read_facts(run_folder)
-            self._size_bytes = _drop_torn_line(self.path)
+            self._lines = LineFile(self.path)
         except BaseException:
             self.release()
             raise
@@ -73,7 +73,7 @@ class Journal:
             if self._released:  # whoever holds it now has written lines that this one would cut off
                 raise RunError(f"{self.path}: was released; what comes now is too late for it")
             fact = Fact(len(self.facts) + 1, time.time_ns() // 1_000_000, kind, body)
-            self._write(json.dumps(asdict(fact), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            self._lines.append(json.dumps(asdict(fact), ensure_ascii=False, allow_nan=False).encode())
             self.facts.append(fact)
             return fact
 
@@ -83,18 +83,6 @@ class Journal:
             self._released = True
             self._lock.release()
 
-    def _write(self, line: bytes) -> None:
-        try:
-            with self.path.open("ab") as stream:
-                # What a full disk left of an earlier line must not run into this one.
-                stream.truncate(self._size_bytes)
-                stream.write(line)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise explain_os_error(error, self.path) from error
-        self._size_bytes += len(line)
-
 
 def read_facts(run_folder: Path) -> list[Fact]:
     """All facts of a run folder, without a last line that a kill cut short; none where there is no journal.
@@ -103,14 +91,7 @@ def read_facts(run_folder: Path) -> list[Fact]:
         RunError: the journal is damaged or cannot be read.
     """
     path = run_folder / JOURNAL_NAME
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({type(error).__name__}); check its permissions") from error
-    lines = content.split(b"\n")[:-1]
-    return [_fact(line, number, path) for number, line in enumerate(lines, start=1)]
+    return [_fact(line, number, path) for number, line in enumerate(read_lines(path), start=1)]
 
 
 def _acquire(run_folder: Path) -> FileLock:
@@ -124,19 +105,6 @@ def _acquire(run_folder: Path) -> FileLock:
     except OSError as error:
         raise explain_os_error(error, run_folder) from error
     return lock
-
-
-def _drop_torn_line(path: Path) -> int:
-    """Cut what a kill left of a last line; gives the length in bytes of what stays."""
-    try:
-        whole_bytes = path.read_bytes().rfind(b"\n") + 1
-        with path.open("r+b") as stream:
-            stream.truncate(whole_bytes)
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    return whole_bytes
 
 
 def _fact(line: bytes, number: int, path: Path) -> Fact:

@@ -14,6 +14,8 @@ from pipeline.bundle import load_bundle
 from pipeline.console import Silence
 from pipeline.errors import RunError
 from pipeline.predict import Model
+from pipeline.record import Record
+from pipeline.results import find_results
 from pipeline.segment import SegmentSettings, explain_studies, segment_studies
 from pipeline.studies import Study, Wanted, find_studies
 
@@ -90,6 +92,27 @@ def test_an_interrupt_leaves_whole_studies_and_the_rest_is_done_later(
     segment_studies(model, studies, out, settings=SETTINGS, console=Silence())
     segment_studies(model, studies, whole, settings=SETTINGS, console=Silence())
     assert contents(out) == contents(whole)
+
+
+def test_a_kill_while_a_study_is_made_again_leaves_nothing_that_vouches_for_it(
+    model: Model, studies: list[Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new files are there, or some of them; the other study's are as they were."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    first, two = studies[0], [studies[0], studies[2]]
+    segment_studies(model, two, tmp_path, settings=SETTINGS, console=Silence())
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "add", killed)
+        patch.setattr(Record, "__exit__", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            segment_studies(model, [first], tmp_path, settings=replace(SETTINGS, force=True), console=Silence())
+    assert [result.name for result in find_results(tmp_path)] == [two[1].name]
+    written, _ = segment_studies(model, two, tmp_path, settings=SETTINGS, console=Silence())
+    assert [file.path.name for file in written] == [f"{first.name}.nii.gz"]
+    assert {result.name for result in find_results(tmp_path)} == {study.name for study in two}
 
 
 def test_warnings_are_as_they_were_afterwards(model: Model, studies: list[Study], tmp_path: Path) -> None:
