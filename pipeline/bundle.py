@@ -25,8 +25,8 @@ from transforms.labels import LabelSchema
 INDEX = "bundle.json"
 WEIGHTS, PLAN, LABELS, CONFIG = "weights.safetensors", "plan.json", "labels.json", "config.yaml"
 
-AIR = "air"
-"""In the provenance: the levels that training cases give, and once held-out cases were asked what they said."""
+FEWEST_CASES = 3
+"""Held-out cases with dark windows that it takes to believe that such windows may be skipped."""
 
 POSTPROCESSING = "postprocessing.json"
 """In a bundle whose cross-validation found one that helps; only where the index names it."""
@@ -38,11 +38,28 @@ INT8 = "int8"
 """In the provenance: what cases said of the network in eight bits."""
 
 
-class BundleIndex(BaseModel):
-    """What `bundle.json` holds. `sha256` has one entry a file of the bundle.
+class Air(BaseModel):
+    """How dark a window is that is skipped: all of it below `levels`, one a channel (`air.air_levels`).
 
-    `air` is what `WindowSettings` calls so, where held-out cases had the same labels with it and without.
+    Of so many held-out `cases` that have such windows, `changed` had other labels without them; `cases` None: they have
+    not been asked.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    levels: tuple[float, ...]
+    cases: int | None = None
+    windows: int = 0
+    changed: int = 0
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether enough cases were asked, and no label changed."""
+        return (self.cases or 0) >= FEWEST_CASES and not self.changed
+
+
+class BundleIndex(BaseModel):
+    """What `bundle.json` holds. `sha256` has one entry a file of the bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +68,7 @@ class BundleIndex(BaseModel):
     fold: int | None
     mirror: bool
     tile_step: float
-    air: tuple[float, ...] | None = None
+    air: Air | None = None
     provenance: dict[str, Any]
     sha256: dict[str, str]
 
@@ -237,21 +254,29 @@ def set_mirror(folder: Path, wanted: bool, reason: dict[str, Any]) -> None:
     """
     index = _read_index(folder)
     # What was proven of air was proven of the other way.
-    air = index.air if index.mirror == wanted else None
+    air = index.air if index.air is None or index.mirror == wanted else Air(levels=index.air.levels)
     changes = {"mirror": wanted, "air": air, "provenance": {**index.provenance, "mirroring": reason}}
     _write_index(folder, index.model_copy(update=changes), index.sha256)
 
 
-def set_air(folder: Path, levels: tuple[float, ...] | None, reason: dict[str, Any]) -> None:
-    """Have a bundle take windows below `levels` for air, or with None no window, and keep what says why.
+def read_air(folder: Path) -> Air | None:
+    """What a bundle knows of windows that may be skipped.
+
+    Raises:
+        BundleError: it is no bundle.
+    """
+    return _read_index(folder).air
+
+
+def set_air(folder: Path, air: Air | None) -> None:
+    """Tell a bundle which windows may be skipped, if that is proven.
 
     Raises:
         BundleError: it is no bundle.
         RunError: it cannot be written.
     """
     index = _read_index(folder)
-    changes = {"air": levels, "provenance": {**index.provenance, AIR: reason}}
-    _write_index(folder, index.model_copy(update=changes), index.sha256)
+    _write_index(folder, index.model_copy(update={"air": air}), index.sha256)
 
 
 def network_of(plan: Plan) -> nn.Module:

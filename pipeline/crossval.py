@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.air import air_levels
-from pipeline.bundle import AIR, BundleFacts, load_bundle, save_bundle
+from pipeline.bundle import Air, BundleFacts, load_bundle, save_bundle, set_air
 from pipeline.checkpoint import discard_checkpoints, has_checkpoint
 from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase
@@ -117,7 +117,9 @@ def train_fold(run: Run, fold: int, console: Console, *, resume: bool) -> Report
         counts = f"{len(training)} cases to train on, {len(validation)} held out"
         console.note(f"fold {fold}: {counts}; {describe(run.hardware)}")
         result = train(task, run.hardware, _Observer(console, tracker, fold), resume=resume)
-        _save(run, fold, result, air_levels(training, run.plan.patch_shape))
+        _save(run, fold, result)
+        levels = air_levels(training, run.plan.patch_shape)
+        set_air(folder / BUNDLE, None if levels is None else Air(levels=levels))
         report = score_fold(run, fold, [case.case_id for case in validation], console)
         if task.settings.inspect_every is not None:
             try:
@@ -179,7 +181,7 @@ def _task(run: Run, fold: int, training: Sequence[PreparedCase], validation: Seq
     )
 
 
-def _save(run: Run, fold: int, result: TrainingResult, air: tuple[float, ...] | None) -> None:
+def _save(run: Run, fold: int, result: TrainingResult) -> None:
     facts = BundleFacts(
         name=run.config.name,
         fold=fold,
@@ -193,7 +195,6 @@ def _save(run: Run, fold: int, result: TrainingResult, air: tuple[float, ...] | 
             "device": describe(run.hardware),
             "steps": result.steps,
             "seconds": round(result.elapsed_s, 1),
-            AIR: {"levels": air},
         },
     )
     save_bundle(run.fold_folder(fold) / BUNDLE, result.weights, facts)

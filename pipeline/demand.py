@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.bundle import ModelBundle
 from pipeline.confidence import WORK_PLANES, Asked, bytes_taken, figure_for
-from pipeline.live_scores import live_bytes, store_of
+from pipeline.live_scores import is_copied, live_bytes, store_of
 from pipeline.memory_plan import Demand
 from pipeline.models.cost import WORKSPACE_FACTOR, kept_bytes, weight_count
 from pipeline.models.unet import UNet
@@ -74,8 +74,8 @@ def demand_of(
     store = store_of(outputs, plan.inference.blend)
     plane = math.prod(n for axis, n in enumerate(layout.shape) if axis != layout.axis)
     on_host = device.type == "cpu"
-    # Finished scores are copied where they are held in another type, and where logits become probabilities.
-    copies_of_slab = (store != "float32") + 2 * (plan.inference.blend == "logits")
+    # Finished scores may be copied as they are taken, and are where logits become probabilities.
+    copies_of_slab = is_copied(store, layout.axis) + 2 * (plan.inference.blend == "logits")
     slab_plane = plane * (FLOAT_BYTES * outputs * copies_of_slab + CODE_BYTES)
     return Demand(
         process=0,

@@ -60,13 +60,11 @@ def agree_on_mirroring(run: Run, folds: Sequence[int], console: Console) -> None
         return
     console.note(found.sentence)
     for fold in folds:
-        bundle = run.fold_folder(fold) / BUNDLE
+        bundle, case_ids = run.fold_folder(fold) / BUNDLE, _predicted(run, fold)
         if is_mirrored(bundle) != found.worth_it:
-            case_ids = _score_again(run, fold, found, console)
-            set_mirror(bundle, found.worth_it, found.to_json())
-            prove_air(run, fold, case_ids, console)
-        else:
-            set_mirror(bundle, found.worth_it, found.to_json())
+            _score_again(run, fold, case_ids, found, console)
+        set_mirror(bundle, found.worth_it, found.to_json())
+        prove_air(run, fold, case_ids, console)
 
 
 def out_of_fold_report(run: Run, folds: Sequence[int]) -> Report:
@@ -123,23 +121,23 @@ def _score_both_ways(run: Run, fold: int, case_ids: Sequence[str], console: Cons
     return (mirrored if found.worth_it else plain).model_copy(update={"mirroring": found})
 
 
-def _score_again(run: Run, fold: int, found: Mirroring, console: Console) -> list[str]:
-    """The way that the fold did not choose by itself; its label maps, report and page take the place of the others.
-
-    Gives the cases that were predicted.
-    """
-    folder = run.fold_folder(fold)
-    plain, again = read_report(folder / PLAIN_JSON), folder / f"{VALIDATION}_again"
-    (folder / SET_ASIDE).unlink(missing_ok=True)
-    # Those whose prediction failed are tried again too: they are not to vanish.
+def _predicted(run: Run, fold: int) -> list[str]:
+    """The cases that were asked of a fold; those whose prediction failed too: they are not to vanish."""
+    plain = read_report(run.fold_folder(fold) / PLAIN_JSON)
     case_ids = [case.case_id for case in plain.cases] + [failure.case_id for failure in plain.failures]
-    case_ids += plain.missing_predictions
+    return case_ids + list(plain.missing_predictions)
+
+
+def _score_again(run: Run, fold: int, case_ids: Sequence[str], found: Mirroring, console: Console) -> None:
+    """The way that the fold did not choose by itself; its label maps, report and page take the place of the others."""
+    folder = run.fold_folder(fold)
+    again = folder / f"{VALIDATION}_again"
+    (folder / SET_ASIDE).unlink(missing_ok=True)
     report = _score(run, fold, case_ids, console, target=again, mirror=found.worth_it)
     _put_in_place(again, folder / VALIDATION)
     report = report.model_copy(update={"mirroring": found})
     write_report(folder, report)
     write_run_page(run, folder, report)
-    return case_ids
 
 
 def _put_in_place(source: Path, target: Path) -> None:

@@ -45,6 +45,12 @@ def live_bytes(output_count: int, layout: Layout, store: Store) -> int:
     return voxels * (output_count * _DTYPES[store].itemsize + torch.float32.itemsize)
 
 
+def is_copied(store: Store, axis: int) -> bool:
+    """Whether finished scores are: where they are held in another type, and where a plane's do not lie together, as
+    who takes them wants them."""
+    return store != "float32" or axis == 2
+
+
 class LiveScores:
     """Sums (O, I, J, K) over the planes [`first`, `first` + depth) of the layout's axis, each at its number modulo
     depth."""
@@ -97,14 +103,16 @@ class LiveScores:
         while self.first < stop:
             low, high = next(self.parts(self.first, min(self.first + planes, stop)))
             slab = self.sums.narrow(self.axis + 1, low % self.depth, high - low)
-            # A plane's scores of one output lie together in the copy, as who takes them wants them.
-            planes_first = slab.movedim(self.axis + 1, 1)
-            if copy is None or copy.shape != planes_first.shape:
-                copy = None  # else the next one would be made beside it
-                copy = torch.empty(planes_first.shape, dtype=torch.float32, device=slab.device)
-            finished = copy.copy_(planes_first).movedim(1, self.axis + 1)
-            yield low, finished.div_(FIXED_POINT) if self.store == "fixed" else finished
-            del finished
+            if not is_copied(self.store, self.axis):
+                yield low, slab
+            else:
+                planes_first = slab.movedim(self.axis + 1, 1)
+                if copy is None or copy.shape != planes_first.shape:
+                    copy = None  # else the next one would be made beside it
+                    copy = torch.empty(planes_first.shape, dtype=torch.float32, device=slab.device)
+                finished = copy.copy_(planes_first).movedim(1, self.axis + 1)
+                yield low, finished.div_(FIXED_POINT) if self.store == "fixed" else finished
+                del finished
             slab.zero_()
             self.first = high
 

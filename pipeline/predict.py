@@ -133,8 +133,12 @@ class Model:
 
     @property
     def air(self) -> tuple[float, ...] | None:
-        """Values, one a channel, below which all bundles take a window for air; None where one has not proven any."""
-        levels = [bundle.index.air for bundle in self.bundles if bundle.index.air is not None]
+        """Values, one a channel, below which all bundles take a window for air; None where one has not proven any.
+
+        That no label changes was seen of each by itself, not of their mean.
+        """
+        known = [bundle.index.air for bundle in self.bundles]
+        levels = [air.levels for air in known if air is not None and air.is_proven]
         return tuple(map(min, zip(*levels, strict=True))) if len(levels) == len(self.bundles) else None
 
     @property
@@ -171,6 +175,7 @@ def predict(
     goal = Goal(prepared.grid, prepared.field, model.schema, None if cleaning is None else cleaning.thresholds)
     pace = Pace(planned.batch, planned.slab_planes, planned.skip_empty)
     members = members_of(model, settings)
+    skipped = count_taken_for_air(members, image, layout_on(members, goal.grid, goal.field))
     gatherer = Gatherer(members, model.schema, prepared.grid, settings.asked) if settings.asked.anything else None
     told = Listeners(on_window) if gatherer is None else Listeners(on_window, gatherer.add, gatherer.figure)
     with torch.inference_mode():
@@ -184,7 +189,7 @@ def predict(
 
         ids = postprocessed(ids, cleaning, model.schema, source)
     note_prediction(cleaned=cleans_labels(model, settings))
-    return Segmentation(ids, source, model.schema, model.algorithm, beside, cleaning)
+    return Segmentation(ids, source, model.schema, model.algorithm, beside, cleaning, skipped)
 
 
 def _cleaning_of(model: Model, settings: PredictSettings) -> PostProcessing | None:

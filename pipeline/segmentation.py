@@ -28,7 +28,8 @@ class Algorithm:
 class Segmentation:
     """Label ids (I, J, K), 0 background, on the grid of the source volume; what else a prediction was asked for.
 
-    `postprocessing` is what was done to the labels after the network decided them.
+    `postprocessing` is what was done to the labels after the network decided them; `skipped_windows` were taken for
+    air, by what the model's training cases say, although they held something.
     """
 
     label_map: npt.NDArray[np.uint8 | np.uint16]
@@ -37,6 +38,7 @@ class Segmentation:
     algorithm: Algorithm
     confidence: Confidence | None = None
     postprocessing: PostProcessing | None = None
+    skipped_windows: int = 0
 
     def __post_init__(self) -> None:
         if self.label_map.shape != self.geometry.shape:

@@ -113,7 +113,7 @@ def stream_windows(
 def count_taken_for_air(members: Sequence[Member], image: Tensor, layout: Layout) -> int:
     """Windows of an image (C, I, J, K) that are taken for air (`WindowSettings.air`) although they hold more."""
     count = 0
-    for row in layout.rows:
+    for row in layout.rows if members[0].settings.air is not None else ():
         scorer = _Scorer([members[m] for m in row.members], image, row.window, skip_empty=True, figure=None)
         count += sum(scorer.takes_for_air(start) for start in row.starts)
     return count

@@ -15,6 +15,9 @@ _CHUNK = 1 << 17
 _COMPETITORS = 64
 """Classes that may win among neighbouring cells, mostly fewer; chunks are sized for so many."""
 
+_FEWEST = 512
+"""Voxels that are decided at a time, however many classes there are."""
+
 _FEW = 1 << 15
 """Voxels up to which PyTorch's own search for the highest is faster than one class after another."""
 
@@ -105,7 +108,7 @@ class PlaneBetween:
         down, right = (torch.from_numpy(taps.part).to(places.device) for taps in (self.rows, self.columns))
         decided = torch.empty(len(places), dtype=torch.int16, device=places.device)
         needed = None if above is not None else _needed(scores, corners)
-        size = 512
+        size = max(_FEWEST, _CHUNK // min(len(scores), _COMPETITORS))
         for start in range(0, len(places), size):
             chunk = slice(start, start + size)
             nearby, outputs = scores, None

@@ -28,8 +28,8 @@ Classes = npt.NDArray[Any]
 Told = Callable[[str, int, int], None]
 """What is done, how much of it, of how much."""
 
-SETTINGS = PredictSettings(mirror=False)
-"""Mirrored passes would mix activations of eight views, and take eight times as long."""
+SETTINGS = PredictSettings(mirror=False, skip_air=False)
+"""Mirrored passes would mix activations of eight views, and take eight times as long; every window is looked at."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.air import air_levels
 from pipeline.air_proof import prove_air
-from pipeline.bundle import AIR, WEIGHTS, ModelBundle, load_bundle, set_air, set_mirror
+from pipeline.bundle import WEIGHTS, Air, ModelBundle, load_bundle, read_air, set_air, set_mirror
 from pipeline.cache_entry import PreparedCase
 from pipeline.console import Silence
 from pipeline.device import Hardware
@@ -82,17 +82,35 @@ class TestLevels:
         levels = air_levels([case_of(image, classes)], patch)
         assert levels is not None
         lowest = image.amin(dim=(1, 2, 3))
-        assert (2 * torch.tensor(levels) - lowest <= darkest_by_hand(case_of(image, classes), patch) + 1e-6).all()
+        assert (
+            lowest + 8 * (torch.tensor(levels) - lowest) <= darkest_by_hand(case_of(image, classes), patch) + 1e-6
+        ).all()
 
-    def test_half_way_to_what_a_label_stands_out_in(self) -> None:
+    def test_an_eighth_of_the_way_to_what_a_label_stands_out_in(self) -> None:
         image, classes = torch.full((1, 48, 16, 16), -4.0), torch.zeros(48, 16, 16, dtype=torch.uint8)
-        image[:, 12:36], classes[20:28, 4:12, 4:12] = 2.0, 1
-        assert air_levels([case_of(image, classes)], (16, 16, 16)) == (-1.0,)
+        image[:, 12:36], classes[20:28, 4:12, 4:12] = 4.0, 1
+        assert air_levels([case_of(image, classes)], (16, 16, 16)) == (-3.0,)
         # The one that asks for least counts, and one without a label says nothing.
         fainter, bare = case_of(image / 2, classes), case_of(100 * image, torch.zeros_like(classes))
-        assert air_levels([case_of(image, classes), fainter, bare], (16, 16, 16)) == (-1.0,)
-        assert air_levels([case_of(image - 1, classes), fainter], (16, 16, 16)) == (-2.0,)
+        assert air_levels([case_of(image, classes), fainter, bare], (16, 16, 16)) == (-3.0,)
+        assert air_levels([case_of(image - 1, classes), fainter], (16, 16, 16)) == (-4.0,)
         assert air_levels([bare], (16, 16, 16)) is None
+
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_windows_begin_between_blocks(self, flip: bool) -> None:
+        """The bright voxel lies in the block of the label, but not in the window that begins at the label."""
+        image, classes = torch.zeros(1, 48, 1, 1), torch.zeros(48, 1, 1, dtype=torch.uint8)
+        image[:, 0], classes[1] = 8.0, 1
+        if flip:
+            image, classes = image.flip(1), classes.flip(0)
+        assert darkest_by_hand(case_of(image, classes), (24, 1, 1)).item() == 0
+        assert air_levels([case_of(image, classes)], (24, 1, 1)) == (0.0,)
+
+    def test_many_classes(self) -> None:
+        """PyTorch compares no unsigned numbers of 16 bits."""
+        image, classes = torch.zeros(1, 16, 16, 16), np.zeros((16, 16, 16), dtype=np.uint16)
+        image[:, 8], classes[8] = 8.0, 300
+        assert air_levels([case_of(image, torch.from_numpy(classes))], (16, 16, 16)) == (1.0,)
 
     def test_a_label_in_air_leaves_nothing_to_skip(self) -> None:
         image, classes = torch.zeros(1, 48, 16, 16), torch.zeros(48, 16, 16, dtype=torch.uint8)
@@ -163,13 +181,21 @@ class TestWindows:
 class TestModel:
     @staticmethod
     def knowing(bundle: ModelBundle, levels: tuple[float, ...] | None, **changes: object) -> ModelBundle:
-        return replace(bundle, index=bundle.index.model_copy(update={"air": levels, "mirror": False, **changes}))
+        air = None if levels is None else Air(levels=levels, cases=3)
+        return replace(bundle, index=bundle.index.model_copy(update={"air": air, "mirror": False, **changes}))
 
     def test_folds_skip_what_all_of_them_would(self, small_bundle: Path) -> None:
         bundle = load_bundle(small_bundle)
         some, others = self.knowing(bundle, (-1.0,)), self.knowing(bundle, (-1.5,))
         assert Model((some, others)).air == (-1.5,)
-        assert Model((some, self.knowing(bundle, None))).air is None
+        for unsure in (
+            None,
+            Air(levels=(-1.0,)),
+            Air(levels=(-1.0,), cases=2),
+            Air(levels=(-1.0,), cases=9, changed=1),
+        ):
+            other = replace(some, index=some.index.model_copy(update={"air": unsure}))
+            assert Model((some, other)).air is None
 
     @pytest.mark.parametrize(
         ("settings", "skips"),
@@ -200,13 +226,13 @@ class TestModel:
     def test_other_passes_are_not_proven(self, small_bundle: Path, tmp_path: Path) -> None:
         folder = tmp_path / "bundle"
         shutil.copytree(small_bundle, folder)
-        set_air(folder, (-1.0,), {"cases": 3})
-        assert load_bundle(folder).index.air == (-1.0,)
-        assert load_bundle(folder).index.provenance[AIR] == {"cases": 3}
+        proven = Air(levels=(-1.0,), cases=3, windows=70)
+        set_air(folder, proven)
+        assert read_air(folder) == load_bundle(folder).index.air == proven
         set_mirror(folder, True, {})
-        assert load_bundle(folder).index.air == (-1.0,)
+        assert read_air(folder) == proven
         set_mirror(folder, False, {})
-        assert load_bundle(folder).index.air is None
+        assert read_air(folder) == Air(levels=(-1.0,)), "to be asked again"
 
 
 class TestProof:
@@ -242,7 +268,7 @@ class TestProof:
         safetensors.torch.save_file(weights, there / WEIGHTS)
         index = load_index(there)
         index["sha256"][WEIGHTS] = sha256_of_file(there / WEIGHTS)
-        index["provenance"][AIR] = {"levels": list(self.LEVELS)}
+        index["air"] = Air(levels=self.LEVELS).model_dump()
         index["mirror"] = False
         write_json(there / "bundle.json", index)
         return run
@@ -252,41 +278,56 @@ class TestProof:
     ) -> None:
         run = self.run(framed, small_plan, small_bundle, tmp_path / "run", background=1e3)
         listener = Listener()
-        score_fold(run, 0, SMALL_CASES[:2], listener)
+        score_fold(run, 0, SMALL_CASES[:3], listener)
         bundle = load_bundle(run.fold_folder(0) / "bundle")
-        evidence = bundle.index.provenance[AIR]
-        assert bundle.index.air == self.LEVELS
-        assert (evidence["cases"], evidence["changed"]) == (2, [])
-        told = f"without the {evidence['windows']} dark windows of 2 held-out cases every label is the same"
+        air = bundle.index.air
+        assert air is not None
+        assert air == Air(levels=self.LEVELS, cases=3, windows=air.windows)
+        told = f"without the {air.windows} dark windows of 3 held-out cases every label is the same"
         assert f"fold 0: air: {told}; such windows are skipped from now on" in listener.notes
         model, volume = Model((bundle,)), read_volume(framed.image_paths(framed.manifest.cases[0])[0])
         assert taken_for_air(model, [volume], PredictSettings(False)) > 0
         assert taken_for_air(model, [volume], PredictSettings(False, skip_air=False)) == 0
+        # What was settled is not asked again.
+        prove_air(run, 0, SMALL_CASES[:3], listener)
+        assert len([note for note in listener.notes if "air:" in note]) == 1
+
+    def test_too_few_cases_are_no_proof(
+        self, framed: Dataset, small_plan: Plan, small_bundle: Path, tmp_path: Path
+    ) -> None:
+        run = self.run(framed, small_plan, small_bundle, tmp_path / "run", background=1e3)
+        listener = Listener()
+        score_fold(run, 0, SMALL_CASES[:1], listener)
+        model = Model((load_bundle(run.fold_folder(0) / "bundle"),))
+        assert model.air is None
+        assert any("too few cases to skip such windows" in note for note in listener.notes)
 
     def test_one_changed_case_is_enough_against_it(
         self, framed: Dataset, small_plan: Plan, small_bundle: Path, tmp_path: Path
     ) -> None:
         run = self.run(framed, small_plan, small_bundle, tmp_path / "run", background=0.0)
-        score_fold(run, 0, SMALL_CASES[:2], Silence())
+        score_fold(run, 0, SMALL_CASES[:3], Silence())
         bundle = load_bundle(run.fold_folder(0) / "bundle")
-        assert bundle.index.air is None
-        assert bundle.index.provenance[AIR]["changed"]
+        assert bundle.index.air is not None
+        assert bundle.index.air.changed
+        assert Model((bundle,)).air is None
         # What the levels would have done, had they been believed.
-        skipping = replace(bundle, index=bundle.index.model_copy(update={"air": self.LEVELS}))
+        believed = Air(levels=self.LEVELS, cases=3)
+        skipping = replace(bundle, index=bundle.index.model_copy(update={"air": believed}))
         volume = read_volume(framed.image_paths(framed.manifest.cases[0])[0])
         whole, found = (
-            predict(Model((b,)), [volume], settings=PredictSettings(False), device=CPU).label_map
-            for b in (bundle, skipping)
+            predict(Model((b,)), [volume], settings=PredictSettings(False), device=CPU) for b in (bundle, skipping)
         )
-        assert (whole != found).any()
+        assert (whole.label_map != found.label_map).any()
+        assert (whole.skipped_windows, found.skipped_windows > 0) == (0, True)
 
     def test_cases_without_dark_windows_prove_nothing(
         self, small_dataset: Dataset, small_plan: Plan, small_bundle: Path, tmp_path: Path
     ) -> None:
         run = self.run(small_dataset, small_plan, small_bundle, tmp_path / "run", background=1e3)
         listener = Listener()
-        score_fold(run, 0, SMALL_CASES[:2], listener)
-        assert load_bundle(run.fold_folder(0) / "bundle").index.air is None
+        score_fold(run, 0, SMALL_CASES[:3], listener)
+        assert read_air(run.fold_folder(0) / "bundle") == Air(levels=self.LEVELS, cases=0)
         assert any("no held-out case has windows as dark" in note for note in listener.notes)
 
     def test_a_model_that_knows_no_levels_is_left_alone(
@@ -296,5 +337,5 @@ class TestProof:
         shutil.rmtree(run.fold_folder(0) / "bundle")
         shutil.copytree(small_bundle, run.fold_folder(0) / "bundle")
         before = load_index(run.fold_folder(0) / "bundle")
-        prove_air(run, 0, SMALL_CASES[:2], Silence())
+        prove_air(run, 0, SMALL_CASES[:3], Silence())
         assert load_index(run.fold_folder(0) / "bundle") == before

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline import crossval
-from pipeline.bundle import AIR, load_bundle
+from pipeline.bundle import read_air
 from pipeline.checkpoint import CHECKPOINT
 from pipeline.config import Config, parse_config
 from pipeline.console import Silence
@@ -112,10 +112,10 @@ def test_training_cases_say_what_is_air(finished: tuple[Run, list[str], list[str
     run, _, second = finished
     assert any(note.startswith("fold 0: air: no held-out case has windows as dark") for note in second)
     for fold in (0, 1):
-        bundle = load_bundle(run.fold_folder(fold) / "bundle")
-        found = bundle.index.provenance[AIR]
-        assert len(found["levels"]) == 1
-        assert (found["cases"], bundle.index.air) == (0, None), "one window takes a whole case"
+        found = read_air(run.fold_folder(fold) / "bundle")
+        assert found is not None
+        assert len(found.levels) == 1
+        assert found.cases == 0, "one window takes a whole case"
 
 
 def test_every_case_is_asked_what_it_expects(finished: tuple[Run, list[str], list[str]]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline import compare, held_out
-from pipeline.bundle import is_mirrored, load_bundle
+from pipeline.bundle import Air, is_mirrored, load_bundle, read_air, set_air
 from pipeline.console import Silence
 from pipeline.crossval import cross_validate, write_whole_report
 from pipeline.device import Hardware
@@ -129,6 +129,20 @@ class TestCutShort:
             assert {path.name for path in folder.glob("validation*")} == {"validation"}
         cases = held_out_cases(scored, out_of_fold_report(scored, [0, 1]))
         assert sum(case.prediction.is_file() for case in cases) == 3
+
+    def test_air_is_asked_about_again(self, scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the passes change, and also if that was cut short before it came to that."""
+        bundles = [scored.fold_folder(fold) / "bundle" for fold in (0, 1)]
+        for bundle in bundles:
+            set_air(bundle, Air(levels=(-99.0,), cases=5, windows=7))
+        mirrored_is_better(scored, monkeypatch)
+        self.cut_short(scored, "prove_air", 1)
+        assert [read_air(bundle) for bundle in bundles] == [
+            Air(levels=(-99.0,)),
+            Air(levels=(-99.0,), cases=5, windows=7),
+        ]
+        agree_on_mirroring(scored, [0, 1], Silence())
+        assert [read_air(bundle) for bundle in bundles] == [Air(levels=(-99.0,), cases=0)] * 2
 
     def test_what_is_agreed_on_is_not_done_twice(self, scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         mirrored_is_better(scored, monkeypatch)

@@ -138,8 +138,8 @@ def peak():  # ru_maxrss would be the parent's where that was larger
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 resize(torch.ones(1, 40, 40, 40), (48, 48, 48), orders=(3, 3, 3), dtype=dtype)
 before = peak()
-voxels = torch.ones((1, 256, 256, 256), dtype=dtype)
-moved = resize(voxels, (224, 288, 288), orders=(3, 3, 3), dtype=dtype)
+voxels = torch.ones((1, 320, 320, 320), dtype=dtype)
+moved = resize(voxels, (280, 360, 360), orders=(3, 3, 3), dtype=dtype)
 print((peak() - before) / (voxels.nbytes + moved.nbytes))
 """
 
