@@ -1,7 +1,7 @@
 """What runs a network fastest on a CPU: backends that `volseg predict` has, and what was tried beside them.
 
     python benchmarks/backends.py BUNDLE IMAGES LABELS --threads 2
-    python benchmarks/backends.py BUNDLE IMAGES LABELS --variants torch compile int8     # what takes minutes too
+    python benchmarks/backends.py BUNDLE IMAGES LABELS --variants torch compile          # what takes minutes too
 
 BUNDLE is a trained model of one channel, IMAGES and LABELS are folders with files of the same names. Two tables:
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,8 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backends import with_backend
+from pipeline.backends.int8 import full_windows, int8_model
+from pipeline.backends.openvino import compiled as compiled_by_openvino
 from pipeline.bundle import ModelBundle, find_bundles, load_bundle
-from pipeline.interop.network_graph import example_of, quiet_recording
+from pipeline.interop.network_graph import example_of
 from pipeline.interop.onnx_export import onnx_model, onnx_run
 from pipeline.onednn import OneDnnConvolutions
 from pipeline.predict import Model, PredictSettings, predict
@@ -39,7 +40,7 @@ from pipeline.preparing import prepare
 from transforms.volume import Volume, read_volume
 
 CPU = torch.device("cpu")
-CALIBRATION_CASES = 16
+CALIBRATION_CASES, WINDOWS = 16, 2  # as `volseg bundle quantise` takes them
 Answer = Callable[[Tensor], Tensor]
 
 
@@ -62,13 +63,9 @@ class World:
     threads: int
 
     def tiles(self, cases: list[Path]) -> Iterator[Tensor]:
-        """The first patch of each case, as the network gets it."""
+        """Windows of each case, as the network gets them."""
         for case in cases:
-            image = prepare(self.bundle.plan, [read_volume(case)]).image
-            sides = [min(n, side) for n, side in zip(image.shape[1:], self.bundle.plan.patch_shape, strict=True)]
-            tile = torch.full((1, image.shape[0], *self.bundle.plan.patch_shape), float(image.min()))
-            tile[:, :, : sides[0], : sides[1], : sides[2]] = image[:, : sides[0], : sides[1], : sides[2]]
-            yield tile
+            yield from full_windows(self.bundle, prepare(self.bundle.plan, [read_volume(case)]).image, WINDOWS)
 
 
 def torch_alone(world: World) -> Answer:
@@ -113,40 +110,18 @@ def backend(name: str) -> Callable[[World], Answer]:
     return lambda world: with_backend(world.bundle, name, device=CPU, threads=world.threads).network
 
 
+def openvino(world: World) -> Answer:
+    return compiled_by_openvino(onnx_model(world.bundle), "f32", threads=world.threads)
+
+
 def onnx_runtime(world: World) -> Answer:
     return onnx_run(onnx_model(world.bundle), threads=world.threads)
 
 
 def int8(world: World) -> Answer:
-    """Convolutions in eight bits, calibrated on tiles of the last cases by ONNX Runtime, run by OpenVINO."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    from pipeline.backends.openvino import OpenVinoNetwork, silent_openvino
-
-    tiles = world.tiles(world.images[-CALIBRATION_CASES:])
-
-    class Tiles(CalibrationDataReader):
-        def get_next(self) -> Any:
-            tile = next(tiles, None)
-            return None if tile is None else {"image": tile.numpy()}
-
-    with tempfile.TemporaryDirectory() as folder, quiet_recording():
-        plain, shaped, small = (str(Path(folder, name)) for name in ("plain.onnx", "shaped.onnx", "int8.onnx"))
-        Path(plain).write_bytes(onnx_model(world.bundle))
-        quant_pre_process(plain, shaped, skip_symbolic_shape=True)
-        kinds: dict[str, Any] = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        quantize_static(
-            shaped,
-            small,
-            Tiles(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            per_channel=True,
-            **kinds,
-        )
-        properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": world.threads, "NUM_STREAMS": 1}
-        return OpenVinoNetwork(silent_openvino().Core().compile_model(small, "CPU", properties))
+    """As --backend openvino-int8, calibrated on the last cases."""
+    windows = list(world.tiles(world.images[-CALIBRATION_CASES:]))
+    return compiled_by_openvino(int8_model(world.bundle, windows), "f32", threads=world.threads)
 
 
 VARIANTS: dict[str, Callable[[World], Answer]] = {
@@ -156,7 +131,7 @@ VARIANTS: dict[str, Callable[[World], Answer]] = {
     "compile": compiled,
     "torch-bf16": backend("torch-bf16"),
     "onnxruntime": onnx_runtime,
-    "openvino": backend("openvino"),
+    "openvino": openvino,
     "openvino-bf16": backend("openvino-bf16"),
     "int8": int8,
 }

@@ -91,3 +91,31 @@ def export_bundle(
     """Write a model in another format, and compare it with the bundle's own output."""
     for line in export_model(model, out, to=to, force=force):
         print(line)
+
+
+@bundle_app.command("quantise")
+def quantise_bundle(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle, or a run folder.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[INPUT]...",
+            help="Images to calibrate on and to prove it on, as for predict; of a manifest with labels the Dice is "
+            "compared. Default: the training cases of the model's own run, and its held-out ones.",
+        ),
+    ] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="Folder that the manifest's paths start from.")] = None,
+) -> None:
+    """Put a network in eight bits into a model, for `predict --backend openvino-int8`.
+
+    Only if cases prove it: their mean Dice falls by at most 0.002; without references, at most 3 % of the labelled
+    voxels get another label.
+    """
+    from pipeline.backends.int8_proof import quantise
+    from pipeline.cli_console import TerminalConsole
+
+    console = TerminalConsole()
+    for folder, evidence in quantise(model, inputs or [], root=root, console=console):
+        console.close()
+        print(f"{folder}: {evidence.sentence}")
+    print("use it with: volseg predict MODEL INPUT --out FOLDER --backend openvino-int8")

@@ -1,4 +1,4 @@
-"""What runs a model's network: PyTorch or another runtime, in float32 or bfloat16."""
+"""What runs a model's network: PyTorch or another runtime, in float32, bfloat16 or eight bits."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from pipeline.bundle import ModelBundle
 
 
 class Backend(Protocol):
-    """Makes of a bundle's network one with the same input and output that runs elsewhere or otherwise."""
+    """Gives a bundle a network with the same input and output that runs elsewhere or otherwise."""
 
-    def __call__(self, bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module: ...
+    def __call__(self, bundle: ModelBundle, *, device: torch.device, threads: int | None) -> ModelBundle: ...
 
 
 def with_backend(
@@ -31,13 +30,12 @@ def with_backend(
 
     Raises:
         ConfigError: no such backend, a package that it needs is not installed, or it cannot do this on the device.
+        BundleError: the backend needs what is not in the bundle.
         ExportError: what the backend makes of the network gives other logits.
     """
     require_backend(name)
-    if name == DEFAULT:
-        return bundle
     device = device or next(bundle.network.parameters()).device
-    return replace(bundle, network=BACKENDS[name](bundle, device=device, threads=threads))
+    return BACKENDS[name](bundle, device=device, threads=threads)
 
 
 def require_backend(name: str) -> None:
@@ -49,26 +47,28 @@ def require_backend(name: str) -> None:
     raise ConfigError(f"--backend {name}: no such backend; {hint}known are {', '.join(BACKENDS)}")
 
 
-def _torch(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
-    return bundle.network
+def _torch(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> ModelBundle:
+    return bundle
 
 
-def _torch_bf16(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
+def _torch_bf16(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> ModelBundle:
     from pipeline.backends.torch_bf16 import bfloat16_network
 
-    return bfloat16_network(bundle, device)
+    return replace(bundle, network=bfloat16_network(bundle, device))
 
 
-def _openvino(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
-    from pipeline.backends.openvino import openvino_network
+def _openvino_bf16(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> ModelBundle:
+    from pipeline.backends.openvino import bfloat16_openvino
 
-    return openvino_network(bundle, device, threads=threads, precision="f32")
+    return replace(bundle, network=bfloat16_openvino(bundle, device, threads=threads))
 
 
-def _openvino_bf16(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> nn.Module:
-    from pipeline.backends.openvino import openvino_network
+def _openvino_int8(bundle: ModelBundle, *, device: torch.device, threads: int | None) -> ModelBundle:
+    from pipeline.backends.openvino import int8_openvino
 
-    return openvino_network(bundle, device, threads=threads, precision="bf16")
+    network = int8_openvino(bundle, device, threads=threads)
+    # Its weights are others, and made again they may be others again: results are told apart by this.
+    return replace(bundle, network=network, digest=bundle.int8.sha256 if bundle.int8 else bundle.digest)
 
 
 DEFAULT = "torch"
@@ -76,7 +76,7 @@ DEFAULT = "torch"
 BACKENDS: dict[str, Backend] = {
     DEFAULT: _torch,
     "torch-bf16": _torch_bf16,
-    "openvino": _openvino,
     "openvino-bf16": _openvino_bf16,
+    "openvino-int8": _openvino_int8,
 }
 """Each imports what it needs when it is called. What they gain is measured by benchmarks/backends.py."""

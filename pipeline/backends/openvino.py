@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pipeline.backends.torch_bf16 import require_bf16
 from pipeline.bundle import ModelBundle
-from pipeline.errors import ConfigError, ExportError
-from pipeline.interop.network_graph import TOLERANCE, Difference, difference, has_free_sides
+from pipeline.errors import BundleError, ConfigError, ExportError
+from pipeline.interop.network_graph import Difference, difference, has_free_sides
 from pipeline.interop.onnx_export import onnx_model
+from pipeline.plan import Plan
 
 Precision = Literal["f32", "bf16"]
 
@@ -35,28 +36,65 @@ class OpenVinoNetwork(nn.Module):
         return torch.from_numpy(found[0])
 
 
-def openvino_network(
-    bundle: ModelBundle, device: torch.device, *, threads: int | None, precision: Precision
-) -> nn.Module:
-    """The bundle's network compiled by OpenVINO, compared with the bundle's own before it is handed out.
+def bfloat16_openvino(bundle: ModelBundle, device: torch.device, *, threads: int | None) -> nn.Module:
+    """The bundle's network compiled by OpenVINO in bfloat16, compared with the bundle's own before it is handed out.
 
     Raises:
-        ConfigError: OpenVINO or onnx is not installed, the device is no CPU or has no bfloat16, or the network takes
-            tiles of one size alone.
-        ExportError: the logits are not the bundle's.
+        ConfigError: OpenVINO is not installed, the device is no CPU or has no bfloat16, or the network takes tiles of
+            one size alone.
+        ExportError: the logits are not the bundle's, or onnx is not installed.
     """
-    openvino = silent_openvino()
-    _require_fit(bundle, device, precision)
+    require_fit(bundle.plan, device, "openvino-bf16")
+    require_bf16(device)
+    network = compiled(onnx_model(bundle), "bf16", threads=threads)
+    _require_close(difference(bundle, network))
+    return network
+
+
+def int8_openvino(bundle: ModelBundle, device: torch.device, *, threads: int | None) -> nn.Module:
+    """The bundle's network in eight bits, as `volseg bundle quantise` proved it, compiled by OpenVINO.
+
+    Raises:
+        ConfigError: OpenVINO is not installed, the device is no CPU, or the network takes tiles of one size alone.
+        BundleError: the bundle has no such network, or not the one that was saved.
+    """
+    require_fit(bundle.plan, device, "openvino-int8")
+    if bundle.int8 is None:
+        raise BundleError(
+            f"--backend openvino-int8: the bundle '{bundle.index.name}'{_fold(bundle)} has no network in eight bits; "
+            "make one with `volseg bundle quantise MODEL`, or use another backend"
+        )
+    return compiled(bundle.int8.read(), "f32", threads=threads)
+
+
+def compiled(content: bytes, precision: Precision, *, threads: int | None) -> OpenVinoNetwork:
+    """A model (ONNX) for the CPU; `precision` is that of what it does not say itself.
+
+    Raises:
+        ConfigError: OpenVINO is not installed.
+    """
     properties = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    core = openvino.Core()
-    network = OpenVinoNetwork(core.compile_model(core.read_model(onnx_model(bundle)), "CPU", properties)).eval()
-    _require_same(difference(bundle, network), precision)
+    core = silent_openvino().Core()
+    network = OpenVinoNetwork(core.compile_model(core.read_model(content), "CPU", properties))
+    network.eval()
     return network
+
+
+def require_fit(plan: Plan, device: torch.device, name: str) -> None:
+    """Raise ConfigError where OpenVINO is not installed or the backend of that `name` cannot run the plan's network."""
+    silent_openvino()
+    if device.type != "cpu":
+        raise ConfigError(f"--backend {name}: runs on the CPU, found device {device.type}; use --backend torch there")
+    if not has_free_sides(plan):
+        raise ConfigError(
+            f"--backend {name}: network '{plan.network}' can be recorded for tiles of one size alone; "
+            "use --backend torch"
+        )
 
 
 def silent_openvino() -> Any:
@@ -69,26 +107,17 @@ def silent_openvino() -> Any:
     try:
         import openvino  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ConfigError('--backend openvino: OpenVINO is not installed; pip install "volseg[openvino]"') from error
+        raise ConfigError('OpenVINO is not installed; pip install "volseg[openvino]"') from error
     return openvino
 
 
-def _require_fit(bundle: ModelBundle, device: torch.device, precision: Precision) -> None:
-    if device.type != "cpu":
-        raise ConfigError(f"--backend openvino: runs on the CPU, found device {device.type}; use --backend torch there")
-    if precision == "bf16":
-        require_bf16(device)
-    if not has_free_sides(bundle.plan):
-        raise ConfigError(
-            f"--backend openvino: network '{bundle.plan.network}' can be recorded for tiles of one size alone; "
-            "use --backend torch"
-        )
+def _fold(bundle: ModelBundle) -> str:
+    return "" if bundle.index.fold is None else f" (fold {bundle.index.fold})"
 
 
-def _require_same(found: Difference, precision: Precision) -> None:
-    allowed = TOLERANCE if precision == "f32" else BF16_TOLERANCE
-    if not found.within(allowed):
+def _require_close(found: Difference) -> None:
+    if not found.within(BF16_TOLERANCE):
         raise ExportError(
-            f"--backend openvino: logits differ by {found.largest:.2g} from the bundle's own, which reach "
-            f"{found.peak:.2g}; expected at most {allowed:g} of that; use --backend torch"
+            f"--backend openvino-bf16: logits differ by {found.largest:.2g} from the bundle's own, which reach "
+            f"{found.peak:.2g}; expected at most {BF16_TOLERANCE:g} of that; use --backend torch"
         )

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from pipeline.backends import BACKENDS, with_backend
+from pipeline.backends.openvino import compiled
 from pipeline.bundle import load_bundle
 from pipeline.device import cpu_has_bf16
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ExportError
 from pipeline.interop.network_graph import difference, example_of
+from pipeline.interop.onnx_export import onnx_model
 from pipeline.onednn import OneDnnConvolutions
 from pipeline.plan import Plan
 from tests.pipeline.interop.network_choices import CHOICES, bundle_of
@@ -30,7 +32,7 @@ IN_BF16 = [name for name in BACKENDS if name.endswith("bf16")]
 def test_openvino_gives_the_logits_of_every_choice_of_the_unet(small_plan: Plan, choice: str) -> None:
     """`difference` runs it on patches, on several at once and on volumes of other sides."""
     bundle = bundle_of(small_plan, **CHOICES[choice])
-    found = difference(bundle, with_backend(bundle, "openvino").network)
+    found = difference(bundle, compiled(onnx_model(bundle), "f32", threads=None))
     assert found.passes, found
     assert 0 < found.largest < found.peak
 
@@ -38,7 +40,7 @@ def test_openvino_gives_the_logits_of_every_choice_of_the_unet(small_plan: Plan,
 @pytest.mark.parametrize(("network", "dimensions"), [("unet", 2), ("dynunet", 2)])
 def test_openvino_runs_slices_and_networks_of_monai(small_plan: Plan, network: str, dimensions: int) -> None:
     bundle = bundle_of(small_plan, network=network, dimensions=dimensions)
-    assert difference(bundle, with_backend(bundle, "openvino", device=CPU).network).passes
+    assert difference(bundle, compiled(onnx_model(bundle), "f32", threads=1)).passes
 
 
 @pytest.mark.parametrize("name", IN_BF16)
@@ -57,11 +59,13 @@ def test_torch_is_the_bundle_as_it_is(small_plan: Plan) -> None:
     assert with_backend(bundle, "torch", device=CPU) is bundle
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("name", ["openvino", *IN_BF16])
 def test_results_are_not_overwritten_by_later_ones(small_plan: Plan, name: str) -> None:
     if name in IN_BF16 and not cpu_has_bf16():
         return
-    network = with_backend(bundle_of(small_plan), name).network
+    bundle = bundle_of(small_plan)
+    in_float32 = compiled(onnx_model(bundle), "f32", threads=1)
+    network = in_float32 if name == "openvino" else with_backend(bundle, name).network
     image = example_of((2, 1, 16, 8, 16))
     with torch.inference_mode():
         first = network(image[:1])
@@ -75,45 +79,50 @@ def test_results_are_not_overwritten_by_later_ones(small_plan: Plan, name: str) 
 def test_a_network_that_gives_other_logits_is_refused(small_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO compiles what is recorded; the bundle's own network is then another one."""
     from pipeline.backends import openvino as backend
-    from pipeline.errors import ExportError
-    from pipeline.interop.onnx_export import onnx_model
 
     bundle = bundle_of(small_plan)
     other = onnx_model(bundle_of(small_plan, normalisation="group"))
     monkeypatch.setattr(backend, "onnx_model", lambda _: other)
-    with pytest.raises(ExportError, match=r"--backend openvino: logits differ by .* use --backend torch"):
-        with_backend(bundle, "openvino")
+    monkeypatch.setattr(backend, "require_bf16", lambda _: None)
+    with pytest.raises(ExportError, match=r"--backend openvino-bf16: logits differ by .* use --backend torch"):
+        with_backend(bundle, "openvino-bf16")
 
 
 class TestRefusals:
     def test_an_unknown_name(self, small_plan: Plan) -> None:
-        with pytest.raises(ConfigError, match=r"--backend openvivo: no such backend; did you mean 'openvino'\? known"):
-            with_backend(bundle_of(small_plan), "openvivo")
+        says = r"--backend openvivo-int8: no such backend; did you mean 'openvino-int8'\? known"
+        with pytest.raises(ConfigError, match=says):
+            with_backend(bundle_of(small_plan), "openvivo-int8")
 
-    def test_a_gpu(self, small_plan: Plan) -> None:
-        with pytest.raises(ConfigError, match="runs on the CPU, found device cuda"):
-            with_backend(bundle_of(small_plan), "openvino", device=torch.device("cuda"))
+    @pytest.mark.parametrize("name", [name for name in BACKENDS if name.startswith("openvino")])
+    def test_a_gpu(self, small_plan: Plan, name: str) -> None:
+        with pytest.raises(ConfigError, match=f"--backend {name}: runs on the CPU, found device cuda"):
+            with_backend(bundle_of(small_plan), name, device=torch.device("cuda"))
 
     def test_a_network_of_one_size(self, small_plan: Plan) -> None:
         bundle = bundle_of(small_plan)
         fixed = replace(bundle, plan=bundle.plan.model_copy(update={"network": "swin_unetr"}))
         with pytest.raises(ConfigError, match="'swin_unetr' can be recorded for tiles of one size alone"):
-            with_backend(fixed, "openvino")
+            with_backend(fixed, "openvino-int8")
 
     def test_missing_packages_are_told_in_one_line_each(self, small_bundle: Path) -> None:
         source = (
             "import sys; from pathlib import Path\n"
-            "from pipeline.backends import with_backend\n"
+            "from pipeline.backends import with_backend; from pipeline.backends.int8 import int8_model\n"
             "from pipeline.bundle import load_bundle; from pipeline.errors import VolsegError\n"
-            "for package in ('openvino', 'onnx'):\n"
+            "bundle = load_bundle(Path(sys.argv[1]))\n"
+            "ways = {'openvino': lambda: with_backend(bundle, 'openvino-int8')}\n"
+            "ways |= dict.fromkeys(['onnx', 'onnxruntime'], lambda: int8_model(bundle, []))\n"
+            "for package, way in ways.items():\n"
             "    sys.modules[package] = None\n"
-            "    try: with_backend(load_bundle(Path(sys.argv[1])), 'openvino')\n"
+            "    try: way()\n"
             "    except VolsegError as error: print(error)\n"
             "    del sys.modules[package]\n"
         )
         assert output_of(source, small_bundle).splitlines() == [
-            '--backend openvino: OpenVINO is not installed; pip install "volseg[openvino]"',
+            'OpenVINO is not installed; pip install "volseg[openvino]"',
             'the package onnx is not installed; pip install "volseg[onnx]"',
+            'ONNX Runtime is not installed; pip install "volseg[openvino]"',
         ]
 
 
@@ -128,8 +137,9 @@ def test_openvino_tells_nobody(small_bundle: Path) -> None:
     """Its import would send an event, through a package that must not have been loaded then."""
     source = (
         "import sys; from pathlib import Path\n"
-        "from pipeline.backends import with_backend; from pipeline.bundle import load_bundle\n"
-        "with_backend(load_bundle(Path(sys.argv[1])), 'openvino')\n"
+        "from pipeline.backends.openvino import compiled; from pipeline.bundle import load_bundle\n"
+        "from pipeline.interop.onnx_export import onnx_model\n"
+        "compiled(onnx_model(load_bundle(Path(sys.argv[1]))), 'f32', threads=1)\n"
         "import openvino.tools.ovc as tools\n"
         "print(type(tools.telemetry).__module__, 'openvino_telemetry.main' in sys.modules)\n"
     )
