@@ -56,12 +56,17 @@ def _written(run: Run, folds: list[int], console: TerminalConsole, *, wanted: bo
     from pipeline.crossval import write_whole_report
     from pipeline.held_out import agree_on_mirroring, out_of_fold_report
     from pipeline.postprocess_run import settle_postprocessing, want_postprocessing
+    from pipeline.tracked_results import tell_folds_again, tell_whole_again
 
     want_postprocessing(run, wanted)
     agree_on_mirroring(run, folds, console)
     report = out_of_fold_report(run, folds)
     found = settle_postprocessing(run, folds, report, console)
-    return found, write_whole_report(run, report.model_copy(update={"postprocessing": found}))[0]
+    report = report.model_copy(update={"postprocessing": found})
+    files = write_whole_report(run, report)
+    tell_whole_again(run, folds, report, console, files=files)
+    tell_folds_again(run, folds, console)
+    return found, files[0]
 
 
 def _opened(folder: Path, root: Path | None, console: TerminalConsole) -> Run:

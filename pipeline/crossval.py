@@ -6,7 +6,6 @@ Where folds run is a `FoldRunner`'s matter: here, one after another, or elsewher
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.air import air_levels
@@ -16,7 +15,6 @@ from pipeline.console import Console, Silence
 from pipeline.dataset import PreparedCase
 from pipeline.device import describe
 from pipeline.errors import PlanError, RunError, describe_fault
-from pipeline.files import write_json
 from pipeline.folder_lock import held
 from pipeline.held_out import agree_on_mirroring, out_of_fold_report, score_fold, write_report
 from pipeline.history import HISTORY, read_history
@@ -25,12 +23,10 @@ from pipeline.inspection.pictures import write_pictures
 from pipeline.postprocess_run import with_postprocessing
 from pipeline.provenance import provenance_tags
 from pipeline.report import dice_distribution, learning_curves
-from pipeline.report_values import REPORT_CSV, REPORT_JSON, Report
-from pipeline.run_note import headline, run_note
+from pipeline.report_values import Report
 from pipeline.run_page import write_run_page
 from pipeline.runs import (
     BUNDLE,
-    DONE,
     Run,
     open_run_tracker,
     public_yaml,
@@ -40,7 +36,8 @@ from pipeline.runs import (
     track_whole_data,
 )
 from pipeline.task import TrainingResult, TrainingTask
-from pipeline.tracking import ModelCard, Tracker, null_tracker
+from pipeline.tracked_results import note_done, tell_fold, tell_folds_again, tell_whole
+from pipeline.tracking import Tracker, null_tracker
 from pipeline.train import train
 
 INSPECTION = "inspection"
@@ -72,15 +69,8 @@ def cross_validate(run: Run, folds: Sequence[int], console: Console, *, runner: 
         agree_on_mirroring(run, finished, console)
         report = with_postprocessing(run, finished, out_of_fold_report(run, finished), console)
         files = write_whole_report(run, report)
-        tracker.metrics(_tracked(report), step=0)
-        for fold in finished:
-            tracker.metrics(_of_fold(report, fold), step=fold)
-        for name in (REPORT_JSON, REPORT_CSV, "dice.png"):
-            tracker.artifact(run.folder / name)
-        _track_page(tracker, run, run.folder, report, files)
-        if len(finished) == run.folds.count:
-            card = replace(_model_card(run, report), register_as=run.dataset.manifest.name)
-            tracker.model([run.fold_folder(fold) / BUNDLE for fold in finished], card)
+        tell_whole(run, finished, report, tracker, files=files)
+        tell_folds_again(run, finished, console)
         send_leftovers(run, console)
         if failed:
             count = f"{len(failed)} of {len(folds)} folds"
@@ -211,56 +201,8 @@ def _draw_levels(run: Run, fold: int, task: TrainingTask, tracker: Tracker) -> N
 def _finish(run: Run, fold: int, result: TrainingResult, report: Report, tracker: Tracker) -> None:
     folder = run.fold_folder(fold)
     learning_curves(read_history(folder / HISTORY), folder / "curves.png")
-    tracker.metrics(_tracked(report), step=result.steps)
-    for name in (REPORT_JSON, REPORT_CSV, "curves.png", HISTORY):
+    for name in ("curves.png", HISTORY):
         tracker.artifact(folder / name)
-    _track_page(tracker, run, folder, report, write_run_page(run, folder, report))
-    tracker.model([folder / BUNDLE], _model_card(run, report, step=result.steps))
-    write_json(folder / DONE, {"steps": result.steps, "seconds": round(result.elapsed_s, 1), "dice": _headline(report)})
+    tell_fold(run, fold, report, tracker, step=result.steps)
+    note_done(run, fold, report, steps=result.steps, seconds=round(result.elapsed_s, 1))
     discard_checkpoints(folder)
-
-
-def _track_page(tracker: Tracker, run: Run, folder: Path, report: Report, files: Sequence[Path]) -> None:
-    page, *pictures = files
-    tracker.artifact(page)
-    for picture in pictures:
-        tracker.artifact(picture, "overlays")
-    tracker.note(run_note(run, folder, report, [picture.name for picture in pictures]))
-
-
-def _model_card(run: Run, report: Report, step: int | None = None) -> ModelCard:
-    """Of a fold's model after so many steps, or of all folds' together."""
-    return ModelCard(
-        patch_shape=run.plan.patch_shape,
-        spacing_mm=run.plan.spacing_mm,
-        channels=[channel.described for channel in run.plan.channels],
-        labels=run.dataset.manifest.labels.names,
-        metrics=_tracked(report),
-        step=step or 0,
-        result=headline(report, is_fold=step is not None),
-    )
-
-
-def _headline(report: Report) -> dict[str, float]:
-    rows = {f"out_of_fold_dice/{x.label}": x.mean for x in report.summaries} | {
-        "out_of_fold_dice/mean": report.overall.mean
-    }
-    return {k: v for k, v in rows.items() if v is not None}
-
-
-def _tracked(report: Report) -> dict[str, float]:
-    """The headline, with the surface figures by label and overall."""
-    rows: dict[str, float | None] = {}
-    for name in ("surface_dice", "hausdorff_95_mm"):
-        for summary in report.summaries:
-            found = summary.figure(name)
-            rows[f"out_of_fold_{name}/{summary.label}"] = None if found is None else found.mean
-        rows |= {f"out_of_fold_{name}/mean": f.mean for f in report.overall.figures if f.name == name}
-    return _headline(report) | {k: v for k, v in rows.items() if v is not None}
-
-
-def _of_fold(report: Report, fold: int) -> dict[str, float]:
-    """Mean Dice of the labels within one fold, as a curve over the folds."""
-    rows = {summary.label: summary.folds for summary in report.summaries} | {"mean": report.overall.folds}
-    found = {label: mean.mean for label, folds in rows.items() for mean in folds if mean.fold == fold}
-    return {f"dice_of_fold/{label}": mean for label, mean in found.items() if mean is not None}

@@ -25,6 +25,7 @@ __all__ = [
     "ModelCard",
     "Status",
     "Tracker",
+    "amend_tracker",
     "deliver",
     "discreet_text",
     "embedded_store",
@@ -74,6 +75,25 @@ def open_tracker(
     deliverer.start()
     # The folds of a run tell of the machine, each for its own time; their parent would say it all again.
     return JournalTracker(journal, deliverer, samples_machine=parent is not None)
+
+
+def amend_tracker(run_folder: Path, *, uri: str, on_warning: Callable[[str], None]) -> Tracker:
+    """Tell more of a run that is over, whose tags, status and times stay as they are.
+
+    Of one that was never tracked nothing is told. `on_warning` is as in `open_tracker`.
+
+    Raises:
+        ConfigError: `uri` is neither a server's address nor an SQLite store.
+        RunError: the run folder cannot be written, is being tracked already, or has a damaged journal.
+    """
+    place = checked_uri(uri)
+    if not read_facts(run_folder):
+        return null_tracker()
+    destination = _destination(place, run_folder)
+    journal = Journal(run_folder)
+    deliverer = Deliverer(journal, destination, on_warning)
+    deliverer.start()
+    return JournalTracker(journal, deliverer)
 
 
 def deliver(run_folder: Path, *, on_warning: Callable[[str], None], uri: str | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +93,13 @@ def read_facts(run_folder: Path) -> list[Fact]:
     """
     path = run_folder / JOURNAL_NAME
     return [_fact(line, number, path) for number, line in enumerate(read_lines(path), start=1)]
+
+
+def ended(facts: Sequence[Fact]) -> Fact | None:
+    """The end of the run that these are of; None if it was not told, or the run went on. What is told after the end of
+    a run belongs to it."""
+    last = next((fact for fact in reversed(facts) if fact.kind in {"start", "resume", "end"}), None)
+    return last if last is not None and last.kind == "end" else None
 
 
 def _acquire(run_folder: Path) -> FileLock:

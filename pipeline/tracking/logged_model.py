@@ -25,6 +25,10 @@ from pipeline.tracking.store_uri import is_embedded
 from pipeline.tracking.texts import as_key, shortened
 
 _BUNDLE_TAG, _RESULT_TAG = "volseg.bundle_sha256", "result"
+
+TIME_TAG = "volseg.told_ms"
+"""When a model was last said to be its run's, in Unix time: one may be so again after another was."""
+
 _SHOWN = ("patch_shape", "spacing_mm", "channels", "labels")
 _TOLD = {"name", "paths", "sha256", "metrics", "step", "register_as", "result", *_SHOWN}
 _EXAMPLE = "study.nii.gz"
@@ -52,6 +56,7 @@ def log_model(client: MlflowClient, ids: Ids, fact: Fact, *, run_folder: Path) -
         _mlmodel(model_id, ids, fact).save(str(folder / "MLmodel"))
         client.log_model_artifacts(model_id, str(folder))
     client.finalize_logged_model(model_id, "READY")
+    client.set_logged_model_tags(model_id, {TIME_TAG: str(fact.time_ms)})
     # MLflow fails where the two are tied together already.
     outputs = client.get_run(ids["run"]).outputs
     if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:

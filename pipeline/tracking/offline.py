@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import RunError
 from pipeline.tracking.delivery import read_sent
-from pipeline.tracking.journal import JOURNAL_NAME, Fact, read_facts
+from pipeline.tracking.journal import JOURNAL_NAME, Fact, ended, read_facts
 from pipeline.tracking.queries import TrackedRun
 
 _DEPTH = 3
@@ -36,14 +36,14 @@ def _told(folder: Path, facts: Sequence[Fact], others: dict[Path, list[Fact]]) -
     start = facts[0].body
     parent = (folder / start["parent"]).resolve() if start["parent"] else None
     sent = read_sent(folder, destination=start["store"], key=start["key"])
-    ended = facts[-1] if facts[-1].kind == "end" else None
+    end = ended(facts)
     return TrackedRun(
         run_id=sent.ids.get("run", start["key"]),
         name=start["run_name"],
         experiment=start["experiment"],
-        status="running" if ended is None else str(ended.body["status"]).lower(),
+        status="running" if end is None else str(end.body["status"]).lower(),
         started_ms=facts[0].time_ms,
-        ended_ms=None if ended is None else ended.time_ms,
+        ended_ms=None if end is None else end.time_ms,
         parent_id=None if parent not in others else _id_of(parent, others[parent]),
         metrics=_last(facts),
         tags=dict(start["tags"]),

@@ -51,12 +51,12 @@ class Registry:
         self._client = client
 
     def candidate(self, run_id: str, *, model: str | None = None) -> Candidate:
-        """A run's newest model. `model` is its name in the registry; None takes that of the run's dataset.
+        """The model that a run was last said to have. `model` names it in the registry; None takes the run's dataset.
 
         Raises:
             RunError: the run has no model, or no dataset to call it after.
         """
-        from pipeline.tracking.logged_model import registered_name
+        from pipeline.tracking.logged_model import TIME_TAG, registered_name
 
         run = self._client.get_run(run_id)
         tags, run_name = run.data.tags, run.info.run_name or run_id
@@ -70,7 +70,7 @@ class Registry:
                 f"run {run_name} has no model; a cross-validation has one once all its folds are finished: "
                 "run `volseg crossval` again, finished folds are kept, or give the folder of one fold"
             )
-        newest = max(logged, key=lambda found: found.creation_timestamp)
+        newest = max(logged, key=lambda found: int(found.tags.get(TIME_TAG, found.creation_timestamp)))
         return Candidate(registered_name(name), newest.model_id, run_id, run_name, tags.get(DATASET_HASH_TAG))
 
     def register(self, candidate: Candidate) -> Version:

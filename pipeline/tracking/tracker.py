@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, Self
 from pipeline.errors import RunError
 from pipeline.files import sha256_of_file, sha256_of_json
 from pipeline.tracking.delivery import Deliverer
-from pipeline.tracking.journal import Fact, Journal, Kind
+from pipeline.tracking.journal import Fact, Journal, Kind, ended
 from pipeline.tracking.machine import PREFIX, Sampler
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -87,7 +87,8 @@ class JournalTracker:
     """Writes a journal, whose facts are delivered in the background.
 
     Metrics that a full disk refuses are kept and come before the next fact: they stop no training. All else insists.
-    With `samples_machine` it also tells what the machine does meanwhile.
+    With `samples_machine` it also tells what the machine does meanwhile. What comes after the end of a run that is not
+    begun or resumed is told, and leaves its end as it is.
     """
 
     def __init__(self, journal: Journal, deliverer: Deliverer, *, samples_machine: bool = False) -> None:
@@ -98,7 +99,8 @@ class JournalTracker:
         self._finished = False
         self._params: dict[str, str] = {}
         self._points: dict[tuple[str, int], float | str] = {}
-        self._bodies: list[dict[str, Any]] = []
+        self._datasets: list[dict[str, Any]] = []
+        self._newest: dict[Kind, dict[str, Any]] = {}
         self._owed: list[dict[str, Any]] = []
         for fact in journal.facts:
             self._remember(fact)
@@ -126,7 +128,8 @@ class JournalTracker:
 
     def dataset(self, name: str, digest: str, context: Context, *, source: str, case_count: int) -> None:
         texts = discreet({"name": name, "digest": digest, "context": context, "source": source})
-        self._tell_once("dataset", {**texts, "cases": case_count})
+        if (body := {**texts, "cases": case_count}) not in self._datasets:
+            self._tell("dataset", body)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         self._tell("artifact", {"path": self._inside(path), "folder": folder})
@@ -145,16 +148,19 @@ class JournalTracker:
             "register_as": card.register_as,
             "result": card.result,
         }
-        self._tell_once("model", body)
+        self._tell_anew("model", body)
 
     def note(self, markdown: str) -> None:
-        self._tell_once("note", discreet({"markdown": markdown}))
+        self._tell_anew("note", discreet({"markdown": markdown}))
 
     def finish(self, status: Status) -> None:
         if self._sampler is not None:
             self._sampler.stop()
         try:
-            self._tell("end", {"status": status})
+            if ended(self._journal.facts) is None:
+                self._tell("end", {"status": status})
+            else:
+                self._pay()
         finally:
             self._finished = True
             self._deliverer.close(_PATIENCE_S)
@@ -179,8 +185,9 @@ class JournalTracker:
         self._moments += 1
         self._journal.append("metrics", {"step": self._moments, "values": dict(figures)})
 
-    def _tell_once(self, kind: Kind, body: dict[str, Any]) -> None:
-        if body not in self._bodies:
+    def _tell_anew(self, kind: Kind, body: dict[str, Any]) -> None:
+        """What the last of its kind said already is not told; what one before that said is, for it holds again."""
+        if body != self._newest.get(kind):
             self._tell(kind, body)
 
     def _tell(self, kind: Kind, body: dict[str, Any]) -> None:
@@ -206,8 +213,10 @@ class JournalTracker:
                 self._moments = max(self._moments, step)
                 return
             self._points.update({(key, step): value for key, value in fact.body["values"].items()})
-        elif fact.kind in {"dataset", "model", "note"}:
-            self._bodies.append(fact.body)
+        elif fact.kind == "dataset":
+            self._datasets.append(fact.body)
+        elif fact.kind in {"model", "note"}:
+            self._newest[fact.kind] = fact.body
 
     def _inside(self, path: Path) -> str:
         root = self._journal.run_folder.resolve()
