@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +18,14 @@ from pipeline.backends.openvino import compiled, require_fit
 from pipeline.bundle import ModelBundle, find_bundles, load_bundle, set_int8
 from pipeline.config import load_config
 from pipeline.console import Console
-from pipeline.errors import BundleError, ExportError, GeometryMismatch, VolsegError, VolumeError
-from pipeline.manifest import load_dataset
+from pipeline.errors import BundleError, ExportError, GeometryMismatch, ManifestError, VolsegError, VolumeError
+from pipeline.folds import read_folds
+from pipeline.manifest import Dataset, load_dataset, manifest_hash
 from pipeline.plan import Plan
 from pipeline.predict import Model, PredictSettings, check_input, predict
 from pipeline.preparing import prepare
 from pipeline.references import Reference, references_of_dataset
-from pipeline.runs import BUNDLE, CONFIG, DATASET, Run, open_run
+from pipeline.runs import BUNDLE, CONFIG, DATASET, FOLDS
 from pipeline.scores import dice_of_classes
 from pipeline.sources import open_study
 from pipeline.studies import Study, Wanted, find_studies
@@ -129,27 +131,29 @@ def quantise(
 
 def _of_run(folder: Path, bundle: ModelBundle, root: Path | None, console: Console) -> Cases:
     """Training cases of the bundle's own fold, and those that it never saw."""
-    run, fold = _run_of(folder, root, console), bundle.index.fold
-    if run is None or fold is None:
+    place, fold = folder.resolve(), bundle.index.fold
+    run = place.parent.parent
+    if place.name != BUNDLE or not (run / DATASET).is_file() or fold is None:
         raise BundleError(f"{folder}: lies in no run, whose cases are known; give images, at best a manifest of labels")
-    wanted = Wanted(bundle.plan.channels, run.dataset.root)
-    studies = {s.name: s for s in find_studies([run.config.data.manifest], wanted, console=console)}
-    training = [studies[case_id] for case_id in run.folds.training_cases(fold)]
-    held_out = [studies[case_id] for case_id in run.folds.validation_cases(fold)]
-    references = {reference.case_id: reference for reference in references_of_dataset(run.dataset)}
-    return _chosen(training, held_out, references)
-
-
-def _run_of(folder: Path, root: Path | None, console: Console) -> Run | None:
-    run = folder.resolve().parent.parent
-    if folder.resolve().name != BUNDLE or not (run / DATASET).is_file():
-        return None
-    # What the training ran on need not be here.
-    overrides = ["train.device=cpu", "train.precision=auto", *([] if root is None else [f"data.root={root.resolve()}"])]
     try:
-        return open_run(load_config(run / CONFIG, overrides), run, console)
+        manifest, dataset = _dataset_of(run, root)
+        folds = read_folds(run / FOLDS)
+        found = find_studies([manifest], Wanted(bundle.plan.channels, dataset.root), console=console)
     except VolsegError as error:
         raise BundleError(f"{folder}: the cases of its run are not here ({error}); give images, or --root") from error
+    studies = {study.name: study for study in found}
+    training = [studies[case_id] for case_id in folds.training_cases(fold)]
+    held_out = [studies[case_id] for case_id in folds.validation_cases(fold)]
+    return _chosen(training, held_out, {reference.case_id: reference for reference in references_of_dataset(dataset)})
+
+
+def _dataset_of(run: Path, root: Path | None) -> tuple[Path, Dataset]:
+    """A run's manifest and dataset, as they were in training; what it was trained on need not be here."""
+    config = load_config(run / CONFIG, [] if root is None else [f"data.root={root.resolve()}"])
+    dataset = load_dataset(config.data.manifest, config.data.root)
+    if json.loads((run / DATASET).read_text(encoding="utf-8"))["sha256"] != manifest_hash(dataset.manifest):
+        raise ManifestError(f"{config.data.manifest}: another version than in training")
+    return config.data.manifest, dataset
 
 
 def _given(bundle: ModelBundle, inputs: Sequence[Path], root: Path | None, console: Console) -> Cases:

@@ -281,6 +281,14 @@ class TestRefusals:
         with pytest.raises(BundleError, match=says):
             quantise(run, [], console=Silence())
 
+    def test_a_run_whose_manifest_changed(self, home: Path) -> None:
+        run = copied(home, "changed")
+        document = json.loads((run.parent / "cases.json").read_text())
+        document["cases"].pop()
+        (run.parent / "cases.json").write_text(json.dumps(document))
+        with pytest.raises(BundleError, match=r"are not here \(.*: another version than in training\); give images"):
+            quantise(run, [], console=Silence())
+
     def test_a_manifest_of_other_labels(self, plain: Path, home: Path, tmp_path: Path) -> None:
         document = json.loads((home / "cases.json").read_text())
         document["labels"]["labels"][0]["name"] = "Middle"
