@@ -22,10 +22,11 @@ from pipeline.errors import RunError
 from pipeline.files import write_json
 from pipeline.loader import prefetch
 from pipeline.losses import Loss
+from pipeline.processes import largest_share
 from pipeline.schedule import Schedule
 from pipeline.step import start_training, update
 from pipeline.task import Observer, TrainingState, TrainingTask
-from pipeline.validation import validate
+from pipeline.validation import validate, validation_cases
 
 STEPS = "steps.json"
 
@@ -41,7 +42,10 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Timing:
-    """What the beginning of a training took; `spent_s` is the wall time of finding out."""
+    """What the beginning of a training took; `spent_s` is the wall time of finding out.
+
+    `case_s` is of a validation case while every other process computes one too, as in a validation.
+    """
 
     update_s: float
     case_s: float
@@ -63,7 +67,7 @@ def first_schedule(task: TrainingTask, fabric: Fabric, patches: Patches, loss: L
         return recorded
     timing = _time(task, fabric, patches, loss)
     # The first process decides for all.
-    left_s = 60 * task.settings.budget_minutes - timing.spent_s - _validation_cases(task) * timing.case_s
+    left_s = 60 * task.settings.budget_minutes - timing.spent_s - _cases_to_come(task, fabric) * timing.case_s
     steps = fabric.broadcast(max(task.settings.validations, int(left_s / timing.update_s)))
     schedule = Schedule(((0, steps),))
     if fabric.is_global_zero:
@@ -103,9 +107,9 @@ class Pace:
         return state.steps if not self._budget_s or state.step == state.steps else sys.maxsize
 
     def validated(self, seconds: float, cases: int) -> None:
-        """A validation took this long: it is none of the updates' time, and says what the coming ones take."""
+        """So many cases took this long: it is none of the updates' time, and says what the coming ones take."""
         self._validated_s += seconds
-        self._case_s = seconds / max(1, cases)
+        self._case_s = seconds / max(1, largest_share(self._fabric, cases))
 
     def after_update(self, state: TrainingState) -> None:
         """Count anew where it is time to; the decision is on disk before it is in `state`."""
@@ -123,7 +127,7 @@ class Pace:
 
     def _count(self, state: TrainingState, update_s: float) -> int:
         """Updates in all, of which those to come fit into the time that is left beside the validations."""
-        validations_s = self._case_s * _validation_cases(self._task, state)
+        validations_s = self._case_s * _cases_to_come(self._task, self._fabric, state)
         left_s = self._budget_s - state.elapsed_s - validations_s
         return state.step + max(1, int(left_s / max(1e-9, update_s)))
 
@@ -143,13 +147,14 @@ class Pace:
             state.schedule = schedule
 
 
-def _validation_cases(task: TrainingTask, state: TrainingState | None = None) -> int:
-    """Cases in the validations to come."""
-    settings, every = task.settings, len(task.validation)
+def _cases_to_come(task: TrainingTask, fabric: Fabric, state: TrainingState | None = None) -> int:
+    """Cases one after another in the validations to come: those that the first process has of each."""
+    settings = task.settings
+    few, every = (largest_share(fabric, len(validation_cases(task, last=last))) for last in (False, True))
     # One that follows on this very update is still to come.
     done = 0 if state is None else state.schedule.validations(state.step - 1, settings.validations)
     early = max(0, settings.validations - 1 - done)
-    return early * min(settings.validation_cases, every) + every
+    return early * few + every
 
 
 def _record(task: TrainingTask, schedule: Schedule, timing: Timing | None = None) -> None:

@@ -1,7 +1,8 @@
 """The processes of one training, one device each: how they are joined, what each of them does, what they agree on.
 
 Every update is that of one process with the whole batch: each makes and computes an equal share of its patches, the
-gradients are averaged (DistributedDataParallel), and whatever one of them decides, all do.
+gradients are averaged (DistributedDataParallel), and whatever one of them decides, all do. Validation cases are shared
+out as well.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -23,13 +24,15 @@ from torch import Tensor, nn
 
 from pipeline.config import LossConfig
 from pipeline.device import Hardware
-from pipeline.errors import PlanError, RunError
+from pipeline.errors import PlanError, RunError, describe_fault
 from pipeline.files import write_text
 from pipeline.models.needs import needs_of
 from pipeline.plan import Plan
 
+T = TypeVar("T")
+
 LONGEST_WAIT = timedelta(hours=2)
-"""For the slowest process: one that preprocesses, or validates more than the others."""
+"""For the slowest process: one that preprocesses, or validates larger cases than the others."""
 
 SEEN_WITHIN_S = 60.0
 """A network disk may show one machine later what another one wrote (NFS keeps attributes for up to a minute)."""
@@ -127,12 +130,43 @@ def mean_of(fabric: Fabric, figures: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def names_of_all(fabric: Fabric, names: Iterable[str]) -> list[str]:
     """The names that the processes hold, each once, sorted."""
-    held = sorted(set(names))
+    return sorted({name for held in held_by_all(fabric, sorted(set(names))) for name in held})
+
+
+def held_by_all(fabric: Fabric, value: T) -> list[T]:
+    """The value that each process holds, by their numbers; every process has to ask."""
     if fabric.world_size == 1:
-        return held
-    rows: list[list[str]] = [[] for _ in range(fabric.world_size)]
-    torch.distributed.all_gather_object(rows, held)
-    return sorted({name for row in rows for name in row})
+        return [value]
+    values: list[T] = [value] * fabric.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def done_by_all(fabric: Fabric, work: Callable[[], T]) -> list[T]:
+    """What `work` gives in each process, by their numbers; once all are through, an error in one is raised in all.
+
+    Raises:
+        RunError: `work` raised in another process; what it raises in this one comes through as it is.
+    """
+    if fabric.world_size == 1:
+        return [work()]
+    result, fault = None, None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others wait for an answer
+        fault = error
+    told = held_by_all(fabric, (result, None if fault is None else describe_fault(fault)))
+    if fault is not None:
+        raise fault
+    for number, (_, message) in enumerate(told):
+        if message is not None:
+            raise RunError(f"process {number} of {fabric.world_size}: {message}")
+    return [cast("T", given) for given, _ in told]
+
+
+def largest_share(fabric: Fabric, count: int) -> int:
+    """How many of `count` things that are shared out one by one the first process does, which has no fewer than any."""
+    return -(-count // fabric.world_size)
 
 
 @contextmanager

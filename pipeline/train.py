@@ -26,21 +26,28 @@ from pipeline.loader import load
 from pipeline.losses import Loss, build_loss
 from pipeline.outputs import targets_of
 from pipeline.pace import Pace, first_schedule, resumed_schedule
-from pipeline.processes import any_of, first_process_first, open_fabric, require_sharable, share_of_batch
+from pipeline.processes import (
+    any_of,
+    first_process_first,
+    held_by_all,
+    open_fabric,
+    require_sharable,
+    share_of_batch,
+)
 from pipeline.step import learning_rate, start_training, update
 from pipeline.task import Observer, TrainingResult, TrainingState, TrainingTask
-from pipeline.validation import validate
+from pipeline.validation import validate_together, validation_cases
 
 
 def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume: bool) -> TrainingResult:
     """Train until the budget's steps are done; a checkpoint in `task.folder` lets it be resumed at any time.
 
     With several processes (`hardware.processes`) every one of them comes here and returns the same; the first alone
-    writes, validates and tells.
+    writes and tells.
 
     Raises:
         RunError: a checkpoint is there and `resume` is off, or it belongs to another plan or config; memory does not
-            suffice for one patch; ten updates in a row were not finite.
+            suffice for one patch; ten updates in a row were not finite; the processes have different cases.
         PlanError: the batch cannot be shared out to the processes, or the network cannot be looked into.
         KeyboardInterrupt: after a checkpoint has been written.
     """
@@ -48,6 +55,7 @@ def train(task: TrainingTask, hardware: Hardware, observer: Observer, *, resume:
     with arithmetic(hardware, deterministic=task.settings.deterministic):
         fabric = open_fabric(hardware)
         teller = observer if fabric.is_global_zero else Silence()
+        _require_same_cases(task, fabric)
         patches = _patches(task, fabric)
         loss = build_loss(task.loss, targets_of(task.schema))
         state = start_training(task, fabric)
@@ -160,11 +168,9 @@ def _validate(on: Training, history: History | NoHistory, pace: Pace) -> None:
     """Dice of the averaged weights. The best is for the record: the result is the weights of the end."""
     task, state = on.task, on.state
     begin, last = time.monotonic(), state.step == state.steps
-    # The others wait: their weights are the same.
     with on.fabric.autocast():
-        found = validate(task, state.averaged, last=last) if on.fabric.is_global_zero else {}
-    state.dice = on.fabric.broadcast(found)
-    cases = len(task.validation) if last else min(len(task.validation), task.settings.validation_cases)
+        state.dice = validate_together(task, state.averaged, on.fabric, last=last)
+    cases = len(validation_cases(task, last=last))
     pace.validated(time.monotonic() - begin, cases)
     # All cases and the first few are not to be compared.
     mean = state.dice.get("mean") if cases <= task.settings.validation_cases else None
@@ -172,6 +178,17 @@ def _validate(on: Training, history: History | NoHistory, pace: Pace) -> None:
         state.best = {"step": state.step, "dice": mean}
     rows = {f"dice/{k}": v for k, v in state.dice.items()} | {f"best/{k}": v for k, v in state.best.items()}
     history.add(state.step, rows)
+
+
+def _require_same_cases(task: TrainingTask, fabric: Fabric) -> None:
+    """What one machine set aside and another did not would be learnt from, and validated, by a part of them only."""
+    held = held_by_all(fabric, [case.case_id for case in (*task.training, *task.validation)])
+    odd = sorted(set().union(*held) - set(held[0]).intersection(*held))
+    if odd:
+        raise RunError(
+            f"case {odd[0]} could be prepared in some of the {fabric.world_size} processes only; every machine has to "
+            "read all files of the data"
+        )
 
 
 def _patches(task: TrainingTask, fabric: Fabric) -> Patches:

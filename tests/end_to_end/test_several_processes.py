@@ -22,6 +22,8 @@ from .conftest import ROOT, Outcome, World, command, environment, make_world
 STEPS = ("--set", "train.steps=40", "--set", "plan.batch_size=2", "--set", "train.precision=float32")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline.cli")
 
+OFTEN = ("--set", "train.steps=600", "--set", "train.checkpoint_minutes=0.001")
+
 pytestmark = pytest.mark.slow
 
 
@@ -86,11 +88,10 @@ def started_by(parent: int) -> list[int]:
     return found
 
 
-def test_a_lost_process_ends_the_others_with_one_line(world: World, in_process: Any) -> None:
-    """And the training goes on afterwards, on one device if need be."""
-    often = ("--set", "train.steps=600", "--set", "train.checkpoint_minutes=0.001")
-    words = command(*arguments(world, "lost", "--devices", "2", *often))
-    checkpoint = world.folder / "runs" / "lost" / "fold_0" / CHECKPOINT
+def lose_one(world: World, name: str, *more: str) -> None:
+    """Kill the second process once there is a checkpoint; the first one says so in one line."""
+    words = command(*arguments(world, name, "--devices", "2", *OFTEN, *more))
+    checkpoint = world.folder / "runs" / name / "fold_0" / CHECKPOINT
     with subprocess.Popen(
         words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -105,6 +106,16 @@ def test_a_lost_process_ends_the_others_with_one_line(world: World, in_process: 
     )
     assert err.count("error") == 1
     assert "Traceback" not in err
-    resumed = in_process(*arguments(world, "lost", "--resume", *often))
+
+
+def test_a_lost_process_ends_the_others_with_one_line(world: World, in_process: Any) -> None:
+    """And the training goes on afterwards, on one device if need be."""
+    lose_one(world, "lost")
+    resumed = in_process(*arguments(world, "lost", "--resume", *OFTEN))
     assert resumed.code == 0, resumed.err
     assert "resumed at step" in resumed.err
+
+
+def test_one_that_is_lost_in_a_validation_ends_the_others_too(world: World) -> None:
+    """Each update is followed by a validation that takes a hundred times as long."""
+    lose_one(world, "validating", "--set", "train.validations=600", "--set", "predict.tile_step=0.1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from pipeline.task import TrainingTask
 from .tiny_training import Listener, another, press_ctrl_c, run, same, tiny_task, with_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ALONE: Any = Fabric(accelerator="cpu", devices=1)
 
 Speed = Callable[[float], float]
 """Seconds an update takes, that begins so many seconds into the training."""
@@ -44,13 +47,15 @@ def record(task: TrainingTask) -> dict[str, Any]:
 class TestKeepingTime:
     """A clock of our own: an hour, of which each update takes what the machine's speed says at the moment."""
 
-    def simulate(self, task: TrainingTask, first: int, speed: Speed, case_s: float = 0.0) -> SimpleNamespace:
+    def simulate(
+        self, task: TrainingTask, first: int, speed: Speed, case_s: float = 0.0, *, fabric: Any = ALONE
+    ) -> SimpleNamespace:
         task = timed(task, 60)
         timing = {"update_s": 3600 / first, "case_s": case_s, "spent_s": 0.0}
         identity = {"key": task.key(), "budget_minutes": 60}
         write_json(task.folder / STEPS, {**identity, "timing": timing, "steps": first, "schedule": [[0, first]]})
         state: Any = SimpleNamespace(schedule=Schedule(((0, first),)), step=0, elapsed_s=0.0, validations=0)
-        pace = Pace(task, Fabric(accelerator="cpu", devices=1), state)
+        pace = Pace(task, fabric, state)
         now = 0.0
         while state.step < state.schedule.steps:
             state.step += 1
@@ -59,9 +64,10 @@ class TestKeepingTime:
             pace.after_update(state)
             if state.schedule.validation_due(state.step, task.settings.validations):
                 state.validations += 1
-                cases = 2 if state.step == state.schedule.steps else 1
-                now += case_s * cases
-                pace.validated(case_s * cases, cases)
+                cases = 2 if state.step == state.schedule.steps else task.settings.validation_cases
+                seconds = case_s * math.ceil(cases / fabric.world_size)
+                now += seconds
+                pace.validated(seconds, cases)
         state.elapsed_s = now
         return state
 
@@ -93,6 +99,15 @@ class TestKeepingTime:
         state = self.simulate(task, first, lambda _: 3.6, case_s)
         assert state.validations == 2
         assert state.elapsed_s == pytest.approx(3600, rel=0.03)
+
+    def test_cases_that_several_processes_share_take_less(self, task: TrainingTask) -> None:
+        two = SimpleNamespace(world_size=2, is_global_zero=True, broadcast=lambda value: value)
+        task = with_settings(task, validation_cases=2)
+        # Both validations take the time of one case.
+        state = self.simulate(task, round(3000 / 3.6), lambda _: 3.6, 300.0, fabric=two)
+        assert state.validations == 2
+        assert state.elapsed_s == pytest.approx(3600, rel=0.01)
+        assert len(state.schedule.decisions) == 1
 
     def test_a_disk_that_takes_no_record_takes_no_decision(self, task: TrainingTask) -> None:
         def speed(now: float) -> float:

@@ -19,7 +19,7 @@ from pipeline.processes import open_fabric, require_shared
 from pipeline.train import train
 
 from .tiny_training import Listener, same
-from .two_processes import gradients, task_of_four
+from .two_processes import gradients, task_of_four, validated
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -80,11 +80,36 @@ def test_one_history_is_written(folder: Path) -> None:
     assert [row["step"] for row in rows if "loss" in row] == [10, 20]
 
 
+def test_validation_cases_are_shared_out_and_give_the_bits_of_one(folder: Path, found: list[dict[str, Any]]) -> None:
+    dice, asked = validated(task_of_four(folder), open_fabric(ONE))
+    assert len(set(dice.values())) > 1
+    assert [rank["validated"] for rank in found] == [(dice, asked * 3 // 5), (dice, asked * 2 // 5)]
+
+
+def test_both_know_the_dice_that_the_history_has(folder: Path, found: list[dict[str, Any]]) -> None:
+    rows = [json.loads(line) for line in (folder / "straight" / HISTORY).read_text().splitlines()]
+    last = [row for row in rows if "dice/mean" in row][-1]
+    assert {key: last[f"dice/{key}"] for key in found[0]["dice"]} == found[0]["dice"] == found[1]["dice"]
+
+
+def test_a_case_that_fails_in_one_ends_both(found: list[dict[str, Any]]) -> None:
+    fault = found[1]["failed validation"]
+    assert fault
+    assert found[0]["failed validation"] == f"RunError: process 1 of 2: {fault}"
+
+
+def test_both_refuse_cases_that_only_one_has(found: list[dict[str, Any]]) -> None:
+    assert [rank["other cases"] for rank in found] == [
+        "RunError: case case_9 could be prepared in some of the 2 processes only; every machine has to read all files "
+        "of the data"
+    ] * 2
+
+
 def test_all_refuse_a_folder_that_is_not_the_same_for_all(folder: Path, found: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(found):
         assert rank["shared"] == ""
         assert rank["not shared"] == (
-            f"{folder}/of_{number}: not the same folder on every machine; "
+            f"RunError: {folder}/of_{number}: not the same folder on every machine; "
             "choose an --out on a disk that all of them share"
         )
     assert not list((folder / "shared").iterdir())

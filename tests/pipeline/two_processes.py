@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.device import Hardware
-from pipeline.errors import RunError
 from pipeline.gradients import gradients_that_fit
 from pipeline.losses import Targets, build_loss
 from pipeline.plan import Plan
@@ -25,6 +25,7 @@ from pipeline.processes import open_fabric, require_shared, share_of_batch
 from pipeline.step import start_training, update
 from pipeline.task import TrainingTask, bare
 from pipeline.train import train
+from pipeline.validation import validate, validate_together
 from tests.pipeline.tiny_training import Listener, phantom, tiny_task
 
 TWO = Hardware("cpu", "32-true", devices=2)
@@ -69,6 +70,33 @@ def skipped(task: TrainingTask, fabric: Fabric, rows: range) -> tuple[int, list[
     return state.skipped, state.suspects
 
 
+def validated(task: TrainingTask, fabric: Fabric) -> tuple[dict[str, float], int]:
+    """Dice of five cases before the first update, and how often this process asked the network for it."""
+    task = replace(task, validation=[phantom(n) for n in range(5, 10)])
+    network, asked = start_training(task, fabric).averaged, []
+    network.register_forward_pre_hook(lambda *_: asked.append(1))
+    together = fabric.world_size > 1
+    dice = validate_together(task, network, fabric, last=True) if together else validate(task, network, last=True)
+    return dice, len(asked)
+
+
+def fault_of(work: Callable[[], object]) -> str:
+    """What is raised, with its type; nothing if nothing is."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def failed_validation(task: TrainingTask, fabric: Fabric) -> str:
+    """What each process raises when a case of the second one does not fit."""
+    second = replace(phantom(4), image=torch.zeros(2, 12, 14, 10)) if fabric.global_rank else phantom(4)
+    task = replace(task, validation=[phantom(3), second])
+    network = start_training(task, fabric).averaged
+    return fault_of(lambda: validate_together(task, network, fabric, last=True))
+
+
 def interrupted_and_resumed(folder: Path, rank: int) -> dict[str, Tensor]:
     """The second process is interrupted on the way, and both stop."""
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
@@ -84,11 +112,13 @@ def interrupted_and_resumed(folder: Path, rank: int) -> dict[str, Tensor]:
 def refused(fabric: Fabric, folder: Path) -> str:
     """What is said of the folder; nothing if it will do."""
     folder.mkdir(exist_ok=True)
-    try:
-        require_shared(fabric, folder, within_s=0.5)
-    except RunError as error:
-        return str(error)
-    return ""
+    return fault_of(lambda: require_shared(fabric, folder, within_s=0.5))
+
+
+def other_cases(task: TrainingTask, rank: int) -> str:
+    """What is said when the second process could not prepare all."""
+    task = replace(task, validation=[phantom(n) for n in range(8, 10 - rank)])
+    return fault_of(lambda: train(task, TWO, Listener(), resume=False))
 
 
 def main(folder: Path) -> None:
@@ -96,11 +126,16 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     fabric = open_fabric(TWO)
     rank, rows, task = fabric.global_rank, share_of_batch(fabric, 4), task_of_four(folder)
+    straight = train(task_of_four(folder, "straight"), TWO, Listener(), resume=False)
     results = {
         "gradients": gradients(task, fabric, rows),
         "short of memory": gradients(task, fabric, rows, most=9 - 8 * rank),
         "skipped": skipped(task, fabric, rows),
-        "straight": train(task_of_four(folder, "straight"), TWO, Listener(), resume=False).weights,
+        "straight": straight.weights,
+        "dice": straight.dice,
+        "validated": validated(task, fabric),
+        "failed validation": failed_validation(task, fabric),
+        "other cases": other_cases(task, rank),
         "resumed": interrupted_and_resumed(folder, rank),
         "shared": refused(fabric, folder / "shared"),
         "not shared": refused(fabric, folder / f"of_{rank}"),
