@@ -174,8 +174,8 @@ class Patches:
 
     @cached_property
     def minima(self) -> list[torch.Tensor]:
-        """What each case's channels (C,) end in beyond their border: every voxel is read for it, once a training."""
-        return [channel_minima(case.image) for case in self.cases]
+        """What each case's channels (C,) end in beyond their border; every voxel is read where it is not known yet."""
+        return [channel_minima(case.image) if case.minima is None else case.minima for case in self.cases]
 
     def batch(self, step: int) -> Batch:
         """The patches of update number `step` that are made here."""
@@ -348,6 +348,6 @@ def dataset_digest(prepared: Sequence[PreparedCase]) -> str:
     """Short hex digest of what a run is trained on, for trackers."""
     digest = hashlib.sha256()
     for case in sorted(prepared, key=lambda c: c.case_id):
-        digest.update(np.ascontiguousarray(case.image.numpy()).tobytes())
-        digest.update(np.ascontiguousarray(case.classes.numpy()).tobytes())
+        for part in case.voxel_digests():
+            digest.update(bytes.fromhex(part))
     return digest.hexdigest()[:16]

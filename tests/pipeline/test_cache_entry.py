@@ -16,8 +16,9 @@ import torch
 
 from pipeline import cache_entry
 from pipeline.cache_entry import PreparedCase
+from pipeline.config import AugmentConfig
 from pipeline.console import Silence
-from pipeline.dataset import prepare_case, prepare_cases
+from pipeline.dataset import Patches, dataset_digest, prepare_case, prepare_cases
 from pipeline.errors import RunError
 from pipeline.manifest import Dataset
 from pipeline.plan import Plan
@@ -121,6 +122,37 @@ def test_many_entries_take_no_file_descriptors(world: Dataset, small_plan: Plan,
     cases = [prepare_case(world, world.manifest.cases[0], small_plan, tmp_path) for _ in range(20)]
     assert len(list(opened.iterdir())) == before
     assert len(cases) == 20
+
+
+def test_a_training_begins_with_what_was_found_when_its_entries_were_opened(
+    world: Dataset, small_plan: Plan, tmp_path: Path
+) -> None:
+    """Voxels that change on disk afterwards change neither: nothing is read a second time for them."""
+    cases = [prepare_case(world, case, small_plan, tmp_path) for case in world.manifest.cases[:2]]
+    in_memory = [
+        replace(case, image=case.image.clone(), classes=case.classes.clone(), minima=None, digests=None)
+        for case in cases
+    ]
+    for case in cases:
+        assert case.entry is not None
+        for name in ("image.npy", "classes.npy"):
+            overwrite_the_voxels(case.entry / name)
+        assert not case.image.any()
+
+    def minima(of: list[PreparedCase]) -> list[torch.Tensor]:
+        made = Patches(of, small_plan, augment=AugmentConfig(), twin_classes=(0, 1, 2), foreground_share=0.5, seed=0)
+        return made.minima
+
+    assert all(torch.equal(a, b) and a.all() for a, b in zip(minima(cases), minima(in_memory), strict=True))
+    assert dataset_digest(cases) == dataset_digest(in_memory)
+
+
+def overwrite_the_voxels(path: Path) -> None:
+    """With zeros, in place."""
+    start = 128  # of the header
+    with path.open("r+b") as stream:
+        stream.seek(start)
+        stream.write(bytes(path.stat().st_size - start))
 
 
 def test_another_process_is_sent_where_a_case_lies_not_its_voxels(
