@@ -30,13 +30,15 @@ def read_object(file: Path) -> dict[str, Any]:
         RunError: the file or its journal is damaged.
     """
     journal = journal_of(file)
+    # First: what another process folds into the file in between is then there twice, and not lost.
+    lines = read_lines(journal)
     try:
         value: Any = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError):
         value = None
     if not isinstance(value, dict):
         raise RunError(f"{file}: not a JSON object; it is damaged, take it away")
-    for number, line in enumerate(read_lines(journal), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             change: Any = json.loads(line)
         except ValueError:

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.errors import RunError
 from pipeline.growing_json import change_object, fold_object, read_object
+from pipeline.line_file import read_lines
 from pipeline.quality import LabelEstimate, QualityEstimate, record_quality
 from pipeline.record import Beside, Record, open_record, recorded_quality
 from pipeline.results import RECORD, SOURCES, find_results, forget_sources, record_sources
@@ -118,6 +119,16 @@ def test_lines_that_are_in_the_file_already_change_nothing(out: Path) -> None:
     (out / JOURNAL).write_bytes(lines)
     assert read_object(out / RECORD) == told
     assert names(out) == ["y"]
+
+
+def test_whoever_reads_while_the_work_ends_misses_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ending(path: Path) -> list[bytes]:
+        monkeypatch.undo()
+        fold_object(out / RECORD)
+        return read_lines(path)
+
+    monkeypatch.setattr("pipeline.growing_json.read_lines", ending)
+    assert list(read_object(out / RECORD)["studies"]) == ["x", "y"]
 
 
 class TestMadeAgain:
