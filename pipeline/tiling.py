@@ -21,8 +21,8 @@ _Tiling = tuple[Triple, float, bool]
 
 
 SCATTERED = 1.15
-"""Times as many unfinished voxels are worth it where finished planes lie together: they are taken out and restored in
-less than half the time."""
+"""Times as many unfinished voxels are worth it where finished planes lie together: of 117 classes everything but the
+network took a seventh to a fourth less time (260x260x270)."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ def with_backend(
     """
     require_backend(name)
     device = device or next(bundle.network.parameters()).device
-    return BACKENDS[name](bundle, device=device, threads=threads)
+    found = BACKENDS[name](bundle, device=device, threads=threads)
+    # That no label changes without dark windows was seen of PyTorch's network.
+    return found if name == DEFAULT else replace(found, index=found.index.model_copy(update={"air": None}))
 
 
 def require_backend(name: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.air import air_levels
 from pipeline.air_proof import prove_air
+from pipeline.backends import BACKENDS, with_backend
 from pipeline.bundle import WEIGHTS, Air, ModelBundle, load_bundle, read_air, set_air, set_mirror
 from pipeline.cache_entry import PreparedCase
 from pipeline.console import Silence
@@ -196,6 +197,12 @@ class TestModel:
         ):
             other = replace(some, index=some.index.model_copy(update={"air": unsure}))
             assert Model((some, other)).air is None
+
+    def test_another_backend_is_another_network(self, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bundle = self.knowing(load_bundle(small_bundle), (-1.0,))
+        monkeypatch.setitem(BACKENDS, "another", lambda bundle, **_: bundle)
+        assert Model((with_backend(bundle, "torch"),)).air == (-1.0,)
+        assert Model((with_backend(bundle, "another"),)).air is None
 
     @pytest.mark.parametrize(
         ("settings", "skips"),
