@@ -1,14 +1,17 @@
 """An imported nnU-Net model, from files to files: volseg's command against nnU-Net's own, in turns.
 
     python benchmarks/against_nnunet.py TRAINED_MODEL IMAGES --nnunet-python PYTHON [--cases 20] [--rounds 5]
-        [--mirroring on off] [--backends torch torch-bf16] [--in-plane 512] [--alter-plans] [--device cpu]
-        [--work FOLDER]
+        [--mirroring on off] [--backends torch torch-bf16] [--calibrate INPUT ...] [--in-plane 512] [--alter-plans]
+        [--device cpu] [--work FOLDER]
 
 TRAINED_MODEL is nnU-Net's folder (plans.json, dataset.json, fold_*), of one channel; PYTHON is that of an environment
 with nnunetv2. IMAGES holds volumes (NIfTI), of which the first `--cases` are taken. volseg imports the model once,
 which is not counted. Each command is run with mirroring and without; what is told are medians of wall times and of the
 processors' time (which other work on the machine hardly stretches), the peak of the memory that all processes of a
 command hold together, and in how many voxels the labels agree.
+
+The backend openvino-int8 needs `--calibrate`, what `volseg bundle quantise` is given beside the model; that is not
+counted either.
 
 `--in-plane 512` first brings each volume to 512 x 512 voxels within its slices (linearly, the same field of view).
 `--alter-plans` is for a model that was not trained on such images: in a copy of its plans, which both commands then
@@ -62,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mirroring", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--backends", nargs="+", default=["torch"], help="of volseg: what `volseg predict` knows")
+    parser.add_argument("--calibrate", nargs="+", help="inputs for the network in eight bits")
     parser.add_argument("--in-plane", type=int)
     parser.add_argument("--alter-plans", action="store_true")
     parser.add_argument("--device", default="cpu")
@@ -78,6 +82,8 @@ def main() -> None:
         names = copy_images(asked, inputs)
         model = prepare_model(asked, work, [inputs / f"{name}_0000.nii.gz" for name in names])
         bundle = import_model(model, work / "bundle")
+        if asked.calibrate:
+            run([*volseg(), "bundle", "quantise", str(bundle), *asked.calibrate])
         for mirroring in asked.mirroring:
             compare(asked, work, (model, bundle), mirror=mirroring == "on")
 
