@@ -24,6 +24,7 @@ from pipeline.bundle import (
     BundleFacts,
     load_bundle,
     save_bundle,
+    set_air,
     set_int8,
     set_mirror,
     set_postprocessing,
@@ -326,6 +327,7 @@ class TestBundle:
     def test_what_else_is_set_leaves_it_there(self, small: Path) -> None:
         content = (small / NETWORK).read_bytes()
         set_mirror(small, True, {})
+        set_air(small, None)
         set_postprocessing(small, None)
         found = load_bundle(small)
         assert found.int8 is not None
