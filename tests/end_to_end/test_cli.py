@@ -67,7 +67,7 @@ print("loaded:", *sorted(set({HEAVY}) & set(sys.modules)))
             # `bundle export` is not `export`.
             commands |= {f"{name} {inner}": command for inner, command in group.commands[name].commands.items()}
         nested = ("manifest build", "dicom ls", "pacs echo", "pacs find", "pacs fetch", "pacs send",
-                  "import nnunet", "import monai", "bundle export", "scores combine")  # fmt: skip
+                  "import nnunet", "import monai", "bundle export", "bundle quantise", "scores combine")  # fmt: skip
         assert set(commands) == {*COMMANDS, *nested}
         for name, found in commands.items():
             assert found.help, name
