@@ -219,16 +219,19 @@ def set_postprocessing(folder: Path, wanted: PostProcessing | None) -> None:
     _put_in(folder, without, POSTPROCESSING)
 
 
-def set_int8(folder: Path, content: bytes, reason: dict[str, Any]) -> None:
+def set_int8(folder: Path, content: bytes, reason: dict[str, Any], *, of: ModelBundle) -> None:
     """Have a network in eight bits (ONNX) in a bundle, and keep what was proven of it; the weights stay as they are.
 
-    Whenever it is cut short the bundle can be read, with such a network or without.
+    `of` is the bundle that it was made of. Whenever it is cut short the bundle can be read, with such a network or
+    without.
 
     Raises:
-        BundleError: it is no bundle.
+        BundleError: it is no bundle, or no longer what it was made of.
         RunError: it cannot be written.
     """
     index = _read_index(folder)
+    if (index.sha256.get(WEIGHTS), index.mirror, index.tile_step) != (of.digest, of.index.mirror, of.index.tile_step):
+        raise BundleError(f"{folder}: was changed while its network was brought to eight bits; do it again")
     known = {key: value for key, value in index.provenance.items() if key != INT8}
     without = _taken_out(folder, index.model_copy(update={"provenance": known}), INT8_NETWORK)
     with atomic_path(folder / INT8_NETWORK) as temporary:
@@ -248,15 +251,22 @@ def is_mirrored(folder: Path) -> bool:
 def set_mirror(folder: Path, wanted: bool, reason: dict[str, Any]) -> None:
     """Have a bundle predict with mirrored passes or without, and keep what says why; the weights are left as they are.
 
+    What was proven of the other way, of air and of eight bits, is proven no more.
+
     Raises:
         BundleError: it is no bundle.
         RunError: it cannot be written.
     """
     index = _read_index(folder)
-    # What was proven of air was proven of the other way.
-    air = index.air if index.air is None or index.mirror == wanted else Air(levels=index.air.levels)
-    changes = {"mirror": wanted, "air": air, "provenance": {**index.provenance, "mirroring": reason}}
-    _write_index(folder, index.model_copy(update=changes), index.sha256)
+    air, sha256, provenance = index.air, index.sha256, {**index.provenance, "mirroring": reason}
+    if index.mirror != wanted:
+        air = None if air is None else Air(levels=air.levels)
+        sha256 = {name: digest for name, digest in sha256.items() if name != INT8_NETWORK}
+        provenance.pop(INT8, None)
+    changes = {"mirror": wanted, "air": air, "provenance": provenance}
+    _write_index(folder, index.model_copy(update=changes), sha256)
+    if INT8_NETWORK not in sha256:
+        (folder / INT8_NETWORK).unlink(missing_ok=True)
 
 
 def read_air(folder: Path) -> Air | None:

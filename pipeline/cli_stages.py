@@ -275,7 +275,15 @@ def _load_model(path: Path, wanted: Prediction) -> Model:
         from pipeline.backends import with_backend
 
         bundles = [with_backend(bundle, wanted.backend) for bundle in bundles]
-    return Model(tuple(bundles))
+    model = Model(tuple(bundles))
+    if wanted.backend == "openvino-int8":
+        own = wanted.mirror in (None, model.mirror), wanted.tile_step in (None, model.tile_step)
+        if not all(own):
+            raise ConfigError(
+                "--backend openvino-int8: proven with the model's own passes and windows alone; leave out --mirror, "
+                "--no-mirror and --step, or use another backend"
+            )
+    return model
 
 
 def _tell_set_aside(failures: Sequence[Failure], study_count: int, done: str, console: TerminalConsole) -> bool:

@@ -75,7 +75,10 @@ class ServedModel:
         _refuse_one_name(studies)
         for study in studies:
             _refuse_to_replace(study, folder)
-        return [str(self._write(study, folder)) for study in studies]
+        try:
+            return [str(self._write(study, folder)) for study in studies]
+        finally:
+            _write_sources(folder)
 
     def _segmented(self, study: Study) -> tuple[Segmentation, Source]:
         """The segmentation, and the image whose grid it is on."""
@@ -195,6 +198,17 @@ def _refuse_one_name(studies: Sequence[Study]) -> None:
         if first.setdefault(study.name, study).paths != study.paths:
             both = f"{first[study.name].paths[0]} and {study.paths[0]}"
             raise VolumeError(f"{both} would both be written as {study.name}; give each an 'out' of its own")
+
+
+def _write_sources(out: Path) -> None:
+    """Have what each result was made from in one file, which others than volseg read."""
+    from pipeline.folder_lock import held
+    from pipeline.growing_json import fold_object
+    from pipeline.results import SOURCES
+
+    if out.is_dir():
+        with held(out, wait_s=WRITING_S):
+            fold_object(out / SOURCES)
 
 
 def _refuse_to_replace(study: Study, out: Path) -> None:

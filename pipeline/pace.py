@@ -22,7 +22,7 @@ from pipeline.errors import RunError
 from pipeline.files import write_json
 from pipeline.loader import prefetch
 from pipeline.losses import Loss
-from pipeline.processes import largest_share
+from pipeline.processes import done_by_all, largest_share
 from pipeline.schedule import Schedule
 from pipeline.step import start_training, update
 from pipeline.task import Observer, TrainingState, TrainingTask
@@ -195,7 +195,7 @@ def _time(task: TrainingTask, fabric: Fabric, patches: Patches, loss: Loss) -> T
     update_s = _time_updates(task, fabric, trial, patches, loss)
     stamp = time.monotonic()
     with fabric.autocast():
-        validate(replace(task, validation=task.validation[:1]), trial.averaged, last=True)
+        done_by_all(fabric, lambda: validate(replace(task, validation=task.validation[:1]), trial.averaged, last=True))
     now = time.monotonic()
     # The run itself starts from the seed, as if nothing had been timed.
     torch.manual_seed(task.settings.seed)

@@ -72,8 +72,10 @@ class Record:
         if not self.is_on_disk:
             replace_object(self.out / RECORD, self.value)
             self.is_on_disk = True
-        if self.force and study.name in self.value["studies"]:
-            self._change(study, {})
+        if self.force:
+            if study.name in self.value["studies"]:
+                self._change(study, {})
+            # Another model's record, of which nothing is left, may have known it.
             forget_sources(self.out, study.name)
 
     def in_the_way(self, study: Study, formats: Sequence[str]) -> str | None:

@@ -94,11 +94,14 @@ def tell_folds_again(run: Run, folds: Sequence[int], console: Console) -> None:
 def tell_whole_again(
     run: Run, folds: Sequence[int], report: Report, console: Console, *, files: Sequence[Path]
 ) -> None:
-    """See `tell_whole`, for a cross-validation that is over. One that is at work tells its own results.
+    """See `tell_whole`, for a cross-validation that is over. One that is at work tells its own results, and one with
+    folds missing tells them when it goes on.
 
     Raises:
         RunError: the journal cannot be written.
     """
+    if len(folds) < run.folds.count:
+        return
     with suppress(Busy), _amending(run, run.folder, console) as tracker:
         tell_whole(run, folds, report, tracker, files=files)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -41,6 +41,8 @@ OTHER_LABELS = 0.03
 small structure most voxels lie at its border: 1.5 % of a hippocampus changes where its Dice moves by 0.0001."""
 
 MOST_WINDOWS, MOST_CALIBRATION_CASES, MOST_CASES = 32, 16, 32
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 LabelMap = npt.NDArray[Any]
@@ -123,10 +125,10 @@ def quantise(
         cases = _given(bundle, inputs, root, console) if inputs else _of_run(folder, bundle, root, console)
         content, evidence = _quantised(bundle, cases, console)
         evidence.require(folder)
-        made.append((folder, content, evidence))
-    for folder, content, evidence in made:
-        set_int8(folder, content, asdict(evidence))
-    return [(folder, evidence) for folder, _, evidence in made]
+        made.append((folder, bundle, content, evidence))
+    for folder, bundle, content, evidence in made:
+        set_int8(folder, content, asdict(evidence), of=bundle)
+    return [(folder, evidence) for folder, _, _, evidence in made]
 
 
 def _of_run(folder: Path, bundle: ModelBundle, root: Path | None, console: Console) -> Cases:
@@ -186,20 +188,40 @@ def _references(schema: LabelSchema, inputs: Sequence[Path], root: Path | None) 
 
 
 def _quantised(bundle: ModelBundle, cases: Cases, console: Console) -> tuple[bytes, Evidence]:
-    count = len(cases.calibration)
-    windows: list[torch.Tensor] = []
-    for done, study in enumerate(cases.calibration, start=1):
-        image = prepare(bundle.plan, _channels(bundle.plan, study)).image
-        windows += full_windows(bundle, image, max(1, MOST_WINDOWS // count))
-        console.progress("reading cases to calibrate on", done, count)
+    each = max(1, MOST_WINDOWS // len(cases.calibration))
+
+    def cut(study: Study) -> list[torch.Tensor]:
+        return full_windows(bundle, prepare(bundle.plan, _channels(bundle.plan, study)).image, each)
+
+    cut_of = _of_each(cases.calibration, cut, "reading cases to calibrate on", console)
+    windows, count = [window for some in cut_of for window in some], len(cut_of)
     console.note(f"calibrating on {len(windows)} windows of {count} case{'s' if count > 1 else ''}")
     content = int8_model(bundle, windows)
     small = replace(bundle, network=compiled(content, "f32", threads=None))
-    compared = []
-    for done, study in enumerate(cases.proof, start=1):
-        compared.append(_compare(bundle, small, study, cases.references.get(study.name)))
-        console.progress("comparing labels", done, len(cases.proof))
-    return content, _evidence(cases, len(windows), compared)
+
+    def compared(study: Study) -> _Compared:
+        return _compare(bundle, small, study, cases.references.get(study.name))
+
+    return content, _evidence(cases, count, len(windows), _of_each(cases.proof, compared, "comparing labels", console))
+
+
+def _of_each(studies: Sequence[Study], work: Callable[[Study], T], what: str, console: Console) -> list[T]:
+    """What `work` gives of those studies that can be read; the others are set aside and named."""
+    found = []
+    for done, study in enumerate(studies, start=1):
+        try:
+            found.append(work(study))
+        except (VolumeError, GeometryMismatch) as error:
+            reason = (
+                str(error) if any(str(path) in str(error) for path in study.paths) else f"{study.paths[0]}: {error}"
+            )
+            console.note(f"set aside {study.name}: {reason}")
+        console.progress(what, done, len(studies))
+    if not found:
+        raise BundleError(
+            f"{what}: none of {len(studies)} can be read; give images, or --root where they lie elsewhere"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -213,7 +235,7 @@ class _Compared:
 
 def _compare(bundle: ModelBundle, small: ModelBundle, study: Study, reference: Reference | None) -> _Compared:
     channels = _channels(bundle.plan, study)
-    settings = PredictSettings(bundle.index.mirror, postprocess=False)
+    settings = PredictSettings(bundle.index.mirror, postprocess=False, skip_air=False)
     found = [predict(Model((b,)), channels, settings=settings, device=CPU) for b in (bundle, small)]
     before, after = (segmentation.label_map for segmentation in found)
     dices = None
@@ -238,13 +260,13 @@ def _mean_dice(found: LabelMap, truth: LabelMap, reference: Reference, schema: L
     return mean(defined) if defined else None
 
 
-def _evidence(cases: Cases, windows: int, compared: Sequence[_Compared]) -> Evidence:
+def _evidence(cases: Cases, calibration_cases: int, windows: int, compared: Sequence[_Compared]) -> Evidence:
     pairs = [case.dices for case in compared if case.dices is not None]
     labelled = sum(case.labelled for case in compared)
     if not labelled:
         raise ExportError("neither in eight bits nor in float32 a voxel gets a label; give images that hold some")
     return Evidence(
-        calibration_cases=len(cases.calibration),
+        calibration_cases=calibration_cases,
         windows=windows,
         cases=len(pairs) or len(compared),
         apart=cases.are_apart,

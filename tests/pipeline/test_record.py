@@ -156,6 +156,7 @@ class TestMadeAgain:
         opened(out, model=["b"], force=True).begin(study("x"))
         assert read_object(out / RECORD)["studies"] == {}
         assert not opened(out, model=["b"]).vouches_for(study("y"))
+        assert list(read_object(out / SOURCES)) == ["y"], "what lies there of x may be of another image now"
 
     def test_without_force_what_is_there_stays(self, out: Path) -> None:
         record = opened(out)

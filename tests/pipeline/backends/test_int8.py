@@ -22,6 +22,7 @@ from pipeline.backends.int8_proof import Evidence, quantise
 from pipeline.backends.openvino import compiled
 from pipeline.bundle import (
     BundleFacts,
+    is_mirrored,
     load_bundle,
     save_bundle,
     set_air,
@@ -31,7 +32,7 @@ from pipeline.bundle import (
 )
 from pipeline.cli import app
 from pipeline.console import Silence
-from pipeline.errors import BundleError, ExportError
+from pipeline.errors import BundleError, ConfigError, ExportError
 from pipeline.export import Source, export
 from pipeline.interop.network_graph import difference, example_of
 from pipeline.manifest import Dataset, save_manifest
@@ -40,7 +41,7 @@ from pipeline.predict import Model, PredictSettings, predict
 from pipeline.runs import open_run
 from pipeline.windows import predict_windows, window_settings
 from tests.pipeline.interop.network_choices import CHOICES, bundle_of
-from tests.pipeline.test_crossval import config_at
+from tests.pipeline.test_crossval import Listener, config_at
 from transforms.volume import read_label, read_volume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -300,7 +301,7 @@ class TestRefusals:
     def test_no_label_at_all(self) -> None:
         cases = int8_proof.Cases((), (), {})
         with pytest.raises(ExportError, match="neither in eight bits nor in float32 a voxel gets a label"):
-            int8_proof._evidence(cases, 1, [int8_proof._Compared(0, 0, None)])
+            int8_proof._evidence(cases, 1, 1, [int8_proof._Compared(0, 0, None)])
 
 
 class TestBundle:
@@ -324,9 +325,29 @@ class TestBundle:
         assert bundle.int8 is not None
         assert with_backend(bundle, "openvino-int8").digest == bundle.int8.sha256 != bundle.digest
 
+    def test_what_was_proven_without_mirrored_passes_is_not_with_them(self, small: Path) -> None:
+        set_mirror(small, not is_mirrored(small), {})
+        assert load_bundle(small).int8 is None
+        assert not (small / NETWORK).exists()
+        assert "int8" not in load_bundle(small).index.provenance
+
+    def test_a_bundle_that_was_changed_meanwhile_gets_none(self, small: Path) -> None:
+        bundle = load_bundle(small)
+        assert bundle.int8 is not None
+        content = bundle.int8.read()
+        set_mirror(small, not is_mirrored(small), {})
+        with pytest.raises(BundleError, match="was changed while its network was brought to eight bits"):
+            set_int8(small, content, {}, of=bundle)
+        set_int8(small, content, {}, of=load_bundle(small))
+        facts = BundleFacts("tiny", 0, is_mirrored(small), 0.5, bundle.plan, bundle.schema, "", {})
+        other = {name: 2 * values for name, values in bundle.network.state_dict().items()}
+        save_bundle(small, other, facts)
+        with pytest.raises(BundleError, match="was changed while"):
+            set_int8(small, content, {}, of=bundle)
+
     def test_what_else_is_set_leaves_it_there(self, small: Path) -> None:
         content = (small / NETWORK).read_bytes()
-        set_mirror(small, True, {})
+        set_mirror(small, is_mirrored(small), {})
         set_air(small, None)
         set_postprocessing(small, None)
         found = load_bundle(small)
@@ -357,7 +378,7 @@ class TestBundle:
         before = (small / NETWORK).read_bytes()
         monkeypatch.setattr(bundle_module, at, killed)
         try:
-            set_int8(small, b"another network", {"cases": 9})
+            set_int8(small, b"another network", {"cases": 9}, of=load_bundle(small))
         except KeyboardInterrupt:
             assert len(calls) == call
         found = load_bundle(small)
@@ -378,6 +399,33 @@ class TestCommands:
             assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
             maps[name] = read_label(out / image.name).voxels
         assert 0 < (maps["torch"] != maps["openvino-int8"]).sum() < 0.15 * (maps["torch"] > 0).sum()
+
+    @pytest.mark.parametrize("option", [["--mirror"], ["--step", "0.7"]])
+    def test_what_was_not_proven_is_refused(
+        self, quantised: tuple[Path, Any], small_dataset: Dataset, tmp_path: Path, option: list[str]
+    ) -> None:
+        command = ["predict", str(quantised[0]), str(images(small_dataset)[0]), "--out", str(tmp_path / "out"), *option]
+        done = CliRunner().invoke(app, [*command, "--backend", "openvino-int8"])
+        assert isinstance(done.exception, ConfigError)
+        assert "proven with the model's own passes and windows alone" in str(done.exception)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.usefixtures("lenient")
+    def test_a_case_that_cannot_be_read_is_set_aside_and_named(
+        self, plain: Path, small_dataset: Dataset, tmp_path: Path
+    ) -> None:
+        for image in images(small_dataset):
+            shutil.copy(image, tmp_path)
+        files = sorted(tmp_path.glob("*.nii.gz"))
+        files[1].write_bytes(b"no image")
+        listener = Listener()
+        ((_, evidence),) = quantise(plain, [tmp_path], console=listener)
+        assert evidence.calibration_cases + evidence.cases == len(files) - 1
+        assert [note for note in listener.notes if note.startswith("set aside ") and str(files[1]) in note]
+        for file in files:
+            file.write_bytes(b"no image")
+        with pytest.raises(BundleError, match=r"none of \d can be read; give images, or --root"):
+            quantise(plain, [tmp_path], console=Silence())
 
     def test_one_bundle_without_it_stops_an_ensemble(
         self, quantised: tuple[Path, Any], home: Path, small_dataset: Dataset, tmp_path: Path
