@@ -134,7 +134,8 @@ def plan_memory(demand: Demand, *, limit_bytes: int, batch: int) -> MemoryPlan:
     for plan in plans:
         if plan.peak_bytes <= limit_bytes:
             return plan
-    least = math.ceil(plans[-1].peak_bytes / _STEP_BYTES) * _STEP_BYTES
+    # The next process, which is given it, may hold a little more from the start than this one.
+    least = math.ceil((plans[-1].peak_bytes + _STEP_BYTES // 2) / _STEP_BYTES) * _STEP_BYTES
     raise PlanError(
         f"{shown(limit_bytes)} of memory do not suffice for this study and this model; the least that does is "
         f"{shown(least)}: give --max-memory {shown(least).replace(' ', '')} or more, or free memory"

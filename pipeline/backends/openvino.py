@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -79,7 +80,7 @@ def compiled(content: bytes, precision: Precision, *, threads: int | None) -> Op
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    core = silent_openvino().Core()
+    core = _core()
     network = OpenVinoNetwork(core.compile_model(core.read_model(content), "CPU", properties))
     network.eval()
     return network
@@ -109,6 +110,16 @@ def silent_openvino() -> Any:
     except ImportError as error:
         raise ConfigError('OpenVINO is not installed; pip install "volseg[openvino]"') from error
     return openvino
+
+
+@cache
+def _core() -> Any:
+    """One for the process, which it does not outlive.
+
+    Each gives the thread that makes it another stack for signals. Gone in another order than they came, they leave it
+    with one that is no more, and the next Ctrl-C is a segmentation fault (OpenVINO 2026.4).
+    """
+    return silent_openvino().Core()
 
 
 def _fold(bundle: ModelBundle) -> str:

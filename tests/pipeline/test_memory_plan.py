@@ -69,8 +69,8 @@ class TestPlan:
         assert "\n" not in message
         least = re.search(r"--max-memory ([\d.]+)GB", message)
         assert least is not None
-        # The network holds 910 MB, whatever the slabs.
-        assert float(least[1]) == 0.91
+        # The network holds 910 MB, whatever the slabs; another process may hold some 5 MB more.
+        assert float(least[1]) == 0.92
         assert plan_memory(DEMAND, limit_bytes=910_000_000, batch=1).slab_planes == 4
         with pytest.raises(PlanError):
             plan_memory(DEMAND, limit_bytes=909_000_000, batch=1)

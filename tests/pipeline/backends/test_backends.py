@@ -76,6 +76,30 @@ def test_results_are_not_overwritten_by_later_ones(small_plan: Plan, name: str) 
     assert next(network.parameters()).device == CPU
 
 
+INTERRUPTED = """
+import faulthandler, signal, sys
+from pathlib import Path
+from pipeline.backends.openvino import compiled
+
+faulthandler.enable()
+content = Path(sys.argv[1]).read_bytes()
+first, second = (compiled(content, "f32", threads=1) for _ in range(2))
+del first
+del second
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_several_networks_is_no_segmentation_fault(small_plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "network.onnx").write_bytes(onnx_model(bundle_of(small_plan)))
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "network.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
 def test_a_network_that_gives_other_logits_is_refused(small_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO compiles what is recorded; the bundle's own network is then another one."""
     from pipeline.backends import openvino as backend
