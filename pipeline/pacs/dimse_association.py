@@ -161,8 +161,11 @@ def _explain(association: Association, access: Access, connected_s: float | None
         return _probe(access)
     if time.monotonic() - connected_s >= 0.95 * access.patience.answer_s:
         return Unreachable(f"{node}: connected, but no answer within {access.patience.answer_s:g} s")
-    hint = "" if node.tls else "; does it want TLS (dimses://)?"
-    return Unreachable(f"{node}: the archive ended the connection before an association came about{hint}")
+    # An archive that rejects and hangs up at once may take its rejection back: a reset discards what was not read yet.
+    wants = "another AE title" if node.tls else "TLS (dimses://), or another AE title"
+    return Unreachable(
+        f"{node}: the archive ended the connection before an association came about; does it want {wants}?"
+    )
 
 
 def _probe(access: Access) -> PacsError:
