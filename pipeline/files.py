@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,20 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of_json(value: Any) -> str:
     """Hex SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sha256_of_folders(folders: Sequence[Path]) -> str:
+    """Hex SHA-256 of all files in folders, whatever these are called; their order counts."""
+    return sha256_of_json(
+        [
+            {
+                path.relative_to(folder).as_posix(): sha256_of_file(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+            for folder in folders
+        ]
+    )
 
 
 def safe_name(text: str) -> str:

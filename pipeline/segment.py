@@ -19,6 +19,7 @@ from pipeline.errors import PlanError, RunError, VolsegError
 from pipeline.export import ExportedFile, Options, Source, check_formats, export
 from pipeline.failures import Failure
 from pipeline.files import write_text
+from pipeline.folder_lock import held
 from pipeline.free_memory import free_bytes, held_bytes
 from pipeline.kept_scores import kept_count
 from pipeline.manifest import load_dataset
@@ -83,9 +84,19 @@ def segment_studies(
     while one passes through the network, where memory allows; files and their order are the same either way.
 
     Raises:
-        RunError: `out` holds another model's results, or cannot be written.
+        RunError: `out` holds another model's results, another process is at work there, or it cannot be written.
     """
     check_formats(settings.formats)
+    with held(out):
+        results = _segmented_into(out, model, studies, settings, console)
+    files = [file for result in results if isinstance(result, list) for file in result]
+    return files, [result for result in results if isinstance(result, Failure)]
+
+
+def _segmented_into(
+    out: Path, model: Model, studies: Sequence[Study], settings: SegmentSettings, console: Console
+) -> list[list[ExportedFile] | Failure]:
+    """What became of each study."""
     record = _record(out, model, settings)
     _write_schema(record, model.schema)
     work = _Work(model, settings, record, console, len(studies))
@@ -101,9 +112,7 @@ def segment_studies(
             with quiet_warnings(), closing(stream) as ending:
                 outcomes |= {study.name: work.told(study, outcome) for study, outcome in ending}
     write_quality_table(out, recorded_quality(out))
-    results = list(outcomes.values())
-    files = [file for result in results if isinstance(result, list) for file in result]
-    return files, [result for result in results if isinstance(result, Failure)]
+    return [outcome for outcome in outcomes.values() if outcome is not None]
 
 
 def explain_studies(

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+from pipeline.files import sha256_of_folders
 from pipeline.tracking.delivery import Refused
 from pipeline.tracking.journal import Fact
 from pipeline.tracking.store_uri import is_embedded
@@ -40,6 +42,8 @@ Ids = Mapping[str, str]
 def log_model(client: MlflowClient, ids: Ids, fact: Fact, *, run_folder: Path) -> None:
     """Have a model in MLflow, tied to its run, and in the registry if it is wanted there. Once more changes nothing.
 
+    Its files are those of now: where they were changed after the fact was noted, the model goes by their digest.
+
     Raises:
         Refused: a bundle is gone, or another version of volseg told of it in other words.
     """
@@ -49,14 +53,15 @@ def log_model(client: MlflowClient, ids: Ids, fact: Fact, *, run_folder: Path) -
     for path in body["paths"]:
         if not (run_folder / path).is_dir():
             raise Refused(f"{run_folder / path} is gone")
-    model_id = _model_id(client, ids, fact)
     with tempfile.TemporaryDirectory(prefix="volseg-model-") as name:
         folder = Path(name)
-        _write_files(folder, [run_folder / path for path in body["paths"]])
+        copies = _write_files(folder, [run_folder / path for path in body["paths"]])
+        fact = replace(fact, body={**body, "sha256": sha256_of_folders(copies)})
+        model_id = _model_id(client, ids, fact)
         _mlmodel(model_id, ids, fact).save(str(folder / "MLmodel"))
         client.log_model_artifacts(model_id, str(folder))
     client.finalize_logged_model(model_id, "READY")
-    client.set_logged_model_tags(model_id, {TIME_TAG: str(fact.time_ms)})
+    client.set_logged_model_tags(model_id, {TIME_TAG: str(fact.time_ms), _RESULT_TAG: body["result"]})
     # MLflow fails where the two are tied together already.
     outputs = client.get_run(ids["run"]).outputs
     if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
@@ -142,15 +147,20 @@ def _told(values: list[Any]) -> str:
     return shortened(text, _MOST_PARAM)
 
 
-def _write_files(folder: Path, bundles: list[Path]) -> None:
-    """The bundles, laid out as `pipeline.bundle.find_bundles` finds them, and what MLflow wants beside them."""
-    for number, bundle in enumerate(bundles):
-        shutil.copytree(bundle, folder / "model" / f"fold_{number}" / "bundle")
+def _write_files(folder: Path, bundles: list[Path]) -> list[Path]:
+    """The bundles, laid out as `pipeline.bundle.find_bundles` finds them, and what MLflow wants beside them.
+
+    Gives the folders of the copies.
+    """
+    copies = [folder / "model" / f"fold_{number}" / "bundle" for number in range(len(bundles))]
+    for bundle, copy in zip(bundles, copies, strict=True):
+        shutil.copytree(bundle, copy)
     (folder / "requirements.txt").write_text(f"volseg=={version('volseg')}\n", encoding="utf-8")
     table = {"columns": ["path"], "data": [[_EXAMPLE]]}
     (folder / "input_example.json").write_text(json.dumps(table), encoding="utf-8")
     request = {"dataframe_records": [{"path": _EXAMPLE}]}
     (folder / "serving_input_example.json").write_text(json.dumps(request), encoding="utf-8")
+    return copies
 
 
 def _mlmodel(model_id: str, ids: Ids, fact: Fact) -> Model:

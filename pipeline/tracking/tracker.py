@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from pipeline.errors import RunError
-from pipeline.files import sha256_of_file, sha256_of_json
+from pipeline.files import sha256_of_folders
 from pipeline.tracking.delivery import Deliverer
 from pipeline.tracking.journal import Fact, Journal, Kind, ended
 from pipeline.tracking.machine import PREFIX, Sampler
@@ -138,7 +138,7 @@ class JournalTracker:
         body = {
             "name": self._journal.facts[0].body["run_name"],
             "paths": [self._inside(bundle) for bundle in bundles],
-            "sha256": sha256_of_json([_sha256_of_folder(bundle) for bundle in bundles]),
+            "sha256": sha256_of_folders(bundles),
             "patch_shape": [int(size) for size in card.patch_shape],
             "spacing_mm": [float(step) for step in card.spacing_mm],
             "channels": list(card.channels),
@@ -267,8 +267,3 @@ def _as_json(value: float) -> float | str:
     """JSON has no NaN and no infinity; `float` reads the words back."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _sha256_of_folder(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return sha256_of_json({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})

@@ -23,6 +23,7 @@ from pipeline.combining import segment_scores
 from pipeline.confidence_files import DESCRIPTIONS, discard_confidence, map_file
 from pipeline.console import Silence
 from pipeline.errors import ConfigError, RunError, VolumeError
+from pipeline.folder_lock import LOCK_NAME
 from pipeline.kept_scores import read_scores, write_scores
 from pipeline.predict import Model
 from pipeline.quality import read_quality
@@ -120,7 +121,7 @@ class TestFiles:
         segment(model, images, tmp_path, SETTINGS)
         assert {path.name for path in tmp_path.iterdir()} == {
             *(f"{name}{suffix}" for name in CASES for suffix in (".nii.gz", ".verification.json")),
-            *("labels.json", "predictions.json", "sources.json"),
+            *("labels.json", "predictions.json", "sources.json", LOCK_NAME),
         }
         for name in CASES:
             assert (tmp_path / f"{name}.nii.gz").read_bytes() == (made / f"{name}.nii.gz").read_bytes()

@@ -19,6 +19,7 @@ from pipeline.bundle import load_bundle
 from pipeline.cli_console import TerminalConsole
 from pipeline.console import Silence
 from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
+from pipeline.folder_lock import LOCK_NAME, held
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.plan import ChannelPlan
 from pipeline.predict import Model
@@ -158,7 +159,7 @@ class TestSegmenting:
             result = nib.load(out / path.name)  # type: ignore[attr-defined]
             assert result.shape == source.shape
             assert np.allclose(result.affine, source.affine, atol=1e-4)
-        assert not list(out.glob(".*"))
+        assert [path.name for path in out.glob(".*")] == [LOCK_NAME]
 
     def test_turned_files_give_turned_results(self, model: Model, images: Path, tmp_path: Path) -> None:
         image = nib.load(images / "hippocampus_001.nii.gz")  # type: ignore[attr-defined]
@@ -239,6 +240,12 @@ class TestSegmenting:
     def test_a_folder_of_something_else_is_set_aside(self, model: Model, tmp_path: Path) -> None:
         _, failures = segment(model, [touch(tmp_path / "notes", "a.txt")], tmp_path / "out")
         assert failures["notes"].startswith(f"{tmp_path / 'notes'}: no DICOM image series")
+
+    def test_two_at_work_in_one_folder_are_kept_apart(self, model: Model, images: Path, tmp_path: Path) -> None:
+        with held(tmp_path / "out"), pytest.raises(RunError, match="another process is at work here; wait for its end"):
+            segment(model, [images], tmp_path / "out")
+        written, _ = segment(model, [images], tmp_path / "out")
+        assert written
 
     def test_an_unknown_format_is_refused_before_any_work(self, model: Model, images: Path, tmp_path: Path) -> None:
         with pytest.raises(Exception, match=r"no export format 'nifty': did you mean 'nifti'\?"):

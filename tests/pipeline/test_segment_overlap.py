@@ -13,6 +13,7 @@ import pytest
 from pipeline.bundle import load_bundle
 from pipeline.console import Silence
 from pipeline.errors import RunError
+from pipeline.folder_lock import LOCK_NAME
 from pipeline.predict import Model
 from pipeline.record import Record
 from pipeline.results import find_results
@@ -88,7 +89,7 @@ def test_an_interrupt_leaves_whole_studies_and_the_rest_is_done_later(
         segment_studies(model, studies, out, settings=SETTINGS, console=Interrupting("hippocampus_035"))
     assert list(json.loads((out / "predictions.json").read_text())["studies"]) == ["hippocampus_001", "hippocampus_015"]
     assert sorted(path.name for path in out.glob("*.nii.gz")) == ["hippocampus_001.nii.gz", "hippocampus_015.nii.gz"]
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [LOCK_NAME]
     segment_studies(model, studies, out, settings=SETTINGS, console=Silence())
     segment_studies(model, studies, whole, settings=SETTINGS, console=Silence())
     assert contents(out) == contents(whole)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.files import sha256_of_folders
 from pipeline.tracking import Busy, ModelCard, Tracker, amend_tracker, deliver, embedded_store, open_tracker, tracked_as
 from pipeline.tracking.journal import read_facts
 from pipeline.tracking.offline import list_folders
@@ -121,6 +122,24 @@ def test_where_the_server_is_away_the_journal_delivers_later(runs: Path) -> None
     hidden.rename(store)
     assert deliver(folder, uri=embedded_store(runs), on_warning=pytest.fail) == 0
     assert shown(folder) == all_of(0.7)
+
+
+def test_a_model_that_arrives_late_goes_by_the_files_it_then_has(runs: Path) -> None:
+    folder = runs / "late"
+    warned: list[str] = []
+    with open_tracker(
+        folder, uri=NOWHERE, experiment="e", run_name="late", tags={DATASET_TAG: "late"}, on_warning=warned.append
+    ) as tracker:
+        tell(tracker, folder, 0.9)
+        tell(tracker, folder, 0.7)
+    assert deliver(folder, uri=embedded_store(runs), on_warning=pytest.fail) == 0
+    assert shown(folder) == all_of(0.7)
+    client = client_of(runs)
+    (output,) = found(folder).outputs.model_outputs
+    files = Path(client.get_logged_model(output.model_id).artifact_location.removeprefix("file://"))
+    bundle = files / "model" / "fold_0" / "bundle"
+    assert (bundle / "bundle.json").read_text() == "0.7"
+    assert client.get_logged_model(output.model_id).tags["volseg.bundle_sha256"] == sha256_of_folders([bundle])
 
 
 def test_a_run_that_was_cut_off_gets_its_end(runs: Path) -> None:
