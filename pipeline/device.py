@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ CPU_GFLOPS_PER_THREAD = 60.0
 """Sustained float32 rate of a training step, per thread: 52 to 83 with 16 to 32 channels (two shared EPYC cores)."""
 
 CPU_BF16_FACTOR = 2.0
-"""How much faster a processor with bfloat16 instructions trains in bfloat16 (measured 1.9 to 2.4)."""
+"""How much faster a processor that gains by bfloat16 trains in it (measured 1.9 to 2.4 on an AMD EPYC)."""
 
 CPU_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 """Without these bfloat16 is emulated, two hundred times slower than float32 (benchmarks/LOG.md)."""
@@ -60,7 +60,7 @@ class Hardware:
 def choose_hardware(settings: TrainConfig) -> Hardware:
     """The config's device and precision; `auto` takes what measures best on the device.
 
-    A CPU gets bfloat16 only where it has instructions for it: the same machine always gets the same.
+    A CPU gets bfloat16 only where it gains by it: the same machine always gets the same.
 
     Raises:
         ConfigError: a GPU is asked for and there is none, or a precision that the device cannot do.
@@ -93,14 +93,30 @@ def _cpu_precision(settings: TrainConfig) -> Precision:
             "train.precision: this CPU has no bfloat16 instructions and would take a hundred times as long; "
             "use auto or float32"
         )
-    return "bf16-mixed" if native and settings.precision != "float32" else "32-true"
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cpu_gains_by_bf16())
+    return "bf16-mixed" if bf16 else "32-true"
 
 
 def cpu_has_bf16() -> bool:
     """True when the processor multiplies bfloat16 itself."""
+    return any(_capabilities().get(name, False) for name in CPU_BF16_INSTRUCTIONS)
+
+
+def cpu_gains_by_bf16() -> bool:
+    """True when it multiplies bfloat16 faster than float32.
+
+    Intel's processors do so with AMX, which a virtual machine may hide. With AVX-512 alone they do no more products a
+    cycle than in float32, and an update took 1.4 times as long (benchmarks/LOG.md).
+    """
+    found = _capabilities()
+    is_intel = "intel" in str(found.get("cpu_name", "")).lower()
+    return bool(found.get("amx_bf16", False)) or (cpu_has_bf16() and not is_intel)
+
+
+def _capabilities() -> dict[str, Any]:
     # torch.cpu.get_capabilities came after torch 2.8; older ones stay with float32.
     ask = getattr(torch.cpu, "get_capabilities", None)
-    return ask is not None and any(ask().get(name, False) for name in CPU_BF16_INSTRUCTIONS)
+    return {} if ask is None else dict(ask())
 
 
 def budget_of(hardware: Hardware, plan: PlanConfig, train: TrainConfig) -> Budget:
@@ -109,7 +125,8 @@ def budget_of(hardware: Hardware, plan: PlanConfig, train: TrainConfig) -> Budge
     minutes = train.budget_minutes
     if hardware.device == "cpu":
         gflops = CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
-        gflops *= CPU_BF16_FACTOR if hardware.precision == "bf16-mixed" else 1
+        if hardware.precision == "bf16-mixed" and cpu_gains_by_bf16():
+            gflops *= CPU_BF16_FACTOR
         return Budget("cpu", plan.memory_gb or CPU_MEMORY_GB, minutes, gflops)
     total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
     memory_gb = plan.memory_gb or round(CUDA_MEMORY_SHARE * total_gb, 1)

@@ -21,6 +21,9 @@ from pipeline.device import (
 )
 from pipeline.errors import ConfigError
 
+AMD = {"cpu_name": "AMD EPYC", "avx512_bf16": True}
+INTEL = {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}
+
 
 def settings(**values: Any) -> TrainConfig:
     return TrainConfig.model_validate(values)
@@ -34,12 +37,23 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_gpu")
 class TestWithoutGpu:
     @pytest.mark.parametrize("values", [{}, {"device": "cpu"}, {"precision": "bf16"}])
-    def test_a_cpu_with_the_instructions_computes_in_bfloat16(
-        self, values: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("capabilities", [AMD, INTEL | {"amx_bf16": True}])
+    def test_a_cpu_that_gains_by_bfloat16_computes_in_it(
+        self, values: dict[str, str], capabilities: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
         assert choose_hardware(settings(**values)) == Hardware("cpu", "bf16-mixed")
         assert choose_hardware(settings(precision="float32")) == Hardware("cpu", "32-true")
+
+    def test_one_that_has_it_and_does_not_gain_computes_in_it_only_if_asked_to(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: INTEL, raising=False)
+        assert choose_hardware(settings()) == Hardware("cpu", "32-true")
+        asked = choose_hardware(settings(precision="bf16"))
+        assert asked == Hardware("cpu", "bf16-mixed")
+        both = [budget_of(hardware, PlanConfig(), settings()) for hardware in (asked, Hardware("cpu", "32-true"))]
+        assert both[0].gflops == both[1].gflops
 
     @pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": False, "avx512_f": True}])
     def test_a_cpu_without_computes_in_float32(
@@ -89,7 +103,8 @@ class TestBudget:
         assert budget_of(self.CPU, PlanConfig(), settings()).memory_gb == CPU_MEMORY_GB
         assert budget_of(self.CPU, PlanConfig(memory_gb=1.5), settings()).memory_gb == 1.5
 
-    def test_work_grows_with_threads(self) -> None:
+    def test_work_grows_with_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD, raising=False)
         rate = CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
         assert budget_of(self.CPU, PlanConfig(), settings()).gflops == rate
         faster = budget_of(Hardware("cpu", "bf16-mixed"), PlanConfig(), settings())
