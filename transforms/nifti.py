@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,8 +24,8 @@ from transforms.errors import VolumeError
 from transforms.geometry import Geometry
 from transforms.sanity import (
     MAX_VOXELS,
-    finite_float32,
     integral_labels,
+    refuse_not_finite,
     refuse_oversize,
     refuse_short_file,
     usable_grid,
@@ -33,6 +34,9 @@ from transforms.sanity import (
 FORMS_AGREE_VOXELS = 0.5
 """sform and qform agree when no corner is farther apart than this part of a voxel: a quaternion of half a turn is
 stored no better than the square root of float32's precision, about 0.2 mm over a whole body."""
+
+SLAB_VOXELS = 1 << 20
+"""Voxels of an image that are brought to float32 at a time, in whole planes."""
 
 SAME_SPACING = 1e-3
 """Spacings of both forms within this part of each other are one."""
@@ -76,11 +80,12 @@ def read_nifti(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], G
             header = _header(file, path)
             shape = _shape(header, path)
             geometry = _geometry(header, shape, path)
-            stored = _stored(file, header, shape, path)
+            if not labels:
+                return _image(file, header, shape, path), geometry
+            ((_, stored),) = _slabs(file, header, shape, path, planes=shape[2])
     except _DAMAGED:
         raise VolumeError(f"{path}: the gzip data is cut short or damaged; fetch the file again") from None
-    measured = _scaled(stored, header, path, exact=labels)
-    return (integral_labels if labels else finite_float32)(measured, path), geometry
+    return integral_labels(_scaled(stored, header, path, exact=True), path), geometry
 
 
 def read_nifti_grid(path: Path) -> Geometry:
@@ -172,7 +177,23 @@ def _grid(name: str, form: Any, shape: tuple[int, int, int], path: Path) -> Geom
         raise VolumeError(f"{path}: {name}: {fault}; convert the file again from its source") from None
 
 
-def _stored(file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Path) -> npt.NDArray[Any]:
+def _image(file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Path) -> npt.NDArray[np.float32]:
+    """The voxels in float32; as they are stored, and scaled in float64, only a few planes exist at a time."""
+    image = np.empty(shape, np.float32, order="F")
+    bad = 0
+    with np.errstate(over="ignore"):
+        for first, stored in _slabs(file, header, shape, path, planes=max(1, SLAB_VOXELS // (shape[0] * shape[1]))):
+            slab = image[:, :, first : first + stored.shape[2]]
+            slab[...] = _scaled(stored, header, path, exact=False)
+            bad += slab.size - int(np.count_nonzero(np.isfinite(slab)))
+    refuse_not_finite(bad, image.size, path)
+    return image
+
+
+def _slabs(
+    file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Path, *, planes: int
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """The voxels as they are stored, so many planes at a time, each time with the number of the first."""
     try:
         dtype = header.get_data_dtype()
         kind = "iuf".find(dtype.kind)
@@ -180,19 +201,22 @@ def _stored(file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Pat
         kind = -1
     if kind < 0:
         raise VolumeError(f"{path}: data type {int(header['datatype'])} is not one plain number a voxel")
-    packed = is_gzip(path)
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    plane = shape[0] * shape[1] * dtype.itemsize
+    needed = plane * shape[2]
     start = float(header["vox_offset"])
     if not header["sizeof_hdr"] <= start < MAX_VOXELS:
         raise VolumeError(f"{path}: the header says that voxels begin at byte {start:g}; it is damaged")
-    refuse_short_file(int(start) + needed, path.stat().st_size, path, packed=packed)
+    refuse_short_file(int(start) + needed, path.stat().st_size, path, packed=is_gzip(path))
     file.seek(int(start))
-    content = file.read(needed)
+    for first in range(0, shape[2], planes):
+        count = min(planes, shape[2] - first)
+        content = file.read(count * plane)
+        if len(content) < count * plane:
+            found = first * plane + len(content)
+            raise VolumeError(f"{path}: {found} of {needed} bytes of voxels; it is cut short: fetch it again")
+        yield first, np.frombuffer(content, dtype=dtype).reshape((*shape[:2], count), order="F")
     # At the end of a gzip stream one more read checks its sum over all that came before.
     file.read(1)
-    if len(content) < needed:
-        raise VolumeError(f"{path}: {len(content)} of {needed} bytes of voxels; it is cut short: fetch it again")
-    return np.frombuffer(content, dtype=dtype).reshape(shape, order="F")
 
 
 def _scaled(stored: npt.NDArray[Any], header: Any, path: Path, *, exact: bool) -> npt.NDArray[Any]:

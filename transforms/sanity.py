@@ -69,13 +69,16 @@ def finite_float32(voxels: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float
     """
     with np.errstate(over="ignore"):
         converted = voxels.astype(np.float32, copy=False)
-    bad = converted.size - int(np.count_nonzero(np.isfinite(converted)))
+    refuse_not_finite(converted.size - int(np.count_nonzero(np.isfinite(converted))), converted.size, path)
+    return converted
+
+
+def refuse_not_finite(bad: int, size: int, path: Path) -> None:
+    """Raise VolumeError if `bad`, of `size` voxels those that are NaN or infinite, are any."""
     if bad:
         raise VolumeError(
-            f"{path}: {bad} of {converted.size} voxels are NaN or infinite; replace them by a value that means "
-            "background"
+            f"{path}: {bad} of {size} voxels are NaN or infinite; replace them by a value that means background"
         )
-    return converted
 
 
 def integral_labels(voxels: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from transforms.errors import VolumeError
 from transforms.geometry import Geometry
+from transforms.nifti import SLAB_VOXELS
 from transforms.volume import read_label, read_volume
 
 SHAPE = (5, 4, 3)
@@ -118,6 +120,19 @@ def test_a_plain_file_that_is_called_packed(tmp_path: Path) -> None:
     plain = write(tmp_path / "a.nii")
     assert_as_nibabel(plain.rename(tmp_path / "b.nii.gz"), write(tmp_path / "a.nii"))
     assert read_label(write(tmp_path / "c.nii", np.abs(VALUES)).rename(tmp_path / "c.nii.gz")).voxels.max() == 52
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_reading_holds_the_image_in_float32_and_a_few_planes(tmp_path: Path, name: str) -> None:
+    voxels = np.random.default_rng(0).normal(size=(256, 256, 65))  # 16 planes at a time, and one that is left
+    path = write(tmp_path / name, voxels, change=field("scl_slope", 2.0))
+    tracemalloc.start()
+    found = read_volume(path).voxels
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Of one piece: as it is stored, in float64, and a byte for being finite.
+    assert peak < 4 * voxels.size + 24 * SLAB_VOXELS
+    assert np.array_equal(found, (voxels * 2).astype(np.float32))
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(2.5, -3.0), (0.0, 5.0), (np.nan, np.nan), (1.0, 0.0), (-1.0, 0.0)])
