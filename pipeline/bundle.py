@@ -14,8 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from pipeline.errors import BundleError
-from pipeline.files import atomic_folder, atomic_path, sha256_of_file, write_json, write_text
+from pipeline.errors import BundleError, RunError
+from pipeline.files import atomic_folder, atomic_path, refuse_foreign, sha256_of_file, write_json, write_text
 from pipeline.models.registry import build_network
 from pipeline.models.slices import as_volume_network
 from pipeline.plan import Plan
@@ -145,6 +145,15 @@ def save_bundle(folder: Path, weights: dict[str, Tensor], facts: BundleFacts) ->
             sha256={n: sha256_of_file(temporary / n) for n in (WEIGHTS, PLAN, LABELS, CONFIG)},
         )
         write_json(temporary / INDEX, index.model_dump(mode="json"))
+
+
+def refuse_to_replace(out: Path) -> None:
+    """Raise RunError where --force would take away what no import wrote: more than bundles, or one that was trained."""
+    names = (INDEX, WEIGHTS, PLAN, LABELS, CONFIG, POSTPROCESSING, INT8_NETWORK)
+    refuse_foreign(out, [*names, *(f"fold_*/bundle/{name}" for name in names)], "an imported model")
+    for index in (out / INDEX, *sorted(out.glob(f"fold_*/bundle/{INDEX}"))):
+        if index.is_file() and not any(key.startswith("imported") for key in _read_index(index.parent).provenance):
+            raise RunError(f"{out}: holds a model that was trained, not to be replaced by an import; give another name")
 
 
 def is_bundle(folder: Path) -> bool:

@@ -21,6 +21,9 @@ SHOWN_CHOICES = (
 """Of a network's choices, those that are told where they are not the usual ones."""
 
 
+AS_STORED = "as each study is stored: right only for studies stored as those of the training were"
+
+
 def facts_of(path: Path, *, resample_uneven: bool = False) -> Facts:
     """Facts of a model, a run, a manifest, a DICOM folder or a volume; `resample_uneven` as in `read_volume`.
 
@@ -57,6 +60,7 @@ def _bundle(path: Path) -> Facts:
         "parameters": f"{sum(p.numel() for p in bundle.network.parameters()):,}",
         f"spacing (mm, {_axes(plan)})": " x ".join(f"{s:g}" for s in plan.spacing_mm),
         "patch": " x ".join(map(str, plan.patch_shape)),
+        **({"axes": AS_STORED} if plan.takes_stored_axes else {}),
         "post-processing": described(bundle.postprocessing.actions) if bundle.postprocessing else "none",
         **{f"made with {k}": str(v) for k, v in index.provenance.items()},
         "weights sha256": bundle.digest,
@@ -77,8 +81,7 @@ def _network(plan: Plan) -> str:
 
 def _axes(plan: Plan) -> str:
     """Which axes the sizes of a model are along."""
-    stored = plan.placing is not None and not plan.placing.reorients
-    return "axes as stored" if stored else f"{plan.axis_codes} axes"
+    return "axes as stored" if plan.takes_stored_axes else f"{plan.axis_codes} axes"
 
 
 def _run(path: Path) -> Facts:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_foreign(target: Path, ours: Sequence[str], what: str) -> None:
+    """Raise RunError where replacing `target` would take away a file whose path in it fits none of the patterns `ours`,
+    the files of `what`."""
+    if not target.exists():
+        return
+    found = (path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
+    names = sorted(found) if target.is_dir() else [target.name]
+    foreign = next((name for name in names if not any(fnmatchcase(name, pattern) for pattern in ours)), None)
+    if foreign is not None:
+        raise RunError(f"{target}: holds {foreign}, so it is not {what} and not to be replaced; give another name")
 
 
 def write_text(target: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from pipeline.models.monai_spec import MonaiNetwork
 from pipeline.models.spec import UNetSpec
 from transforms.intensity_spec import Normalisation
 from transforms.placing_spec import Placing
-from transforms.recipe_spec import Step
+from transforms.recipe_spec import Reorient, Step
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -142,6 +142,13 @@ class Plan(Frozen):
     def normalisations(self) -> tuple[Normalisation, ...]:
         """One per channel."""
         return tuple(channel.normalisation for channel in self.channels)
+
+    @property
+    def takes_stored_axes(self) -> bool:
+        """True if the network sees axes as each study's file has them, so that it may see one patient mirrored."""
+        if self.recipe is not None:
+            return not any(isinstance(step, Reorient) for step in self.recipe)
+        return self.placing is not None and not self.placing.reorients
 
     @property
     def factor(self) -> Triple:

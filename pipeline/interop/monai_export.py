@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.bundle import ModelBundle, load_bundle
 from pipeline.errors import ExportError
-from pipeline.files import atomic_folder, write_json, write_text
+from pipeline.files import atomic_folder, refuse_foreign, write_json, write_text
 from pipeline.interop.monai_layout import (
     after_network,
     before_network,
@@ -31,6 +31,8 @@ from pipeline.models.monai_networks import filled_monai
 from pipeline.models.monai_spec import MonaiNetwork
 
 STATE, SCRIPT = "models/model.pt", "models/model.ts"
+CONFIG, METADATA, README = "configs/inference.json", "configs/metadata.json", "docs/README.md"
+WRITTEN = (STATE, SCRIPT, CONFIG, METADATA, README)
 
 
 def export_monai(model: Path, out: Path, *, force: bool) -> list[str]:
@@ -44,14 +46,15 @@ def export_monai(model: Path, out: Path, *, force: bool) -> list[str]:
     bundle = load_bundle(model)
     named = monai_network(bundle.plan)
     config = _config(bundle, named)
+    refuse_foreign(out, WRITTEN, "a MONAI bundle that was exported")
     with atomic_folder(out, force=force) as folder:
         (folder / "models").mkdir()
         (folder / "configs").mkdir()
         found = _write_network(bundle, named, folder)
-        write_json(folder / "configs/inference.json", config)
-        write_json(folder / "configs/metadata.json", _metadata(bundle))
+        write_json(folder / CONFIG, config)
+        write_json(folder / METADATA, _metadata(bundle))
         (folder / "docs").mkdir()
-        write_text(folder / "docs/README.md", _readme(bundle))
+        write_text(folder / README, _readme(bundle))
     kind = f"{named.name} of MONAI" if named else "TorchScript"
     return [
         f"{out}: a MONAI bundle, its network {kind}; largest difference of a logit {found.largest:.2g} "

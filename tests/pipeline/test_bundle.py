@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.bundle import BundleFacts, find_bundles, is_bundle, load_bundle, save_bundle, set_postprocessing
+from pipeline.bundle import (
+    BundleFacts,
+    find_bundles,
+    is_bundle,
+    load_bundle,
+    refuse_to_replace,
+    save_bundle,
+    set_postprocessing,
+)
 from pipeline.errors import BundleError, RunError
 from pipeline.files import sha256_of_file
 from pipeline.manifest import Dataset
@@ -212,3 +220,30 @@ class TestFinding:
         (tmp_path / "model.pt").write_bytes(b"PK")
         with pytest.raises(BundleError, match="neither a model bundle nor a run folder"):
             find_bundles(tmp_path / "model.pt")
+
+
+class TestReplacing:
+    """What --force of an import may take away."""
+
+    def test_an_imported_model_and_nothing_at_all(self, bundle: Path, tmp_path: Path) -> None:
+        change_index(bundle, lambda index: index.update(provenance={"imported_from": "nnU-Net v2"}))
+        folds = tmp_path / "folds"
+        for fold in (0, 1):
+            shutil.copytree(bundle, folds / f"fold_{fold}" / "bundle")
+        (tmp_path / "empty").mkdir()
+        for replaceable in (bundle, folds, tmp_path / "empty", tmp_path / "not there"):
+            refuse_to_replace(replaceable)
+
+    @pytest.mark.parametrize("place", [".", "fold_0/bundle"])
+    def test_not_a_model_that_was_trained(self, bundle: Path, tmp_path: Path, place: str) -> None:
+        shutil.copytree(bundle, tmp_path / "run" / place, dirs_exist_ok=True)
+        with pytest.raises(RunError, match="run: holds a model that was trained, not to be replaced by an import"):
+            refuse_to_replace(tmp_path / "run")
+        (tmp_path / "run" / "run.json").touch()
+        with pytest.raises(RunError, match=r"holds run\.json, so it is not an imported model and not to be replaced"):
+            refuse_to_replace(tmp_path / "run")
+
+    def test_not_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.txt").touch()
+        with pytest.raises(RunError, match="not to be replaced"):
+            refuse_to_replace(tmp_path / "thesis.txt")

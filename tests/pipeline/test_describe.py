@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from pipeline.bundle import BundleFacts, save_bundle
 from pipeline.describe import facts_of
 from pipeline.errors import RunError
-from pipeline.files import write_json
+from pipeline.files import sha256_of_file, write_json
 from pipeline.folds import Folds, write_folds
 from pipeline.manifest import Dataset
 from pipeline.models.registry import build_network
@@ -67,3 +68,14 @@ def test_a_report_that_is_none_is_named(tmp_path: Path) -> None:
             read_report(tmp_path / "report.json")
     with pytest.raises(RunError, match="FileNotFoundError"):
         read_report(tmp_path / "nothing.json")
+
+
+def test_a_model_that_takes_axes_as_stored_says_so(small_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    plan = json.loads((bundle / "plan.json").read_text())
+    (bundle / "plan.json").write_text(json.dumps(plan | {"placing": {}}))
+    index = json.loads((bundle / "bundle.json").read_text())
+    index["sha256"]["plan.json"] = sha256_of_file(bundle / "plan.json")
+    (bundle / "bundle.json").write_text(json.dumps(index))
+    assert dict(facts_of(bundle)[1])["axes"].startswith("as each study is stored")
+    assert "axes" not in dict(facts_of(small_bundle)[1])

@@ -190,3 +190,13 @@ def test_the_command_lists_it(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "python -m monai.bundle run" in result.output
+
+
+def test_nothing_but_an_export_is_replaced(tmp_path: Path, small_bundle: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").touch()
+    with pytest.raises(RunError, match=r"holds thesis\.txt, so it is not a MONAI bundle that was exported"):
+        export_model(small_bundle, tmp_path / "precious", to="monai", force=True)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+    for _ in range(2):
+        export_model(small_bundle, tmp_path / "exported", to="monai", force=True)
