@@ -51,7 +51,7 @@ class TrainConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16"] = Field(
-        "auto", description="auto: what is fastest on the device; tf32: float32 whose products a GPU may round to 10 bits"
+        "auto", description="auto: what is fastest there; tf32: float32 whose products a GPU may round to 10 bits"
     )
     inspect_every: int | None = Field(
         None, ge=1, description="updates between two looks at the figures and gradients of each level; null: no look"

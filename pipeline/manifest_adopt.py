@@ -18,6 +18,8 @@ from pipeline.manifest import Dataset, load_dataset, parse_manifest
 from pipeline.manifest_build import PatientRule, patients_of
 from pipeline.manifest_formats import AS_DECLARED, Stated, named, refuse_all
 
+_EXPECTED = 'expected nnU-Net\'s list of folds, each {"train": [cases], "val": [cases]}, as in its splits_final.json'
+
 
 def describes_itself(path: Path) -> bool:
     """Whether a path is a dataset.json, or a folder with one."""
@@ -80,12 +82,11 @@ def _splits(path: Path) -> list[Mapping[str, list[str]]]:
         document: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ManifestError(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
+    except RecursionError as error:
+        raise ManifestError(f"{path}: lists or objects are nested too deeply to be read; {_EXPECTED}") from error
     well_formed = isinstance(document, list) and document
     if not well_formed or not all(_is_split(split) for split in document):
-        raise ManifestError(
-            f'{path}: expected nnU-Net\'s list of folds, each {{"train": [cases], "val": [cases]}}, as in its '
-            "splits_final.json"
-        )
+        raise ManifestError(f"{path}: {_EXPECTED}")
     return list(document)
 
 

@@ -27,6 +27,9 @@ DESCRIPTION, PARTICIPANTS, DERIVATIVES = "dataset_description.json", "participan
 Session = tuple[str, ...]
 """('sub-01',) or ('sub-01', 'ses-02')."""
 
+_ORIGINAL = "space-orig"
+"""Says of a file that it lies in its image's own space, as a name without any `space-` does."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -74,12 +77,14 @@ def build_bids(
     the channel that says most about it. Sessions without a label map are cases without a label.
 
     Raises:
-        ManifestError: two files for one channel or label of a session, required channels that are missing, labels
-            without an image, links to content that is not here, or no table or several that name the labels.
+        ManifestError: two files for one channel or label of a session, files of different kinds for one channel or
+            label in different sessions, required channels that are missing, labels without an image or of another
+            run, acquisition or space than their image, links to content that is not here, or no table or several
+            that name the labels.
     """
     rule = labels or LabelRule()
     files = _images(folder, channels)
-    found = _labels(folder, rule, set(files))
+    found = _labels(folder, rule, files)
     root = Path(os.path.commonpath([path.resolve() for path in (folder, rule.folder or folder)]))
     ids = {session: "_".join(session) for session in files}
     if patients is None:
@@ -137,6 +142,9 @@ def _images(folder: Path, channels: Sequence[Channel]) -> dict[Session, dict[str
         raise ManifestError(f"{folder}: no file of {named(list(kinds))} in sub-*/; found {known}")
     several = [(name, paths) for by_name in found.values() for name, paths in by_name.items() if len(paths) > 1]
     _refuse_choice(several, folder, "--channel")
+    for name in kinds:
+        chosen = [by_name[name][0] for by_name in found.values() if name in by_name]
+        _refuse_mixture(name, chosen, str(folder), "--channel")
     required = {channel.name for channel in channels if not channel.optional}
     lacking: dict[str, list[str]] = defaultdict(list)
     for session, by_name in sorted(found.items()):
@@ -149,7 +157,8 @@ def _images(folder: Path, channels: Sequence[Channel]) -> dict[Session, dict[str
     return {s: {name: by_name[name][0] for name in order if name in by_name} for s, by_name in found.items()}
 
 
-def _labels(folder: Path, rule: LabelRule, sessions: set[Session]) -> dict[Session, Path]:
+def _labels(folder: Path, rule: LabelRule, images: Mapping[Session, Mapping[str, Path]]) -> dict[Session, Path]:
+    """By session, its label map; `images` are those of each session by channel."""
     wanted = _kind(rule.ending, "--label-file")
     place = rule.folder or _pipeline_with(folder / DERIVATIVES, wanted)
     found: dict[Session, list[Path]] = defaultdict(list)
@@ -160,8 +169,11 @@ def _labels(folder: Path, rule: LabelRule, sessions: set[Session]) -> dict[Sessi
         known = ", ".join(f"{suffix} ({count})" for suffix, count in image_kinds(rule.folder).items()) or "no volume"
         raise ManifestError(f"{rule.folder}: no label map *_{rule.ending} in sub-*/; found {known}")
     _refuse_choice([(rule.ending, paths) for paths in found.values() if len(paths) > 1], folder, "--label-file")
-    refuse_all({"label maps without an image": sorted("_".join(s) for s in set(found) - sessions)}, str(place))
-    return {session: paths[0] for session, paths in found.items()}
+    refuse_all({"label maps without an image": sorted("_".join(s) for s in found.keys() - images)}, str(place))
+    chosen = {session: paths[0] for session, paths in found.items()}
+    _refuse_mixture(rule.ending, list(chosen.values()), str(place), "--label-file")
+    _refuse_mismatch(chosen, images, str(place))
+    return chosen
 
 
 def _pipeline_with(derivatives: Path, wanted: Kind) -> Path | None:
@@ -212,6 +224,76 @@ def _refuse_choice(several: Sequence[tuple[str, Sequence[Path]]], folder: Path, 
         how = f"say which, as {option} {apart[0]}_{name.split('_')[-1]}" if apart else "keep one of them"
         files = named([path.relative_to(folder).as_posix() if folder in path.parents else path.name for path in paths])
         raise ManifestError(f"{folder}: {name} stands for {len(paths)} files of one session ({files}); {how}")
+
+
+def _refuse_mixture(what: str, paths: Sequence[Path], source: str, option: str) -> None:
+    """One line where the files of one thing are of different kinds in different sessions.
+
+    With and without contrast agent, or masks of the brain and of a lesion, are different things under one suffix.
+    Runs are not: they are repetitions "with the same acquisition parameters" (entity `run` of the specification).
+    Acquisitions neither, since sites name theirs as they like (`acq`).
+    """
+    asked = _kind(what, option).entities
+    by_kind: dict[Kind, list[Path]] = defaultdict(list)
+    for path in paths:
+        kind = _kind_of(path)
+        told = frozenset(
+            entity for entity in kind.entities if entity in asked or not entity.startswith(("run-", "acq-"))
+        )
+        by_kind[Kind(told, kind.suffix)].append(path)
+    if len(by_kind) > 1:
+        kinds = sorted(by_kind, key=lambda kind: -len(by_kind[kind]))
+        counts = [f"{_ending(kind)} in {len(by_kind[kind])} (such as {by_kind[kind][0].name})" for kind in kinds]
+        fullest = max(kinds, key=lambda kind: len(kind.entities))
+        raise ManifestError(
+            f"{source}: {what} stands for files of different kinds in different sessions, {named(counts)}; choose "
+            f"one, such as {option} {_ending(fullest)}, or leave the files of the others out of the folder"
+        )
+
+
+def _refuse_mismatch(labels: Mapping[Session, Path], images: Mapping[Session, Mapping[str, Path]], source: str) -> None:
+    """One line where a label map was made for another image, by its name, than those of its session."""
+    apart: dict[str, list[str]] = defaultdict(list)
+    for session, label in sorted(labels.items()):
+        beside = images[session].values()
+        names = " and ".join(image.name for image in beside)
+        for key in _contradicted(_said(label), [_said(image) for image in beside]):
+            what = f"label maps of another {key} than their image (choose both of one, by --channel and --label-file)"
+            apart[what].append(f"{label.name} with {names}")
+    refuse_all(apart, source)
+
+
+def _contradicted(label: Mapping[str, str], images: Sequence[Mapping[str, str]]) -> list[str]:
+    """Entities of which a label map says something else than every image of its session that has them.
+
+    It may say more or less than an image, and agree with one channel only. But what does not say its space is in
+    the scanner's, so that one alone that says a space lies on another grid. `desc` is each file's own.
+    """
+    keys = []
+    for key in sorted(label.keys() - {"desc", "space"}):
+        there = {image[key] for image in images if key in image}
+        if there and label[key] not in there:
+            keys.append(key)
+    if any(image.get("space") != label.get("space") for image in images):
+        keys.append("space")
+    return keys
+
+
+def _said(path: Path) -> dict[str, str]:
+    """The entities of a file by their keys; numbers without leading zeros, as run-01 and run-1 are one run."""
+    pairs = (entity.split("-", 1) for entity in _kind_of(path).entities - {_ORIGINAL})
+    return {key: str(int(value)) if value.isdecimal() else value for key, value in pairs}
+
+
+def _kind_of(path: Path) -> Kind:
+    parsed = _parsed(path)
+    assert parsed is not None, f"{path} is none of _files"
+    return parsed[1]
+
+
+def _ending(kind: Kind) -> str:
+    """A kind as the options name it."""
+    return "_".join([*sorted(kind.entities), kind.suffix])
 
 
 def _names(folder: Path, rule: LabelRule, found: list[Path]) -> Mapping[int, str]:
@@ -274,6 +356,6 @@ def _description(folder: Path) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
     return document if isinstance(document, dict) else {}

@@ -64,8 +64,8 @@ def find_studies(inputs: Sequence[Path], wanted: Wanted, *, console: Console) ->
     `pipeline.predict.refuse_missing` judges each.
 
     Raises:
-        VolumeError: a path is missing or holds nothing to segment, two studies would have one name, or the
-            channels of a manifest are not the model's.
+        VolumeError: a path is missing or holds nothing to segment, two studies would have one name, two files are
+            of one case and channel, or the channels of a manifest are not the model's.
     """
     numbered = [path for path in inputs if len(wanted.channels) > 1 and path.is_file() and _channel_file(path)]
     studies = _grouped(numbered, wanted.channels)
@@ -203,7 +203,13 @@ def _grouped(files: Sequence[Path], wanted: Sequence[ChannelPlan]) -> list[Study
         split = _channel_file(file)
         if split is None:
             raise VolumeError(f"{file}: expected a channel number at the end of the name, as in case_0000.nii.gz")
-        groups.setdefault((file.parent, split[0]), {})[split[1]] = file
+        stem, number = split
+        taken = groups.setdefault((file.parent, stem), {}).setdefault(number, file)
+        if taken != file:
+            raise VolumeError(
+                f"two inputs would be named {safe_name(stem)} in the output: {taken} and {file} are both its channel "
+                f"{number}; keep one of them, or predict them into different folders"
+            )
     numbers = [f"{n:04d}" for n in range(len(wanted))]
     for (folder, stem), found in groups.items():
         absent = [number for number in numbers if number not in found]

@@ -77,5 +77,5 @@ def test_a_model_that_takes_axes_as_stored_says_so(small_bundle: Path, tmp_path:
     index = json.loads((bundle / "bundle.json").read_text())
     index["sha256"]["plan.json"] = sha256_of_file(bundle / "plan.json")
     (bundle / "bundle.json").write_text(json.dumps(index))
-    assert dict(facts_of(bundle)[1])["axes"].startswith("as each study is stored")
-    assert "axes" not in dict(facts_of(small_bundle)[1])
+    assert told(bundle)["axes"].startswith("as each study is stored")
+    assert "axes" not in told(small_bundle)

@@ -98,6 +98,13 @@ def test_other_files_are_no_splits(raw: Path, content: str) -> None:
     assert "expected nnU-Net's list of folds" in told or "cannot be read as JSON" in told
 
 
+def test_splits_that_are_nested_too_deeply(raw: Path) -> None:
+    path = raw / "splits_final.json"
+    path.write_text("[" * 100_000)
+    told = f"{path}: lists or objects are nested too deeply to be read; expected nnU-Net's list of folds, each"
+    assert refusal(raw, path).startswith(told)
+
+
 def test_channels_that_are_not_there(raw: Path) -> None:
     with pytest.raises(ManifestError, match="it has no channel 'T2'; its channels are T1, zscore"):
         adopt_dataset(raw, stated=Stated({"zscore": "MR"}, frozenset({"T2"})))

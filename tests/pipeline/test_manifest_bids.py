@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,129 @@ def test_entities_tell_files_apart(bids: Path, data_dir: Path) -> None:
     }
 
 
+@pytest.fixture
+def world(tmp_path: Path, data_dir: Path) -> Callable[..., Path]:
+    """A dataset of the named images and, in one pipeline, label maps (dseg and mask); the folders follow the names."""
+
+    def made(*names: str) -> Path:
+        for name in names:
+            is_label = name.endswith(("dseg", "mask"))
+            folder = tmp_path / ("derivatives/manual" if is_label else "") / name.split("_")[0] / "anat"
+            put(folder / f"{name}.nii.gz", data_dir / "hippocampus" / (LABEL if is_label else IMAGE))
+        return tmp_path
+
+    return made
+
+
+class TestKindsAcrossSessions:
+    """One channel or label is one kind of file in every session, or the user is asked which."""
+
+    def test_images_of_different_kinds(self, world: Callable[..., Path]) -> None:
+        folder = world(
+            "sub-01_T1w", "sub-02_ce-gad_T1w", "sub-03_part-phase_T1w", "sub-04_T1w", "sub-01_dseg", "sub-02_dseg"
+        )
+        assert refusal(folder) == (
+            f"{folder}: T1w stands for files of different kinds in different sessions, T1w in 2 (such as "
+            "sub-01_T1w.nii.gz), ce-gad_T1w in 1 (such as sub-02_ce-gad_T1w.nii.gz), part-phase_T1w in 1 (such as "
+            "sub-03_part-phase_T1w.nii.gz); choose one, such as --channel ce-gad_T1w, or leave the files of the "
+            "others out of the folder"
+        )
+
+    def test_one_of_them_is_chosen_as_told(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_T1w", "sub-02_part-mag_ce-gad_T1w", "sub-02_dseg")
+        assert "--channel ce-gad_part-mag_T1w, or" in refusal(folder)
+        chosen = Channel(name="ce-gad_part-mag_T1w", modality="MR")
+        assert [case.case_id for case in build_bids(folder, channels=[chosen]).manifest.cases] == ["sub-02"]
+
+    def test_the_advice_keeps_the_run_that_was_asked_for(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_ce-a_run-1_T1w", "sub-02_ce-b_run-1_T1w", "sub-02_ce-b_run-2_T1w")
+        assert "--channel ce-a_run-1_T1w, or" in refusal(folder, Channel(name="run-1_T1w", modality="MR"))
+
+    def test_a_channel_of_its_own_parts_them(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_T1w", "sub-02_ce-gad_T1w", "sub-02_T1w", "sub-01_dseg")
+        gad = Channel(name="ce-gad_T1w", modality="MR", optional=True)
+        images = [list(case.images) for case in build_bids(folder, channels=[T1, gad]).manifest.cases]
+        assert images == [["T1w"], ["T1w", "ce-gad_T1w"]]
+
+    def test_masks_of_different_things(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_T1w", "sub-02_T1w", "sub-01_desc-brain_mask", "sub-02_label-lesion_mask")
+        told = refusal(folder, labels=LabelRule(None, "mask", {1: "lesion"}))
+        assert told.startswith(f"{folder / 'derivatives/manual'}: mask stands for files of different kinds")
+        assert "desc-brain_mask in 1 (such as sub-01_desc-brain_mask.nii.gz), label-lesion_mask in 1" in told
+        assert "--label-file desc-brain_mask, or leave" in told
+        chosen = build_bids(folder, channels=[T1], labels=LabelRule(None, "label-lesion_mask", {1: "lesion"}))
+        assert [case.label is None for case in chosen.manifest.cases] == [True, False]
+
+    def test_one_kind_that_the_options_do_not_spell_out(self, world: Callable[..., Path]) -> None:
+        folder = world(*(f"sub-0{n}_{end}" for n in (1, 2) for end in ("acq-iso_T1w", "acq-iso_desc-all_dseg")))
+        assert all(case.label for case in build_bids(folder, channels=[T1]).manifest.cases)
+
+    def test_sites_name_their_acquisitions(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_acq-iso_T1w", "sub-02_acq-mprage_T1w", "sub-01_acq-iso_dseg", "sub-02_dseg")
+        assert all(case.label for case in build_bids(folder, channels=[T1]).manifest.cases)
+
+    def test_runs_are_repetitions_of_one_kind(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_run-1_T1w", "sub-02_run-02_T1w", "sub-03_T1w", "sub-01_run-01_dseg", "sub-02_run-2_dseg")
+        assert [case.label is None for case in build_bids(folder, channels=[T1]).manifest.cases] == [False, False, True]
+
+
+class TestLabelsOfTheirImages:
+    """A label map whose name says another run, acquisition or space than the image's is not its reference."""
+
+    @pytest.mark.parametrize(
+        ("image", "label", "key"),
+        [
+            ("run-1_T1w", "run-2_dseg", "run"),
+            ("acq-iso_T1w", "acq-thick_dseg", "acq"),
+            ("ce-gad_T1w", "ce-none_dseg", "ce"),
+            ("part-mag_T1w", "part-phase_dseg", "part"),
+            ("echo-1_T1w", "echo-2_dseg", "echo"),
+            ("T1w", "space-MNI_dseg", "space"),
+            ("space-MNI_T1w", "dseg", "space"),
+            ("space-MNI_T1w", "space-orig_dseg", "space"),
+            ("space-MNI_T1w", "space-T1w_dseg", "space"),
+        ],
+    )
+    def test_contradictions(self, world: Callable[..., Path], image: str, label: str, key: str) -> None:
+        folder = world(f"sub-01_{image}", f"sub-01_{label}")
+        assert refusal(folder) == (
+            f"{folder / 'derivatives/manual'}: 1 label maps of another {key} than their image (choose both of one, by "
+            f"--channel and --label-file): sub-01_{label}.nii.gz with sub-01_{image}.nii.gz"
+        )
+
+    def test_the_run_that_is_chosen_has_the_label_of_another(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_run-1_T1w", "sub-01_run-2_T1w", "sub-01_run-2_dseg")
+        one, two = (Channel(name=f"run-{n}_T1w", modality="MR") for n in (1, 2))
+        assert "1 label maps of another run than their image" in refusal(folder, one)
+        (case,) = build_bids(folder, channels=[two]).manifest.cases
+        assert case.label == "derivatives/manual/sub-01/anat/sub-01_run-2_dseg.nii.gz"
+
+    @pytest.mark.parametrize(
+        ("image", "label"),
+        [
+            ("run-1_T1w", "dseg"),
+            ("T1w", "acq-iso_dseg"),
+            ("run-1_T1w", "run-01_dseg"),
+            ("desc-preproc_T1w", "desc-aseg_dseg"),
+            ("space-MNI_T1w", "space-MNI_dseg"),
+            ("T1w", "space-orig_dseg"),
+        ],
+    )
+    def test_no_contradiction(self, world: Callable[..., Path], image: str, label: str) -> None:
+        (case,) = build_bids(world(f"sub-01_{image}", f"sub-01_{label}"), channels=[T1]).manifest.cases
+        assert case.label == f"derivatives/manual/sub-01/anat/sub-01_{label}.nii.gz"
+
+    def test_it_need_agree_with_one_of_several_channels(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_acq-iso_T1w", "sub-01_acq-tse_FLAIR", "sub-01_acq-tse_dseg")
+        assert build_bids(folder, channels=[T1, FLAIR]).manifest.cases[0].label is not None
+        assert "another acq than their image" in refusal(folder, T1)
+
+    def test_every_channel_is_in_its_space(self, world: Callable[..., Path]) -> None:
+        folder = world("sub-01_T1w", "sub-01_space-MNI_FLAIR", "sub-01_dseg")
+        told = refusal(folder, T1, FLAIR)
+        assert told.endswith("sub-01_dseg.nii.gz with sub-01_T1w.nii.gz and sub-01_space-MNI_FLAIR.nii.gz")
+
+
 def test_label_maps_by_another_ending_and_given_names(bids: Path, data_dir: Path) -> None:
     put(
         bids / "derivatives/lesions/sub-02/ses-a/anat/sub-02_ses-a_desc-lesion_mask.nii.gz",
@@ -175,6 +299,11 @@ def test_labels_without_an_image_are_refused(bids: Path) -> None:
 def test_bad_tables(bids: Path, table: str, told: str) -> None:
     (bids / "derivatives/manual/dseg.tsv").write_text(table)
     assert told in refusal(bids)
+
+
+def test_a_description_that_is_nested_too_deeply(bids: Path) -> None:
+    (bids / "dataset_description.json").write_text("[" * 100_000)
+    assert "dataset_description.json: cannot be read as JSON (RecursionError)" in refusal(bids)
 
 
 def test_links_without_their_content(bids: Path) -> None:
