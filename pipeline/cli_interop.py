@@ -36,6 +36,9 @@ def import_nnunet_model(
     configuration: Annotated[
         str | None, typer.Option("--configuration", help="As 3d_fullres, where several were trained.")
     ] = None,
+    as_planned: Annotated[
+        bool, typer.Option("--as-planned", help="A trainer that is not nnU-Net's own builds the network of the plans.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Turn a trained nnU-Net v2 model into a bundle, or into one a fold."""
@@ -43,7 +46,7 @@ def import_nnunet_model(
     from pipeline.interop.nnunet_import import import_nnunet
 
     chosen = None if folds is None else tuple(folds.split(","))
-    bundles = import_nnunet(folder, out, folds=chosen, configuration=configuration, force=force)
+    bundles = import_nnunet(folder, out, folds=chosen, configuration=configuration, as_planned=as_planned, force=force)
     title, rows = facts_of(bundles[0])
     print(title)
     for row in rows:

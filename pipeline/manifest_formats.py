@@ -40,7 +40,12 @@ Reader = Callable[[Document, Path, str, Stated], Document]
 
 MODALITY_OF_CHANNEL: dict[str, str] = {
     "ct": "CT",
+    "cta": "CT",
+    "cbct": "CT",
+    "ncct": "CT",
+    "cect": "CT",
     "mr": "MR",
+    "mra": "MR",
     "mri": "MR",
     "t1": "MR",
     "t1w": "MR",
@@ -60,6 +65,8 @@ MODALITY_OF_CHANNEL: dict[str, str] = {
     "dce": "MR",
     "pt": "PT",
     "pet": "PT",
+    "fdg-pet": "PT",
+    "psma-pet": "PT",
     "nm": "NM",
     "spect": "NM",
     "us": "US",
@@ -248,7 +255,7 @@ def _channels(document: Document, key: str, source: str, stated: Stated) -> list
     if not isinstance(table, dict) or not table or set(table) != set(numbers):
         raise ManifestError(f'{source}: {key} is needed as {{"0": "CT", "1": ...}}, found {table!r}')
     given = [str(table[number]) for number in numbers]
-    names = [n if given.count(n) == 1 else f"{n}_{number}" for n, number in zip(given, numbers, strict=True)]
+    names = numbered_names(given)
     if unknown := sorted((stated.modalities.keys() | stated.optional) - set(names)):
         raise ManifestError(f"{source}: it has no channel '{unknown[0]}'; its channels are {', '.join(names)}")
     return [
@@ -261,16 +268,25 @@ def _channels(document: Document, key: str, source: str, stated: Stated) -> list
     ]
 
 
+def numbered_names(given: list[str]) -> list[str]:
+    """Names of channels in order; one that comes again gets its channel's number, each time."""
+    return [name if given.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(given)]
+
+
+def known_modality(name: str) -> str | None:
+    """DICOM's code for a free channel name, None if it is not in `MODALITY_OF_CHANNEL`."""
+    return MODALITY_OF_CHANNEL.get(name.strip().casefold())
+
+
 def modality_of_channel(name: str, source: str) -> str:
     """DICOM's code for a free channel name.
 
     Raises:
         ManifestError: not in `MODALITY_OF_CHANNEL`; the nearest entry is named.
     """
-    folded = name.strip().casefold()
-    if folded in MODALITY_OF_CHANNEL:
-        return MODALITY_OF_CHANNEL[folded]
-    near = difflib.get_close_matches(folded, MODALITY_OF_CHANNEL, n=1, cutoff=0.5)
+    if found := known_modality(name):
+        return found
+    near = difflib.get_close_matches(name.strip().casefold(), MODALITY_OF_CHANNEL, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0].upper()}'? " if near else ""
     raise ManifestError(
         f"{source}: the modality of channel '{name}' is unknown; {hint}"

@@ -47,6 +47,8 @@ def read_checkpoint(path: Path) -> NnunetCheckpoint:
     weights = document.get("network_weights") if isinstance(document, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise BundleError(f"{path}: not a checkpoint of nnU-Net v2 (no network_weights of tensors in it)")
+    for name, value in weights.items():
+        _check_weight(name, value, path)
     arguments, trainer = document.get("init_args"), document.get("trainer_name")
     if not isinstance(arguments, dict) or not isinstance(arguments.get("configuration"), str):
         raise BundleError(f"{path}: not a checkpoint of nnU-Net v2 (init_args names no configuration)")
@@ -111,6 +113,22 @@ def _foreign(path: Path, names: list[str]) -> BundleError:
         f"{path}: refused, since reading it would call {', '.join(names[:_NAMES_SHOWN])}{more}; a checkpoint of "
         "nnU-Net holds tensors and plain values alone"
     )
+
+
+def _check_weight(name: Any, value: Tensor, path: Path) -> None:
+    """Raise BundleError unless it is what a trained network has: a name, and real, finite numbers that are there."""
+    found = None
+    if not isinstance(name, str):
+        found = f"a weight named {name!r}, expected text"
+    elif value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        found = f"{name} as a {kind} tensor on '{value.device.type}', expected a plain one with its values"
+    elif value.is_complex():
+        found = f"{name} in complex numbers, expected real ones"
+    elif not _as_float32(value).isfinite().all():
+        found = f"{name} with values that are not finite, which gives no prediction; its training failed"
+    if found:
+        raise BundleError(f"{path}: network_weights: found {found}; take another checkpoint")
 
 
 def _plain_name(name: str) -> str:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bundle import CONFIG, ModelBundle, find_bundles, load_bundle
-from pipeline.errors import ExportError, RunError
-from pipeline.files import atomic_folder, write_json
+from pipeline.errors import ExportError
+from pipeline.files import atomic_folder, refuse_foreign, write_json
 from pipeline.interop.nnunet_checkpoint import read_checkpoint
 from pipeline.interop.nnunet_folder import ALL, CHECKPOINTS, DATASET, PLANS, open_trained
 from pipeline.interop.nnunet_import import SECTION, network_axes, plan_of_checkpoint
@@ -56,8 +56,7 @@ def export_nnunet(model: Path, out: Path, *, force: bool) -> list[str]:
         RunError: `out` exists and `force` was not given, or is something else, or cannot be written.
     """
     paths = find_bundles(model)
-    if out.exists() and not (out / PLANS).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise RunError(f"{out}: not a trained nnU-Net model, and not to be replaced; give another name")
+    refuse_foreign(out, [PLANS, DATASET, f"fold_*/{CHECKPOINTS[0]}"], "a model that was exported")
     folds = []
     with atomic_folder(out, force=force) as temporary:
         for path in paths:
@@ -66,9 +65,10 @@ def export_nnunet(model: Path, out: Path, *, force: bool) -> list[str]:
             if fold in folds:
                 raise ExportError(f"{path}: fold {fold} again; every fold once")
             folds.append(fold)
+            _check_finite(bundle, path)
             _write_fold(temporary, fold, bundle, section=section)
             difference = _difference(temporary, fold, bundle)
-            if difference > LARGEST_DIFFERENCE:
+            if not difference <= LARGEST_DIFFERENCE:  # so that a difference of nan is one
                 raise ExportError(f"{out}: fold {fold} reads back with other outputs (they differ by {difference:.2g})")
     flags = " ".join(folds)
     return [
@@ -166,6 +166,15 @@ def _copies(name: str) -> Iterator[str]:
             yield f"decoder.{one}"
 
 
+def _check_finite(bundle: ModelBundle, path: Path) -> None:
+    for name, value in _inner(bundle).state_dict().items():
+        if not value.isfinite().all():
+            raise ExportError(
+                f"{path}: {name}: found values that are not finite, expected numbers, since no prediction comes of "
+                "others; train it again"
+            )
+
+
 def _write_fold(folder: Path, fold: str, bundle: ModelBundle, *, section: Section) -> None:
     """plans.json and dataset.json, which are those of every fold, and the fold's checkpoint."""
     spec, axes = bundle.plan.unet, network_axes(section.plans, bundle.plan.unet.dimensions)
@@ -209,7 +218,8 @@ def _difference(folder: Path, fold: str, bundle: ModelBundle) -> float:
     with torch.inference_mode():
         expected = ours(patch)
         found = torch.func.functional_call(ours, again, (patch,))
-    return float((found - expected).abs().max() / expected.abs().max())
+    smallest = torch.finfo(expected.dtype).tiny  # a network may give zeros alone
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(smallest))
 
 
 def _inner(bundle: ModelBundle) -> nn.Module:

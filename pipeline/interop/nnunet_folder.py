@@ -6,7 +6,7 @@ Source: MIC-DKFZ/nnUNet, documentation/how_to_use_nnunet.md, and nnUNetPredictor
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.errors import BundleError
 
 PLANS, DATASET = "plans.json", "dataset.json"
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
-"""Of a fold, the first that is there counts."""
+"""At the end of a training, and where its validation was best so far."""
 ALL = "all"
 """The name of the fold that was trained on every case."""
 
@@ -46,25 +46,46 @@ def open_trained(folder: Path, configuration: str | None = None) -> TrainedFolde
 def checkpoints_of(trained: TrainedFolder, folds: Sequence[str] | None = None) -> dict[str, Path]:
     """By the name of the fold, its checkpoint: those of `folds`, or all numbered ones, or else that of fold all.
 
+    Where `folds` does not say which, those whose training ended are taken, as nnU-Net's predictor does; only if none
+    did, the best checkpoint of each. `unfinished` tells of it.
+
     Raises:
         BundleError: a fold has no checkpoint.
     """
-    folders = {path.name.removeprefix("fold_"): path for path in sorted(trained.path.glob("fold_*"))}
     there = {
         fold: found
-        for fold, path in folders.items()
-        if fold.isdecimal() or fold == ALL
+        for fold, path in _fold_folders(trained).items()
         if (found := next((path / name for name in CHECKPOINTS if (path / name).is_file()), None))
     }
     if folds is None:
+        ended = [fold for fold, path in there.items() if path.name == CHECKPOINTS[0]] or list(there)
         # As nnU-Net does: a model of all cases is no fold of a cross-validation, and not averaged with them.
-        folds = [name for name in there if name != ALL] or list(there)
+        folds = [name for name in ended if name != ALL] or ended
     if missing := [name for name in folds if name not in there]:
         known = ", ".join(there) or "none"
         raise BundleError(f"{trained.path}: no checkpoint of fold {', '.join(missing)}; folds that have one: {known}")
     if not folds:
         raise BundleError(f"{trained.path}: no fold_* with {' or '.join(CHECKPOINTS)} in it")
     return {name: there[name] for name in folds}
+
+
+def unfinished(trained: TrainedFolder, chosen: Mapping[str, Path], *, asked: bool) -> str | None:
+    """One line of the folds whose training did not end: taken at their best, or left out; None if there are none.
+
+    `chosen` is what `checkpoints_of` gave. Folds that a user who `asked` for some left out are not spoken of.
+    """
+    final, best = CHECKPOINTS
+    taken = [fold for fold, path in chosen.items() if path.name == best]
+    folders = {} if asked else _fold_folders(trained)
+    left = [f for f, path in folders.items() if f not in (*chosen, ALL) and not (path / final).is_file()]
+    said = [f"fold {', '.join(taken)} taken from {best}"] if taken else []
+    said += [f"fold {', '.join(left)} left out"] if left else []
+    return f"{'; '.join(said)}: no {final} there, so the training did not end" if said else None
+
+
+def _fold_folders(trained: TrainedFolder) -> dict[str, Path]:
+    folders = {path.name.removeprefix("fold_"): path for path in sorted(trained.path.glob("fold_*"))}
+    return {fold: path for fold, path in folders.items() if fold.isdecimal() or fold == ALL}
 
 
 def _trained_below(folder: Path, configuration: str | None) -> Path:
@@ -88,7 +109,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleError(f"{path}: no such file; a trained nnU-Net v2 model has {PLANS} and {DATASET}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of deep nesting and of endless numbers, too
         raise BundleError(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
     if not isinstance(found, dict):
         raise BundleError(f"{path}: found {type(found).__name__}, expected a JSON object")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.bundle import INDEX, BundleFacts, save_bundle
-from pipeline.errors import BundleError, RunError
+from pipeline.bundle import BundleFacts, refuse_to_replace, save_bundle
+from pipeline.errors import BundleError
 from pipeline.files import atomic_folder, safe_name
 from pipeline.interop.nnunet_checkpoint import NnunetCheckpoint, read_checkpoint
-from pipeline.interop.nnunet_folder import ALL, TrainedFolder, checkpoints_of, open_trained
+from pipeline.interop.nnunet_folder import ALL, TrainedFolder, checkpoints_of, open_trained, unfinished
 from pipeline.interop.nnunet_network import (
     BATCH_STATISTICS,
     architecture,
@@ -20,7 +20,8 @@ from pipeline.interop.nnunet_network import (
     weights_from_nnunet,
 )
 from pipeline.interop.nnunet_plan import axes_of_nnunet, configuration_of, plan_of_nnunet, schema_of_nnunet
-from pipeline.models.cost import patch_flops, step_gb
+from pipeline.interop.nnunet_trainers import builds_as_planned
+from pipeline.models.cost import patch_flops, step_gb, weight_count
 from pipeline.models.registry import build_network
 from pipeline.models.shape import Shape, receptive_field
 from pipeline.models.slices import as_volume_network
@@ -30,6 +31,9 @@ from pipeline.provenance import provenance_tags
 
 TILE_STEP = 0.5
 """Of nnU-Net's predictor."""
+
+LARGEST_GROWTH = 2
+"""By which a network may have more weights than its checkpoint, which can leave out some of normalisations."""
 
 SECTION = "nnunet"
 """Key in an imported bundle's config (JSON, which is YAML) of what the model was trained with."""
@@ -41,29 +45,37 @@ def import_nnunet(
     *,
     folds: Sequence[str] | None = None,
     configuration: str | None = None,
+    as_planned: bool = False,
     force: bool = False,
 ) -> list[Path]:
     """Write the bundle of a model of one fold to `out`, those of several to `out`/fold_N/bundle; their paths.
 
-    `folds` as in `checkpoints_of`, `configuration` as in `open_trained`.
+    `folds` as in `checkpoints_of`, `configuration` as in `open_trained`. Where the training of folds did not end, the
+    bundles' provenance says which were left out or taken as they were at their best. `as_planned` says of a trainer
+    that is not known here that its network is the one of the plans.
 
     Raises:
-        BundleError: `folder` is no trained model, or has what cannot be imported; it is named.
+        BundleError: `folder` is no trained model, has what cannot be imported, or comes from a trainer whose network
+            is not known; it is named.
         PlanError: its plans ask for preprocessing that is not known here.
         RunError: `out` exists and `force` was not given, or cannot be written.
     """
     trained = open_trained(folder, configuration)
     chosen = checkpoints_of(trained, folds)
-    _check_replaceable(out)
+    refuse_to_replace(out)
     places = {fold: "." if len(chosen) == 1 else f"fold_{fold}/bundle" for fold in chosen}
+    note = unfinished(trained, chosen, asked=folds is not None)
     plan: Plan | None = None
     with atomic_folder(out, force=force) as temporary:
         for fold, path in chosen.items():
             checkpoint = read_checkpoint(path)
             if configuration not in (None, checkpoint.configuration):
                 raise BundleError(f"{path}: trained as '{checkpoint.configuration}', expected '{configuration}'")
+            if not as_planned:
+                _check_trainer(checkpoint, path)
             plan = plan or plan_of_checkpoint(trained, checkpoint)
-            _save(temporary / places[fold], trained, checkpoint, plan=plan, checkpoint_path=path)
+            provenance = _provenance(trained, checkpoint, path) | ({"nnunet_unfinished": note} if note else {})
+            _save(temporary / places[fold], trained, checkpoint, plan=plan, checkpoint_path=path, origin=provenance)
     return [out / place for place in places.values()]
 
 
@@ -124,9 +136,35 @@ def _seen_mm(unet: UNetSpec, spacing_mm: Sequence[float], slice_axis: int | None
     return tuple(voxels * mm for voxels, mm in zip(field, spacing_mm, strict=True))
 
 
+def _check_trainer(checkpoint: NnunetCheckpoint, path: Path) -> None:
+    if not builds_as_planned(checkpoint.trainer):
+        raise BundleError(
+            f"{path}: trainer_name: found '{checkpoint.trainer}', expected a trainer of nnU-Net v2 that builds the "
+            "network of its plans; what this one builds is not known, and weights do not tell; if you know that it "
+            "builds the same network, give --as-planned"
+        )
+
+
+def _check_size(plan: Plan, checkpoint: NnunetCheckpoint, path: Path) -> None:
+    """Raise BundleError before a network is built that is far larger than the checkpoint, however large that is."""
+    planned, found = weight_count(plan.network, plan.unet), sum(value.numel() for value in checkpoint.weights.values())
+    if planned > LARGEST_GROWTH * found:
+        raise BundleError(
+            f"{path}: found {found} weights, expected {planned} for the network of plans.json; they are of another "
+            "training, or its arch_kwargs are wrong"
+        )
+
+
 def _save(
-    place: Path, trained: TrainedFolder, checkpoint: NnunetCheckpoint, *, plan: Plan, checkpoint_path: Path
+    place: Path,
+    trained: TrainedFolder,
+    checkpoint: NnunetCheckpoint,
+    *,
+    plan: Plan,
+    checkpoint_path: Path,
+    origin: dict[str, Any],
 ) -> None:
+    _check_size(plan, checkpoint, checkpoint_path)
     shape = tuple(n for axis, n in enumerate(plan.patch_shape) if axis != plan.slice_axis)
     network = build_network(plan.network, plan.unet, shape)
     axes = network_axes(trained.plans, plan.unet.dimensions)
@@ -143,7 +181,7 @@ def _save(
         plan=plan,
         schema=schema_of_nnunet(trained.dataset),
         config_yaml=_config(trained, checkpoint),
-        provenance={**provenance_tags(), **_provenance(trained, checkpoint, checkpoint_path)},
+        provenance={**provenance_tags(), **origin},
     )
     save_bundle(place, as_volume_network(network, plan.slice_axis).state_dict(), facts)
 
@@ -173,10 +211,3 @@ def _config(trained: TrainedFolder, checkpoint: NnunetCheckpoint) -> str:
         "dataset": trained.dataset,
     }
     return json.dumps({SECTION: section}, indent=2, ensure_ascii=False) + "\n"
-
-
-def _check_replaceable(out: Path) -> None:
-    """Raise RunError where --force would take away what no import wrote."""
-    known = not out.exists() or (out / INDEX).is_file() or any(out.glob(f"fold_*/bundle/{INDEX}"))
-    if not known and not (out.is_dir() and not any(out.iterdir())):
-        raise RunError(f"{out}: neither a bundle nor a folder of bundles, and not to be replaced; give another name")

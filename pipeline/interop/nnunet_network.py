@@ -75,14 +75,14 @@ def spec_of_nnunet(
     Raises:
         BundleError: an argument is missing, or asks for what our U-Net has not; it is named with `source`.
     """
-    _refuse_unknown(arguments, source)
     try:
+        _refuse_unknown(arguments, source)
         return _spec(name, arguments, channels, batch_normalised, source)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
     except KeyError as error:
         reason = f"arch_kwargs.{error.args[0]} is missing"
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"arch_kwargs are not as nnU-Net writes them ({error})"
     raise BundleError(f"{source}: network '{name}' cannot be imported: {reason}")
 
@@ -267,7 +267,7 @@ def _normalisation(arguments: Mapping[str, Any], source: str, batch_normalised: 
     if unknown := sorted(options.keys() - {"eps", "affine", "momentum"}):
         raise BundleError(f"{source}: arch_kwargs.norm_op_kwargs.{unknown[0]} cannot be imported")
     kind = "batch" if batch_normalised else names[name]
-    return {"normalisation": kind, "normalisation_epsilon": float(options.get("eps", 1e-5))}
+    return {"normalisation": kind, "normalisation_epsilon": _finite(options.get("eps", 1e-5))}
 
 
 def _activation(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -278,7 +278,14 @@ def _activation(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source}: arch_kwargs.nonlin: found '{arguments.get('nonlin')}', expected LeakyReLU or ReLU"
         )
     options = arguments.get("nonlin_kwargs") or {}
-    return {"activation": names[name], "leaky_slope": float(options.get("negative_slope", 0.01))}
+    return {"activation": names[name], "leaky_slope": _finite(options.get("negative_slope", 0.01))}
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"found {value}, expected a finite number")
+    return number
 
 
 def _per_stage(value: Any, stages: int) -> tuple[int, ...]:

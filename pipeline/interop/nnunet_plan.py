@@ -7,14 +7,17 @@ Facts from MIC-DKFZ/nnUNet: nnunetv2/utilities/plans_handling/plans_handler.py, 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from pipeline.errors import ManifestError, PlanError
+from pipeline.errors import ManifestError, PlanError, describe_fault
 from pipeline.label_tables import read_labels
 from pipeline.manifest import Modality
+from pipeline.manifest_formats import known_modality, numbered_names
 from pipeline.plan import ChannelPlan, InferenceConventions
 from transforms.intensity_spec import Normalisation
 from transforms.labels import LabelSchema
@@ -76,20 +79,25 @@ _CONFIGURATION_KEYS = {
 
 _SPLINES = "resample_data_or_seg_to_shape"
 _TORCH = "resample_torch_fornnunet"
+_THRESHOLD = "separate_z_anisotropy_threshold"
 _RESAMPLING_KEYS = {
-    _SPLINES: {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"},
+    _SPLINES: {"is_seg", "order", "order_z", "force_separate_z", _THRESHOLD},
     _TORCH: {
         "is_seg",
         "num_threads",
         "device",
         "memefficient_seg_resampling",
         "force_separate_z",
-        "separate_z_anisotropy_threshold",
+        _THRESHOLD,
         "mode",
         "aniso_axis_mode",
     },
 }
+_MEASURES = {"min", "max", "mean", "std", "percentile_00_5", "percentile_99_5"}
 _TORCH_MODES = {"mode": "linear", "aniso_axis_mode": "nearest-exact"}
+
+_MALFORMED = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
+"""What comes of values of another type than expected where no check of its own says so."""
 
 
 def plan_of_nnunet(plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> dict[str, Any]:
@@ -101,12 +109,22 @@ def plan_of_nnunet(plans: dict[str, Any], dataset: dict[str, Any], configuration
     Raises:
         PlanError: what is missing, of another type than expected, or not known here.
     """
+    try:
+        return _fields(plans, dataset, configuration)
+    except _MALFORMED as error:
+        raise PlanError(
+            f"plans.json: configuration {configuration} is not as nnU-Net writes it ({describe_fault(error)}); copy "
+            "the file again from where the model was trained"
+        ) from error
+
+
+def _fields(plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> dict[str, Any]:
     chosen = configuration_of(plans, configuration)
     axes = axes_of_nnunet(plans)
-    sides, spacing = [int(n) for n in _list(chosen, "patch_size")], [float(s) for s in _list(chosen, "spacing")]
+    sides, spacing = _whole_numbers(chosen, "patch_size"), _numbers(chosen, "spacing")
     flat = len(sides) == 2
     if flat:
-        sides, spacing = [1, *sides], [float(_list(plans, "original_median_spacing_after_transp")[0]), *spacing]
+        sides, spacing = [1, *sides], [*_numbers(plans, "original_median_spacing_after_transp")[:1], *spacing]
     if len(sides) != 3 or len(spacing) != 3 or min(sides) < 1 or min(spacing) <= 0:
         raise PlanError(f"plans.json: patch_size {sides} and spacing {spacing}, expected two or three sizes each")
     slice_axis = axes[0] if flat else None
@@ -117,7 +135,7 @@ def plan_of_nnunet(plans: dict[str, Any], dataset: dict[str, Any], configuration
         "axis_codes": "RAS",
         "spacing_mm": _as_stored(spacing, axes),
         "patch_shape": _as_stored(sides, axes),
-        "batch_size": int(chosen.get("batch_size", 1)),
+        "batch_size": _whole(chosen.get("batch_size", 1), "batch_size"),
         "slice_axis": slice_axis,
         "mirror_axes": tuple(a for a in range(3) if a != slice_axis),
         "inference": CONVENTIONS,
@@ -144,9 +162,11 @@ def schema_of_nnunet(dataset: dict[str, Any]) -> LabelSchema:
     """
     try:
         table = read_labels(dataset.get("labels"), dataset.get("regions_class_order"), "dataset.json")
+        schema = LabelSchema.model_validate(table)
     except ManifestError as error:
         raise PlanError(str(error)) from error
-    schema = LabelSchema.model_validate(table)
+    except _MALFORMED as error:
+        raise PlanError(f"dataset.json: labels are not as nnU-Net writes them ({describe_fault(error)})") from error
     if not schema.regions and schema.ids != tuple(range(1, schema.class_count)):
         raise PlanError(f"dataset.json: label values {list(schema.ids)}, expected 1 to {len(schema.ids)} without gaps")
     return schema
@@ -158,7 +178,7 @@ def axes_of_nnunet(plans: dict[str, Any]) -> tuple[int, int, int]:
     Raises:
         PlanError: `transpose_forward` is no order of three axes.
     """
-    order = _list(plans, "transpose_forward")
+    order = _whole_numbers(plans, "transpose_forward")
     if sorted(order) != [0, 1, 2]:
         raise PlanError(f"plans.json: transpose_forward {order}, expected an order of 0, 1, 2")
     return 2 - order[0], 2 - order[1], 2 - order[2]
@@ -177,6 +197,8 @@ def configuration_of(plans: dict[str, Any], name: str) -> dict[str, Any]:
     chain: list[str] = []
     wanted: str | None = name
     while wanted is not None:
+        if not isinstance(wanted, str):
+            raise PlanError(f"plans.json: configuration {chain[-1]}: inherits_from is {wanted!r}, expected a name")
         if wanted in chain or not isinstance(configurations.get(wanted), dict):
             known = ", ".join(configurations)
             raise PlanError(f"plans.json: no configuration '{wanted}' that can be followed; there are {known}")
@@ -199,35 +221,57 @@ def configuration_of(plans: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _channels(plans: dict[str, Any], dataset: dict[str, Any], chosen: dict[str, Any]) -> tuple[ChannelPlan, ...]:
-    named = dataset.get("channel_names", dataset.get("modality"))
+    key = "channel_names" if "channel_names" in dataset else "modality"
+    named = dataset.get(key)
     if not isinstance(named, dict) or sorted(named) != sorted(str(n) for n in range(len(named))):
         raise PlanError(f"dataset.json: channel_names {named!r}, expected names of channels 0, 1, ...")
     schemes, masks = _list(chosen, "normalization_schemes"), _list(chosen, "use_mask_for_norm")
     if not len(schemes) == len(masks) == len(named):
         raise PlanError(f"plans.json: {len(schemes)} normalization_schemes for {len(named)} channels")
-    measured = plans.get("foreground_intensity_properties_per_channel")
-    measured = measured or plans.get("foreground_intensity_properties_by_modality") or {}
+    given = [str(named[str(n)]) for n in range(len(named))]
     return tuple(
-        _channel(str(named[str(n)]), str(scheme), bool(mask), measured.get(str(n), {}))
-        for n, (scheme, mask) in enumerate(zip(schemes, masks, strict=True))
+        ChannelPlan(
+            name=name,
+            modality=_modality(plain, str(scheme), f"dataset.json: {key}.{n}"),
+            normalisation=_normalisation(str(scheme), bool(mask), measured),
+            lowest=measured.get("min", 0.0),
+            highest=measured.get("max", 0.0),
+        )
+        for n, (name, plain, scheme, mask, measured) in enumerate(
+            zip(numbered_names(given), given, schemes, masks, _measured(plans, len(given)), strict=True)
+        )
     )
 
 
-def _channel(name: str, scheme: str, masked: bool, measured: dict[str, Any]) -> ChannelPlan:
-    return ChannelPlan(
-        name=name,
-        modality=_modality(name, scheme),
-        normalisation=_normalisation(scheme, masked, measured),
-        lowest=float(measured.get("min", 0.0)),
-        highest=float(measured.get("max", 0.0)),
-    )
+def _measured(plans: dict[str, Any], count: int) -> list[dict[str, float]]:
+    """Of each channel the intensities that training saw, where the plans tell; all are finite."""
+    key = "foreground_intensity_properties_per_channel"
+    key = key if plans.get(key) else "foreground_intensity_properties_by_modality"
+    table = plans.get(key) or {}
+    if not isinstance(table, dict):
+        raise PlanError(f"plans.json: {key} is {table!r}, expected a table of channels")
+    found = []
+    for n in range(count):
+        said = table.get(str(n), {})
+        if not isinstance(said, dict):
+            raise PlanError(f"plans.json: {key}.{n} is {said!r}, expected a table of intensities")
+        found.append({name: _number(value, f"{key}.{n}.{name}") for name, value in said.items() if name in _MEASURES})
+    return found
 
 
-def _modality(name: str, scheme: str) -> Modality:
-    """What a channel's free name says, else CT for what is normalised as one, else MR."""
-    words = name.upper().replace("PET", "PT").replace("ULTRASOUND", "US").replace("_", " ").split()
-    said = [word for word in words if word in get_args(Modality)]
-    return cast(Modality, said[0] if said else "CT" if scheme == "CTNormalization" else "MR")
+def _modality(name: str, scheme: str, source: str) -> Modality:
+    """As the manifest's reader knows the channel's name or its words, else CT for what is normalised as one, else MR.
+
+    nnU-Net's names are free, and how the channel is normalised is not asked of them but said in the plans.
+    """
+    said = known_modality(name)
+    found = {said} if said else {known for word in re.split(r"[^\w*]|_", name) if (known := known_modality(word))}
+    if len(found) > 1:
+        raise PlanError(
+            f"{source}: found '{name}', which is {' as well as '.join(sorted(found))}; expected one of "
+            f"{', '.join(get_args(Modality))}; write there which one it is, as '{min(found)}'"
+        )
+    return cast(Modality, found.pop() if found else "CT" if scheme == "CTNormalization" else "MR")
 
 
 def _normalisation(scheme: str, masked: bool, measured: dict[str, Any]) -> Normalisation:
@@ -256,7 +300,17 @@ def _resizing(chosen: dict[str, Any], what: str) -> Resizing:
     name = str(chosen.get(key))
     known = _known(_RESAMPLING_KEYS, name, key)
     how = chosen.get(f"{key}_kwargs") or {}
+    if not isinstance(how, dict):
+        raise PlanError(f"plans.json: {key}_kwargs is {how!r}, expected a table")
     _refuse_unknown(how, known, f"plans.json: {key}_kwargs")
+    if how.get("is_seg"):
+        raise PlanError(
+            f"plans.json: {key}_kwargs: is_seg is {how['is_seg']!r}, expected false; {what} are not resampled as labels"
+            " here; train with plans that do not ask for it"
+        )
+    separate = how.get("force_separate_z", None if name == _TORCH else False)
+    if not isinstance(separate, bool | None):
+        raise PlanError(f"plans.json: {key}_kwargs: force_separate_z is {separate!r}, expected true, false or null")
     for mode, expected in _TORCH_MODES.items():
         _known({expected: True}, str(how.get(mode, expected)), f"{key}_kwargs: {mode}")
     orders = (
@@ -269,8 +323,8 @@ def _resizing(chosen: dict[str, Any], what: str) -> Resizing:
     return Resizing(
         order=orders["order"],
         order_across=orders["order_z"],
-        separate=how.get("force_separate_z", None if name == _TORCH else False),
-        anisotropy=float(how.get("separate_z_anisotropy_threshold", 3.0)),
+        separate=separate,
+        anisotropy=_number(how.get(_THRESHOLD, 3.0), f"{key}_kwargs: {_THRESHOLD}"),
     )
 
 
@@ -295,6 +349,26 @@ def _list(table: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(found, list | tuple):
         raise PlanError(f"plans.json: {key} is {found!r}, expected a list")
     return list(found)
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PlanError(f"plans.json: {key} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def _whole(value: Any, key: str) -> int:
+    if not _number(value, key).is_integer():
+        raise PlanError(f"plans.json: {key} is {value!r}, expected a whole number")
+    return int(value)
+
+
+def _numbers(table: dict[str, Any], key: str) -> list[float]:
+    return [_number(value, key) for value in _list(table, key)]
+
+
+def _whole_numbers(table: dict[str, Any], key: str) -> list[int]:
+    return [_whole(value, key) for value in _list(table, key)]
 
 
 def _known(table: dict[str, Any], name: str, key: str) -> Any:

@@ -101,6 +101,26 @@ def test_other_documents_are_refused(tmp_path: Path, document: Any, message: str
         read_checkpoint(saved(tmp_path, document))
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({("a", 1): torch.ones(2)}, r"a weight named \('a', 1\), expected text"),
+        ({"a": torch.ones(2).to_sparse()}, "found a as a sparse_coo tensor on 'cpu'"),
+        ({"a": torch.ones(2, device="meta")}, "found a as a strided tensor on 'meta'"),
+        ({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.complex64)}, "found b in complex numbers"),
+        ({"a": torch.tensor([1.0, float("nan")])}, "found a with values that are not finite"),
+        ({"a": torch.tensor([float("inf")], dtype=torch.float16)}, "found a with values that are not finite"),
+        ({"a": torch.tensor([1e300], dtype=torch.float64)}, "found a with values that are not finite"),
+    ],
+)
+def test_weights_that_no_trained_network_has_are_refused_by_name(
+    tmp_path: Path, weights: dict[Any, torch.Tensor], message: str
+) -> None:
+    path = saved(tmp_path, checkpoint(network_weights=weights))
+    with pytest.raises(BundleError, match=f"{path.name}: network_weights: found .*{message.removeprefix('found ')}"):
+        read_checkpoint(path)
+
+
 def test_a_damaged_file_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_final.pth"
     with pytest.raises(BundleError, match="no such file"):

@@ -114,6 +114,10 @@ def _without_upsampling_bias(network: UNet) -> dict[str, torch.Tensor]:
         ({"kernel_sizes": 2}, "a kernel needs a middle voxel"),
         ({"strides": [2, 2, 2]}, "the first stage works at full resolution"),
         ({"features_per_stage": "wide"}, "not as nnU-Net writes them"),
+        ({"norm_op_kwargs": [1]}, "not as nnU-Net writes them"),
+        ({"norm_op_kwargs": {"eps": float("nan")}}, "found nan, expected a finite number"),
+        ({"nonlin_kwargs": {"negative_slope": float("inf")}}, "found inf, expected a finite number"),
+        ({"n_stages": float("inf")}, "not as nnU-Net writes them"),
     ],
 )
 def test_what_our_network_cannot_be_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

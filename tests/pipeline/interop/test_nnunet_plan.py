@@ -119,6 +119,34 @@ def test_readers_that_reorient() -> None:
     assert plan_of_nnunet(plans, dataset, configuration)["placing"].reorients
 
 
+@pytest.mark.parametrize(
+    ("name", "modality"),
+    [
+        ("CBCT", "CT"),
+        ("CTA", "CT"),
+        ("spect", "NM"),
+        ("FDG-PET", "PT"),
+        ("PET_SUV", "PT"),
+        ("T1 MRI", "MR"),
+        ("portal CT", "CT"),
+        ("noNorm", "MR"),
+    ],
+)
+def test_modalities_are_those_that_the_manifest_knows_by_name_or_word(name: str, modality: str) -> None:
+    plans, dataset, configuration = documents("last_axis_slices")
+    dataset["channel_names"] = {"0": "MR", "1": name}
+    assert plans["configurations"][configuration]["normalization_schemes"][1] == "ZScoreNormalization"
+    assert plan_of_nnunet(plans, dataset, configuration)["channels"][1].modality == modality
+
+
+def test_channels_of_one_name_are_numbered_as_the_manifest_does() -> None:
+    plans, dataset, configuration = documents("last_axis_slices")
+    dataset["channel_names"] = {"0": "MRI", "1": "MRI"}
+    found = plan_of_nnunet(plans, dataset, configuration)["channels"]
+    assert [channel.name for channel in found] == ["MRI_0", "MRI_1"]
+
+
+MEASURED = "foreground_intensity_properties_per_channel"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"plans.image_reader_writer": "Tiff3DIO"}, "Tiff3DIO"),
     ({"plans.label_manager": "MyManager"}, "MyManager"),
@@ -133,6 +161,28 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"chosen.normalization_schemes": ["MyNormalization", "ZScoreNormalization"]}, "MyNormalization"),
     ({"chosen.normalization_schemes": ["ZScoreNormalization"]}, "1 normalization_schemes for 2 channels"),
     ({"chosen.patch_size": [8]}, "patch_size"),
+    ({"chosen.patch_size": ["a", 1, 2]}, "patch_size is 'a', expected a finite number"),
+    ({"chosen.patch_size": [None, 1, 2]}, "patch_size is None"),
+    ({"chosen.patch_size": [8.5, 8, 8]}, "patch_size is 8.5, expected a whole number"),
+    ({"chosen.batch_size": None}, "batch_size is None"),
+    ({"chosen.spacing": [float("nan"), 1, 1]}, "spacing is nan"),
+    ({"chosen.spacing": [10**400, 1, 1]}, "plans.json: configuration .* not as nnU-Net writes it .OverflowError"),
+    ({"chosen.inherits_from": [1]}, r"inherits_from is \[1\], expected a name"),
+    ({"chosen.resampling_fn_data_kwargs": [1]}, r"resampling_fn_data_kwargs is \[1\], expected a table"),
+    ({"chosen.resampling_fn_data_kwargs": {"is_seg": True}}, "resampling_fn_data_kwargs: is_seg is True"),
+    ({"chosen.resampling_fn_probabilities_kwargs": {"is_seg": 1, "order": 1}}, "probabilities_kwargs: is_seg is 1"),
+    ({"chosen.resampling_fn_data_kwargs": {"force_separate_z": "x"}}, "force_separate_z is 'x', expected true"),
+    (
+        {"chosen.resampling_fn_data_kwargs": {"separate_z_anisotropy_threshold": None}},
+        "resampling_fn_data_kwargs: separate_z_anisotropy_threshold is None",
+    ),
+    ({"plans.transpose_forward": ["a", 1, 2]}, "transpose_forward is 'a'"),
+    ({f"plans.{MEASURED}": [1]}, rf"{MEASURED} is \[1\], expected a table"),
+    ({f"plans.{MEASURED}": {"0": None}}, f"{MEASURED}.0 is None, expected a table"),
+    ({f"plans.{MEASURED}": {"0": {"min": None}}}, f"{MEASURED}.0.min is None"),
+    ({f"plans.{MEASURED}": {"1": {"mean": float("nan")}}}, f"{MEASURED}.1.mean is nan"),
+    ({"dataset.channel_names": {"0": "PET/CT", "1": "MR"}}, "channel_names.0: found 'PET/CT', which is CT as well"),
+    ({"dataset.labels": {"background": 0, "a": [[1], 2]}}, "dataset.json: label"),
     ({"chosen.spacing": "fine"}, "spacing"),
     ({"chosen.augmentation": "strong"}, "augmentation"),
     ({"chosen.inherits_from": "nothing"}, "'nothing'"),
