@@ -220,7 +220,7 @@ def _nnunet_found(
     }
     refuse_all(problems, source)
     expected = document.get("numTraining", len(cases))
-    if expected != len(cases):
+    if str(expected) != str(len(cases)):  # some write it in quotes
         raise ManifestError(f"{source}: numTraining is {expected}, but imagesTr holds {len(cases)} cases")
     return {
         case: ({i: f"imagesTr/{name}" for i, name in by_case[case].items()}, f"labelsTr/{case}{ending}")
