@@ -1,9 +1,10 @@
 """The configuration of a MONAI bundle, read as data: references are followed, no expression in it is ever run.
 
 In such a file `@a#b` (or `@a::b`) stands for another value and `$...` is Python code. Of the code only what is
-harmless is understood, by this module's own reading: a reference (`$@a`), a literal (`$[1, 2]`) and texts joined by +
-(`$@bundle_root + '/models'`). Everything else is refused by name when its value is needed; what is never needed, as
-the device or the list of files, is never looked at. MONAI's own ConfigParser evaluates, so it is not used.
+harmless is understood, by this module's own reading: a reference (`$@a`), a literal (`$[1, 2]`), the name of a type
+of numbers (`$torch.float32`) and texts joined by + (`$@bundle_root + '/models'`). Everything else is refused by name
+when its value is needed; what is never needed, as the device or the list of files, is never looked at. MONAI's own
+ConfigParser evaluates, so it is not used.
 
 Source: docs/source/mb_specification.rst and config_syntax.md of Project-MONAI/MONAI, version 1.6.
 """
@@ -27,7 +28,9 @@ INFERENCE = ("inference.json", "inference.yaml", "inference.yml")
 
 _TERM = r"""@[\w:#.-]+|'[^'\\]*'|"[^"\\]*\""""
 _REFERENCE = re.compile(r"@([\w:#.-]+)")
+_ALIAS = re.compile(r"\$?\s*@([\w:#.-]+)")
 _JOINED = re.compile(rf"(?:{_TERM})(?:\s*\+\s*(?:{_TERM}))+")
+_NUMBERS = re.compile(r"(?:(?:torch|np|numpy)\.)?(u?int\d*|b?float\d*|half|double|short|long|bool_?)")
 _SHOWN = 60
 
 
@@ -58,6 +61,16 @@ class MonaiConfig:
         """The value at `a#b`; what it holds is not looked into."""
         return self._at(key)
 
+    def lead(self, key: str) -> tuple[str, Any] | None:
+        """Where `a#b` leads and what stands there, not looked into; references on the way and at its end are followed.
+
+        None where there is no such key.
+
+        Raises:
+            BundleError: a reference on the way leads nowhere, or to itself.
+        """
+        return self._led(key, ())
+
     def resolve(self, value: Any, key: str) -> Any:
         """A value that stands at `key`, with every reference in it followed; raises as `value`."""
         return self._resolved(value, key, (key,))
@@ -72,6 +85,23 @@ class MonaiConfig:
             else:
                 raise BundleError(f"{self.source}: there is no {key}")
         return found
+
+    def _led(self, key: str, trail: tuple[str, ...]) -> tuple[str, Any] | None:
+        if key in trail:
+            raise BundleError(f"{self.source}: {key} refers to itself by way of {', '.join(trail)}")
+        place, found = "", None
+        for part in _parts(key):
+            place = f"{place}#{part}" if place else part
+            if not self.has(place):
+                return None
+            found = self._at(place)
+            match = _ALIAS.fullmatch(found.strip()) if isinstance(found, str) else None
+            if match is not None:
+                led = self._led(match[1], (*trail, key))
+                if led is None:
+                    raise BundleError(f"{self.source}: {place} is '{_short(found)}', but there is no {match[1]}")
+                place, found = led
+        return place, found
 
     def _resolved(self, value: Any, key: str, trail: tuple[str, ...]) -> Any:
         if isinstance(value, Mapping):
@@ -99,6 +129,8 @@ class MonaiConfig:
     def _evaluated(self, text: str, key: str, trail: tuple[str, ...]) -> Any:
         if _REFERENCE.fullmatch(text):
             return self._followed(text, key, trail)
+        if numbers := _NUMBERS.fullmatch(text):
+            return numbers[1]
         if _JOINED.fullmatch(text):
             parts = [self._term(term, key, trail) for term in re.findall(_TERM, text)]
             if all(isinstance(part, str) for part in parts):

@@ -14,11 +14,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pipeline.bundle import BundleFacts, save_bundle
+from pipeline.bundle import BundleFacts, refuse_to_replace, save_bundle
 from pipeline.errors import BundleError, RunError
 from pipeline.interop.monai_config import MonaiConfig, read_metadata, read_monai_config
 from pipeline.interop.monai_meaning import channels_of, schema_of_outputs
-from pipeline.interop.monai_steps import Outputs, outputs_of, recipe_of, transform_name
+from pipeline.interop.monai_steps import Outputs, outputs_of, recipe_of
+from pipeline.interop.monai_transforms import AFTER, BEFORE, transforms_of
 from pipeline.models.monai_networks import bound_arguments, filled_monai, fixed_sides, side_divisors
 from pipeline.models.monai_spec import MONAI_NETWORKS, MonaiNetwork
 from pipeline.models.spec import UNetSpec
@@ -28,7 +29,6 @@ from transforms.recipe_spec import Respace, Step
 
 NETWORK_KEYS = ("network_def", "network", "net")
 INFERER_KEYS = ("inferer", "evaluator#inferer")
-BEFORE_KEYS, AFTER_KEYS = ("preprocessing", "pre_transforms"), ("postprocessing", "post_transforms")
 WEIGHTS = "models/model.pt"
 WRAPPED = "$torch.nn.Sequential(@network_def, torch.nn.Softmax(dim=1)).to(@device)"
 """What `bundle export --to monai` writes of a model that blends probabilities."""
@@ -69,14 +69,16 @@ def import_monai(folder: Path, out: Path, *, choices: ImportChoices | None = Non
     said = choices or ImportChoices()
     if out.exists() and not force:
         raise RunError(f"{out} exists already; give --force to replace it, or another name")
+    refuse_to_replace(out)
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; a MONAI bundle is a folder with configs/ and models/")
     config, metadata = read_monai_config(folder, said.overrides), read_metadata(folder)
     network, blend = network_of(config), _blend(config)
-    outputs = outputs_of(_transforms(config, AFTER_KEYS), config.source, frozenset(said.left_out))
+    left_out = frozenset(said.left_out)
+    outputs = outputs_of(transforms_of(config, AFTER, left_out), config.source, left_out)
     schema, order = schema_of_outputs(metadata, outputs, said.nested)
     network = network.model_copy(update={"output_order": order})
-    plan = _plan(config, metadata, network, frozenset(said.left_out), outputs)
+    plan = _plan(config, metadata, network, left_out, outputs)
     ways = plan.inference.model_copy(update={"blend": blend})
     plan = plan.model_copy(update={"inference": ways})
     _check_counts(network, plan, schema.output_count, metadata)
@@ -199,32 +201,6 @@ def _checkpoint_path(config: MonaiConfig) -> str | None:
     return None
 
 
-def _transforms(config: MonaiConfig, keys: Sequence[str]) -> list[Any]:
-    key = next((k for k in keys if config.has(k)), None)
-    if key is None:
-        return []
-    found = config.shallow(key)
-    listed = found.get("transforms") if isinstance(found, Mapping) else found
-    if isinstance(listed, str):
-        listed = config.resolve(listed, f"{key}#transforms")
-    if not isinstance(listed, list):
-        raise BundleError(f"{config.source}: {key} is no Compose of a list of transforms")
-    return [_arguments(config, entry, f"{key}#transforms#{number}") for number, entry in enumerate(listed)]
-
-
-def _arguments(config: MonaiConfig, entry: Any, key: str) -> Any:
-    """A transform's arguments without code; of those that have no effect here nothing but the name is looked at."""
-    if isinstance(entry, str):
-        return config.resolve(entry, key)
-    name = transform_name(entry, config.source)
-    kept = {k: v for k, v in entry.items() if k in ("_target_", "_disabled_")} if name in _NEVER_READ else entry
-    return config.resolve(kept, key)
-
-
-_NEVER_READ = ("LoadImage", "EnsureType", "ToTensor", "ToDevice", "Invert", "SaveImage", "CastToType", "Lambda")
-"""Transforms whose arguments say nothing here: devices, folders, or code."""
-
-
 def _inferer(config: MonaiConfig) -> dict[str, Any]:
     key = next((k for k in INFERER_KEYS if config.has(k) and isinstance(config.shallow(k), Mapping)), None)
     if key is None:
@@ -249,12 +225,14 @@ def _inferer(config: MonaiConfig) -> dict[str, Any]:
 
 def _overlap(inferer: Mapping[str, Any], config: MonaiConfig) -> float:
     overlap = inferer["overlap"]
-    values = {float(v) for v in overlap} if isinstance(overlap, list) else {float(overlap)}
-    if len(values) != 1 or not 0 <= min(values) < 1:
+    listed = overlap if isinstance(overlap, list) else [overlap]
+    fit = [v for v in listed if isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1]
+    if len(fit) != len(listed) or len(set(fit)) != 1:
         raise BundleError(
-            f"{config.source}: the inferer's overlap is {overlap!r}, expected one number from 0 to below 1"
+            f"{config.source}: the inferer's overlap is {overlap!r}, expected one number from 0 to below 1; give it as "
+            "--set inferer#overlap=0.5"
         )
-    return values.pop()
+    return float(fit[0])
 
 
 def _patch_shape(inferer: Mapping[str, Any], network: MonaiNetwork, config: MonaiConfig) -> Triple:
@@ -275,7 +253,7 @@ def _patch_shape(inferer: Mapping[str, Any], network: MonaiNetwork, config: Mona
 def _plan(
     config: MonaiConfig, metadata: MonaiConfig, network: MonaiNetwork, left_out: frozenset[str], outputs: Outputs
 ) -> Plan:
-    recipe = recipe_of(_transforms(config, BEFORE_KEYS), config.source, left_out)
+    recipe = recipe_of(transforms_of(config, BEFORE, left_out), config.source, left_out)
     inferer = _inferer(config)
     channels = channels_of(metadata)
     values = bound_arguments(network)

@@ -1,11 +1,13 @@
 """MONAI's transforms before the network, as a recipe; and those after it, as what its outputs mean.
 
 Each entry says which arguments it understands; others, and other transforms, are refused by name, since leaving one
-out would change the result. Defaults are MONAI's (version 1.6).
+out would change the result. What is given is what is for one key of the data, as `monai_transforms` chooses it.
+Defaults are MONAI's (version 1.6).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pipeline.errors import BundleError
+from pipeline.interop.monai_layout import IMAGE
 from transforms.recipe_spec import (
     CropForeground,
     MapPercentiles,
@@ -30,7 +33,7 @@ WITHOUT_EFFECT = ("LoadImage", "EnsureChannelFirst", "EnsureType", "ToTensor", "
 """What reading does anyway, or what moves nothing."""
 
 PASSED_OVER = {"keys", "allow_missing_keys", "dtype", "lazy", "_target_", "_desc_", "_requires_", "_mode_"}
-"""Arguments of every transform that say nothing of the result; arithmetic here is of float32 throughout."""
+"""Arguments that every transform may have, and that change no result; of `dtype` only floating ones are such."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,19 @@ def recipe_of(transforms: Sequence[Arguments], source: str, left_out: frozenset[
     steps = []
     for transform in transforms:
         name = transform_name(transform, source)
-        if name in WITHOUT_EFFECT or name in left_out or _is_disabled(transform):
+        if name in left_out or is_disabled(transform):
             continue
-        if name not in _READERS:
+        if name not in _READERS and name not in WITHOUT_EFFECT:
             raise BundleError(
                 f"{source}: the transform {name} before the network is not understood; known are "
                 f"{', '.join([*_READERS, *WITHOUT_EFFECT])}; --leave-out {name} takes it out, which changes the result"
             )
         try:
-            steps.append(_READERS[name](transform))
+            _check_floating(transform)
+            if name in _READERS:
+                steps.append(_READERS[name](transform))
+            elif name == "LoadImage":
+                _check_loading(transform)
         except (ValidationError, TypeError, ValueError, _NotSaidError) as error:
             told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise BundleError(f"{source}: {name}: {told.removeprefix('Value error, ')}") from error
@@ -71,14 +78,18 @@ def outputs_of(transforms: Sequence[Arguments], source: str, left_out: frozenset
         BundleError: one that changes the result in a way that is not understood.
     """
     activation: Literal["softmax", "sigmoid"] = "softmax"
+    discrete = False
     for transform in transforms:
         name = transform_name(transform, source)
-        if name in WITHOUT_EFFECT or name in ("Invert", "SaveImage") or name in left_out or _is_disabled(transform):
+        if name in ("Invert", "SaveImage") or name in left_out or is_disabled(transform):
             continue
-        if name == "Activations" and not transform.get("other"):
+        if name in WITHOUT_EFFECT:
+            _check_outputs_type(transform, name, source, discrete=discrete)
+        elif name == "Activations" and not transform.get("other"):
             activation = "sigmoid" if transform.get("sigmoid") else activation
         elif name == "AsDiscrete":
             _check_discrete(transform, activation, source)
+            discrete = True
         else:
             raise BundleError(
                 f"{source}: the transform {name} after the network is not understood; known are Activations, "
@@ -88,30 +99,81 @@ def outputs_of(transforms: Sequence[Arguments], source: str, left_out: frozenset
 
 
 def transform_name(transform: Any, source: str) -> str:
-    """MONAI's name of a transform without the d of those on dictionaries."""
+    """MONAI's name of a transform without the d of those on dictionaries; one that is not MONAI's keeps its module."""
     target = transform.get("_target_") if isinstance(transform, Mapping) else None
     if not isinstance(target, str):
         raise BundleError(f"{source}: expected a transform with its _target_, found {str(transform)[:60]!r}")
-    plain = target.rpartition(".")[2]
+    module, _, plain = target.rpartition(".")
+    if module and module.partition(".")[0] != "monai":
+        return target
     if plain in _READERS:
         return plain
     return next((plain.removesuffix(ending) for ending in ("Dict", "D", "d") if plain.endswith(ending)), plain)
+
+
+def is_disabled(transform: Arguments) -> bool:
+    """Whether MONAI leaves the transform out."""
+    return transform.get("_disabled_") in (True, "true", "True")
 
 
 class _NotSaidError(Exception):
     """A transform's argument that no step can say."""
 
 
-def _is_disabled(transform: Arguments) -> bool:
-    return transform.get("_disabled_") in (True, "true", "True")
-
-
 def _check_discrete(transform: Arguments, activation: str, source: str) -> None:
     threshold = transform.get("threshold")
-    expected = transform.get("argmax") if activation == "softmax" else threshold == 0.5
+    argmax = bool(transform.get("argmax"))
+    expected = argmax and threshold is None if activation == "softmax" else threshold == 0.5 and not argmax
     if not expected or transform.get("to_onehot") or transform.get("rounding"):
         wanted = "argmax" if activation == "softmax" else "threshold 0.5"
         raise BundleError(f"{source}: AsDiscrete after a {activation} is understood with {wanted} alone")
+
+
+def _check_outputs_type(transform: Arguments, name: str, source: str, *, discrete: bool) -> None:
+    """A cast rounds probabilities; once they are made into labels it changes nothing."""
+    try:
+        if not discrete:
+            _check_floating(transform)
+    except _NotSaidError as error:
+        raise BundleError(f"{source}: {name} after the network: {error}") from error
+
+
+def _check_floating(transform: Arguments) -> None:
+    said = transform.get("dtype")
+    if said is not None and not _FLOATING.fullmatch(str(said)):
+        raise _NotSaidError(
+            f"dtype {str(said)!r} rounds values, which is not understood, expected a floating one, as float32"
+        )
+
+
+_FLOATING = re.compile(r"(?:(?:torch|np|numpy)\.)?(?:b?float\d*|half|double)")
+
+_LOADING: Mapping[str, Any] = {
+    "reader": None,
+    "image_only": None,
+    "ensure_channel_first": None,
+    "meta_keys": None,
+    "meta_key_postfix": None,
+    "overwriting": None,
+    "simple_keys": None,
+    "prune_meta_pattern": None,
+    "prune_meta_sep": None,
+    "expanduser": None,
+    "affine_lps_to_ras": (True,),
+    "as_closest_canonical": (False,),
+    "reverse_indexing": (False,),
+    "channel_dim": (None,),
+}
+"""What LoadImage and its readers may be told: what changes no voxel, and the defaults of what does."""
+
+_READER_NAMES = ("NibabelReader", "ITKReader", "NrrdReader", "PydicomReader", "NumpyReader", "PILReader")
+
+
+def _check_loading(transform: Arguments) -> None:
+    reader = _only(transform, _LOADING)["reader"]
+    named = reader.rpartition(".")[2].casefold() if isinstance(reader, str) else reader
+    if named is not None and named not in [name.casefold() for name in _READER_NAMES]:
+        raise _NotSaidError(f"reader {str(reader)[:60]!r} is not understood, expected {' or '.join(_READER_NAMES)}")
 
 
 def _only(transform: Arguments, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,9 +189,20 @@ def _only(transform: Arguments, known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reorient(transform: Arguments) -> Step:
     said = _only(transform, {"axcodes": None, "as_closest_canonical": (False, True), "labels": None})
-    if said["as_closest_canonical"] or said["axcodes"] is None:
+    labels = said["labels"]
+    if labels is not None and [tuple(pair) for pair in labels] != _AXIS_LABELS:
+        raise _NotSaidError(f"labels {labels!r} are not understood, expected null or {_AXIS_LABELS}")
+    if said["as_closest_canonical"]:
         return Reorient(axis_codes="RAS")
-    return Reorient(axis_codes=str(said["axcodes"]))
+    codes = "".join(said["axcodes"]) if isinstance(said["axcodes"], list | tuple) else said["axcodes"]
+    fits = [sum(code in pair for code in str(codes)) == 1 for pair in _AXIS_LABELS]
+    if not all(fits) or len(str(codes)) != 3:
+        raise _NotSaidError(f"axcodes {codes!r} is not understood, expected one letter each of L or R, P or A, I or S")
+    return Reorient(axis_codes=codes)
+
+
+_AXIS_LABELS = [("L", "R"), ("P", "A"), ("I", "S")]
+"""The ends of the axes by MONAI's default, which are those of RAS."""
 
 
 def _respace(transform: Arguments) -> Step:
@@ -146,7 +219,7 @@ def _respace(transform: Arguments) -> Step:
         "ensure_same_shape": (True, False),
     }
     said = _only(transform, known)
-    mode = said["mode"][0] if isinstance(said["mode"], list) else said["mode"]
+    mode = said["mode"]
     if mode not in ("bilinear", "nearest", 0, 1):
         raise _NotSaidError(f"mode {mode!r} is not understood, expected 'bilinear' or 'nearest'")
     sides = [float(v) for v in said["pixdim"]] if isinstance(said["pixdim"], list) else [float(said["pixdim"])]
@@ -197,7 +270,7 @@ def _standardise(transform: Arguments) -> Step:
 
 def _crop_foreground(transform: Arguments) -> Step:
     known = {
-        "source_key": "image",
+        "source_key": (IMAGE,),
         "margin": 0,
         "allow_smaller": None,
         "k_divisible": (1,),

@@ -323,6 +323,17 @@ def test_yaml_is_read_too(tmp_path: Path) -> None:
     assert load_bundle(import_monai(folder, tmp_path / "b")).plan.patch_shape == (24, 24, 24)
 
 
+@pytest.mark.parametrize("overlap", ["x", None, True, [], [0.5, 0.25, 0.5], ["x"], [[0.5]], -0.1, 1, 10**400, {}])
+def test_overlaps_that_are_none(tmp_path: Path, overlap: Any) -> None:
+    told = refusal(tmp_path, put("inferer#overlap", overlap))
+    assert f"the inferer's overlap is {overlap!r}, expected one number from 0 to below 1; give it as --set" in told
+
+
+def test_an_overlap_of_one_value_an_axis(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", put("inferer#overlap", [0.25, 0.25, 0.25]))
+    assert load_bundle(import_monai(folder, tmp_path / "b")).index.tile_step == 0.75
+
+
 def test_weights_that_are_code_or_more_than_values(tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
     with quiet_recording():
