@@ -43,6 +43,7 @@ FaultKind = Literal[
     "outlying-volume",
     "duplicate",
     "repeated",
+    "nothing-labelled",
 ]
 Severity = Literal["error", "note"]
 
@@ -138,7 +139,7 @@ def check_dataset(
     facts = tuple(outcome.facts for outcome in ordered if outcome.facts is not None)
     faults += [*_shared_labels(cases), *_same_voxels(cases, ordered), *_outlying_volumes(cases, facts)]
     counts = {c.name: sum(c.name in case.images for case in cases) for c in dataset.manifest.channels}
-    faults += [*_absent_labels(dataset, ordered), *_absent_channels(counts)]
+    faults += [*_absent_labels(dataset, ordered), *_absent_channels(counts), *_nothing_labelled(cases)]
     return CheckReport(dataset.manifest.name, len(cases), tuple(faults), facts, counts)
 
 
@@ -344,3 +345,9 @@ def _absent_channels(counts: Mapping[str, int]) -> Iterator[Fault]:
     """An optional channel that no case has: fit for prediction, but nothing can be learnt of it."""
     for name in (name for name, count in counts.items() if not count):
         yield Fault(None, None, "absent-channel", f"no case has the optional channel '{name}'", "note")
+
+
+def _nothing_labelled(cases: Sequence[Case]) -> Iterator[Fault]:
+    """No case names a label map: fit for prediction, but a training would find nothing to learn from."""
+    if all(case.label is None for case in cases):
+        yield Fault(None, None, "nothing-labelled", "no case has a label: nothing to train on", "note")

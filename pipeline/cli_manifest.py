@@ -69,6 +69,8 @@ def manifest_build(
     from pipeline.manifest import save_manifest
     from pipeline.manifest_build import PatientRule, read_patient_table
 
+    if out.is_dir():
+        raise ManifestError(f"--out {out}: is a folder; give the name of a file, such as {out / 'manifest.json'}")
     if out.exists() and not force:
         raise ManifestError(f"{out} exists already; give --force to replace it, or another --out")
     table = None if patient_table is None else read_patient_table(patient_table)
@@ -80,7 +82,7 @@ def manifest_build(
         optional=frozenset(optional or []),
         labels=labels,
         label_file=label_file,
-        names={_whole(i): n for i, n in (_pair(text, "--label", "ID:NAME") for text in label or [])},
+        names=_label_names(label or []),
         patients=PatientRule(pattern=patient_pattern, table=table) if ruled else None,
         splits=splits,
     )
@@ -143,12 +145,18 @@ def _from_bids(request: Request) -> Dataset:
 
 
 def _paired(request: Request) -> Dataset:
-    from pipeline.manifest_build import build_manifest
+    from pipeline.manifest_build import build_manifest, question_of_both
 
     if request.label_file is not None:
         raise ManifestError(f"--label-file: {request.images} is no BIDS dataset; label maps are named as their images")
     if not request.modalities:
         raise ManifestError("--channel is needed: the images' name and modality, as --channel T1:MR")
+    if request.names and request.labels is None:
+        question = question_of_both(request.images)
+        raise ManifestError(
+            "--label names labels, but there is no label map: give their folder with --labels"
+            f"{'' if question is None else f'; {question}'}"
+        )
     return build_manifest(
         request.images,
         request.labels,
@@ -172,6 +180,8 @@ def _tell(dataset: Dataset, out: Path) -> None:
         f"{f', {labelled} of them labelled,' if labelled < len(cases) else ''} written to {out}; "
         f"run `volseg check {out}` next"
     )
+    if not labelled:
+        print("no case has a label: fit for prediction, not for training")
 
 
 def _channels(request: Request) -> list[Channel]:
@@ -206,7 +216,29 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     return first, second
 
 
-def _whole(text: str) -> int:
-    if not text.isdigit():
-        raise ManifestError(f"--label {text}: a label's id is a whole number")
-    return int(text)
+def _label_names(texts: Sequence[str]) -> dict[int, str]:
+    """Label values and their names; two names for one value, or two values for one name, are refused."""
+    names: dict[int, str] = {}
+    for text in texts:
+        number, name = _pair(text, "--label", "ID:NAME")
+        label_id = _label_id(number, text)
+        if names.setdefault(label_id, name) != name:
+            raise ManifestError(f"--label {text}: label {label_id} is {names[label_id]} already")
+        if taken := [other for other, known in names.items() if known == name and other != label_id]:
+            raise ManifestError(f"--label {text}: {name} is label {taken[0]} already")
+    return names
+
+
+def _label_id(number: str, text: str) -> int:
+    from transforms.labels import MAX_LABEL_ID
+
+    if not number.isdecimal():
+        raise ManifestError(f"--label {text}: a label's id is a whole number from 1")
+    # Longer numbers are too large as well, and Python refuses to read very long ones.
+    significant = number.lstrip("0") or "0"
+    label_id = int(significant) if len(significant) <= len(str(MAX_LABEL_ID)) else MAX_LABEL_ID + 1
+    if label_id == 0:
+        raise ManifestError(f"--label {text}: 0 is the background; number labels from 1")
+    if label_id > MAX_LABEL_ID:
+        raise ManifestError(f"--label {text}: the largest id of a label is {MAX_LABEL_ID}")
+    return label_id

@@ -17,12 +17,16 @@ from pipeline.errors import ManifestError
 from pipeline.files import sha256_of_json, write_json
 from pipeline.manifest_formats import AS_DECLARED, FOREIGN_FORMATS, Stated, foreign_format
 from transforms.annotation import Annotation
-from transforms.labels import MAX_LABEL_ID, CodedConcept, Label, LabelSchema, Region
+from transforms.labels import MAX_LABEL_ID, CodedConcept, Label, LabelSchema
 
 Modality = Literal["CT", "MR", "PT", "NM", "US"]
 """DICOM's codes (PS3.3 C.7.3.1.1.1) of the volumes that can be planned for; a closed list on purpose."""
 
 _ERRORS_SHOWN = 5
+_LONGEST_VALUE = 80
+_GIVE_ROOT = (
+    "set root in the manifest or data.root in a config (--set data.root=FOLDER), or give the right folder with --root"
+)
 
 
 def _inside_root(path: str) -> str:
@@ -162,7 +166,7 @@ def parse_manifest(document: dict[str, Any], *, source: str) -> Manifest:
     if PurePosixPath(manifest.root).is_absolute() or PureWindowsPath(manifest.root).is_absolute():
         raise ManifestError(
             f"{source}: root is an absolute path, which is another on each machine; "
-            "write it relative to the manifest's folder, or leave it out and give --root"
+            "write it relative to the manifest's folder, or leave it out and give --root (with a config: data.root)"
         )
     return manifest
 
@@ -245,12 +249,12 @@ def _repeated(values: list[str]) -> list[str]:
 
 def _require_some_image(dataset: Dataset, file: Path) -> None:
     if not dataset.root.is_dir():
-        raise ManifestError(f"{file}: its root {dataset.root} is not a folder; give the right one with --root")
+        raise ManifestError(f"{file}: its root {dataset.root} is not a folder; {_GIVE_ROOT}")
     if not any(path.exists() for case in dataset.manifest.cases for path in dataset.image_paths(case)):
         first = dataset.image_paths(dataset.manifest.cases[0])[0]
         raise ManifestError(
             f"{file}: none of its {len(dataset.manifest.cases)} cases is below {dataset.root} "
-            f"(looked for {first.relative_to(dataset.root)} first); give the right folder with --root"
+            f"(looked for {first.relative_to(dataset.root)} first); {_GIVE_ROOT}"
         )
 
 
@@ -259,6 +263,10 @@ def _explain(error: ValidationError) -> str:
     parents = {e["loc"][:depth] for e in errors for depth in range(len(e["loc"]))}
     # A list whose items are all wrong counts as empty as well, which would only confuse.
     told = [e for e in errors if not (e["type"] == "too_short" and e["loc"] in parents)]
+    misshapen = next((e for e in told if _has_no_labels_shape(e["loc"], e["type"])), None)
+    if misshapen is not None:
+        # What else is said of labels follows from this.
+        told = [e for e in told if e is misshapen or e["loc"][:1] != ("labels",)]
     lines = [_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in told]
     more = len(lines) - _ERRORS_SHOWN
     return "; ".join(lines[:_ERRORS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
@@ -267,10 +275,14 @@ def _explain(error: ValidationError) -> str:
 def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
     key = ".".join(str(part) for part in location)
     last = str(location[-1]) if location else ""
+    if _has_no_labels_shape(location, kind):
+        return f"{_LABELS}, found {_shortened(found)}"
     if location[:2] == ("labels", "regions") and kind not in ("missing", "value_error"):
-        return f"{key}: {_REGIONS}, found {found!r}"
+        return f"{key}: {_REGIONS}, found {_shortened(found)}"
+    if kind == "too_short":
+        return f"has no {key}; at least one is needed"
     if kind == "extra_forbidden":
-        return f"unknown key '{key}'; {_nearest(last, _KEYS)}"
+        return f"unknown key '{key}'; {_nearest(last, _keys_beside(location))}"
     if kind == "missing":
         return f"the key '{key}' is missing"
     if last == "modality":
@@ -279,7 +291,27 @@ def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found
     text = message.removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {text}" if key else text
-    return f"{key}: {text[:1].lower()}{text[1:]}, found {found!r}"
+    expected = _EXPECTED_OF_TYPE.get(kind, f"{text[:1].lower()}{text[1:]}")
+    return f"{key}: {expected}, found {_shortened(found)}"
+
+
+def _has_no_labels_shape(location: tuple[int | str, ...], kind: str) -> bool:
+    """Whether an error says that labels are no object with a list of objects; their values are another matter."""
+    if location == ("labels",):
+        return kind == "model_type"
+    if location == ("labels", "labels"):
+        return kind in ("missing", "tuple_type")
+    return location[:2] == ("labels", "labels") and len(location) == 3 and kind == "model_type"
+
+
+def _shortened(found: Any) -> str:
+    text = json.dumps(found, default=str) if isinstance(found, (dict, list)) else repr(found)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The keys that are known where an unknown one stands."""
+    return tuple(_MODEL_AT[tuple(part for part in location[:-1] if isinstance(part, str))].model_fields)
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:
@@ -290,10 +322,23 @@ def _nearest(word: str, known: tuple[str, ...]) -> str:
 
 _REGIONS = 'expected a list of {"name": ..., "labels": [names of labels], "paints": one of these names}'
 
-_KEYS = tuple(
-    dict.fromkeys(
-        name
-        for model in (Manifest, Channel, Case, LabelSchema, Label, Region, CodedConcept)
-        for name in model.model_fields
-    )
-)
+_LABELS = 'labels is an object with "labels": [{"id": 1, "name": "A", "colour": [230, 159, 0]}]'
+
+_EXPECTED_OF_TYPE = {
+    "tuple_type": "expected a list",
+    "model_type": "expected an object",
+    "dict_type": "expected an object",
+    "string_type": "expected text",
+}
+"""By pydantic's name of an error, in the words of JSON."""
+
+_MODEL_AT: dict[tuple[str, ...], type[BaseModel]] = {
+    (): Manifest,
+    ("channels",): Channel,
+    ("cases",): Case,
+    ("labels",): LabelSchema,
+    ("labels", "labels"): Label,
+    ("labels", "labels", "code"): CodedConcept,
+    ("labels", "labels", "category"): CodedConcept,
+}
+"""What stands at the end of a row of keys; numbers of list items left out."""

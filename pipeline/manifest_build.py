@@ -19,11 +19,14 @@ from pipeline.errors import ManifestError
 from pipeline.files import safe_name
 from pipeline.manifest import Channel, Dataset, parse_manifest
 from pipeline.manifest_formats import VOLUME_SUFFIXES, refuse_all, split_channel_files, volume_stem
-from transforms.labels import LabelSchema, schema_from_names
+from transforms.dicom_magic import is_dicom
+from transforms.labels import MAX_LABEL_ID, LabelSchema, schema_from_names
 
 LABEL_SUFFIXES = ("_seg", "_label", "_labels", "_mask", "_gt")
 """Endings of a label's file name that its image does not have."""
 
+_LABELS_BESIDE = {"images": "labels", "imagesTr": "labelsTr"}
+_TABLE_COLUMNS = ("case_id", "patient_id")
 _SEPARATORS = "_-."
 _SHORTEST_IDENTITY = 3
 _PSEUDONYM_DIGITS = 16
@@ -60,13 +63,16 @@ def build_manifest(
     subfolders of `images` named after them, or by an ending of the file name (case_T1, or case_0000 as in
     nnU-Net), all files together or in a folder a case. A case may lack channels that are optional. Labels are
     named after the case, `LABEL_SUFFIXES` allowed. Without `label_names` every label is read and its values are
-    called label_1, ....
+    called label_1, .... Without `labels` too the manifest is fit for prediction only; as a manifest has one label at
+    least, it has label_1.
 
     Raises:
         ManifestError: images and labels that have no partner (all are listed), a rule for patients that
-            does not cover every case, or a DICOM folder that carries its patient's name.
+            does not cover every case, a DICOM folder that carries its patient's name, or a folder that holds
+            the images and the labels.
     """
     source = f"{images}"
+    _refuse_folder_of_both(images, channels)
     files = _image_files(images, channels)
     label_of = _label_files(labels, set(files), source) if labels is not None else {}
     root = Path(os.path.commonpath([p.resolve() for p in (images, labels) if p is not None]))
@@ -112,7 +118,7 @@ def label_ids_in(paths: Sequence[Path], on_progress: Progress | None = None) -> 
 
 
 def read_patient_table(path: Path) -> dict[str, str]:
-    """A CSV file with the columns case_id and patient_id (others are ignored).
+    """Case to patient, of a CSV file with the columns case_id and patient_id (others are ignored).
 
     Raises:
         ManifestError: unreadable, without these columns, or a case with two patients.
@@ -120,9 +126,15 @@ def read_patient_table(path: Path) -> dict[str, str]:
     table: dict[str, str] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream))
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: no such file; expected a CSV file of patients") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{path}: cannot be read as CSV ({type(error).__name__})") from error
+    if not set(_TABLE_COLUMNS) <= set(columns):
+        found = ",".join(columns) or "an empty file"
+        raise ManifestError(f"{path}: expected the columns {','.join(_TABLE_COLUMNS)}; found {found}")
     for line, row in enumerate(rows, start=2):
         case, patient = row.get("case_id"), row.get("patient_id")
         if not case or not patient:
@@ -146,14 +158,36 @@ def _image_files(images: Path, channels: Sequence[Channel]) -> dict[str, dict[st
     required = {index for index, channel in enumerate(channels) if not channel.optional}
     problems["without all of their channels"] = sorted(case for case, found in by_case.items() if required - set(found))
     refuse_all(problems, str(images))
+    if not by_case and any(path.is_file() and is_dicom(path) for path in _visible(images)):
+        raise ManifestError(f"{images}: this is one DICOM series; give the folder above it")
     if not by_case:
         raise ManifestError(f"{images}: no volume here ({', '.join(VOLUME_SUFFIXES)}, or DICOM folders)")
     return {case: {channels[i].name: found[i] for i in sorted(found)} for case, found in by_case.items()}
 
 
+def question_of_both(folder: Path) -> str | None:
+    """What to ask of a folder that holds those of the images and of the labels, by their usual names; else None."""
+    pairs = ((folder / images, folder / labels) for images, labels in _LABELS_BESIDE.items())
+    asked = (
+        f"did you mean {images} --labels {labels}?" for images, labels in pairs if images.is_dir() and labels.is_dir()
+    )
+    return next(asked, None)
+
+
+def _refuse_folder_of_both(images: Path, channels: Sequence[Channel]) -> None:
+    """Its label maps would pass for images, unless the folders of the channels are all that is looked at."""
+    question = question_of_both(images)
+    if question is not None and not _has_folder_of_each(images, [channel.name for channel in channels]):
+        raise ManifestError(f"{images}: label maps lie below this folder of images; {question}")
+
+
+def _has_folder_of_each(images: Path, channels: Sequence[str]) -> bool:
+    return all((images / channel).is_dir() for channel in channels)
+
+
 def _channel_entries(images: Path, channels: list[str]) -> Iterator[tuple[str, int | None, Path]]:
     """Each image as its case, the index of its channel (None: not to be told) and its path."""
-    if all((images / channel).is_dir() for channel in channels):
+    if _has_folder_of_each(images, channels):
         for index, channel in enumerate(channels):
             yield from ((case, index, path) for case, path in _entries(images / channel))
         return
@@ -181,7 +215,7 @@ def _split_channel(stem: str, channels: list[str]) -> tuple[str, int | None]:
 def _entries(folder: Path) -> list[tuple[str, Path]]:
     """The volumes of a folder by their stems: files, DICOM folders, files in the folder of a case."""
     if not folder.is_dir():
-        raise ManifestError(f"{folder}: no such folder")
+        raise ManifestError(f"{folder}: {'is a file; expected a folder' if folder.exists() else 'no such folder'}")
     entries: list[tuple[str, Path]] = []
     for path in _visible(folder):
         if not path.is_dir():
@@ -215,7 +249,10 @@ def _joined_stem(case: str, stem: str) -> str:
 def _label_files(labels: Path, cases: set[str], source: str) -> dict[str, Path]:
     by_case: dict[str, Path] = {}
     problems: dict[str, list[str]] = {"labels that are a second one": [], "labels without an image": []}
-    for stem, path in _entries(labels):
+    entries = _entries(labels)
+    if not entries:
+        raise ManifestError(f"{labels}: no label map here ({', '.join(VOLUME_SUFFIXES)}, or DICOM folders)")
+    for stem, path in entries:
         short = next((stem.removesuffix(s) for s in LABEL_SUFFIXES if stem.endswith(s)), stem)
         case = stem if stem in cases else short
         if case not in cases:
@@ -230,13 +267,19 @@ def _label_files(labels: Path, cases: set[str], source: str) -> dict[str, Path]:
 
 
 def _numbered_names(labels: Path | None) -> dict[int, str]:
-    return {} if labels is None else {i: f"label_{i}" for i in find_label_ids(labels)}
+    return {i: f"label_{i}" for i in ([1] if labels is None else find_label_ids(labels))}
 
 
 def schema_of(names: Mapping[int, str], source: str) -> LabelSchema:
     """Labels by their values; raises ManifestError if there are none or they contradict each other."""
     if not names:
-        raise ManifestError(f"{source}: no label is known; name them, such as 1=liver")
+        raise ManifestError(
+            f"{source}: no label is known; name them, as --label 1:liver, or give their folder with --labels"
+        )
+    if wrong := [i for i in names if not 1 <= i <= MAX_LABEL_ID]:
+        raise ManifestError(
+            f"{source}: label {wrong[0]} ({names[wrong[0]]}): a label's id is a whole number from 1 to {MAX_LABEL_ID}"
+        )
     try:
         return schema_from_names(dict(names))
     except ValidationError as error:

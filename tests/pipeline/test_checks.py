@@ -313,7 +313,7 @@ def test_a_dicom_series_tells_its_modality(data_dir: Path, modality: str, found:
         "cases": [{"case_id": "a", "patient_id": "a", "images": {"T1": "dicom_hippocrop"}}],
     }
     report = check_dataset(Dataset(manifest=parse_manifest(document, source="dicom"), root=data_dir))
-    assert [(f.kind, f.message) for f in report.faults] == found
+    assert [(f.kind, f.message) for f in report.faults if f.severity == "error"] == found
 
 
 def test_progress_and_visits(world: World) -> None:
@@ -370,3 +370,15 @@ def test_the_digest_is_of_values_and_shape() -> None:
     assert voxel_sha256(np.zeros(3)) == voxel_sha256(-np.zeros(3))
     others = [voxels.reshape(3, 2, 4), voxels[::-1], voxels + 1, voxels.transpose(2, 1, 0)]
     assert len({voxel_sha256(v) for v in [voxels, *others]}) == 5
+
+
+def test_cases_without_any_label_are_noted(world: World) -> None:
+    dataset = world.dataset()
+    cases = tuple(case.model_copy(update={"label": None}) for case in dataset.manifest.cases)
+    bare = dataset.model_copy(update={"manifest": dataset.manifest.model_copy(update={"cases": cases})})
+    report = check_dataset(bare)
+    assert [(f.kind, f.severity, f.message) for f in report.faults] == [
+        ("nothing-labelled", "note", "no case has a label: nothing to train on")
+    ]
+    one = dataset.manifest.model_copy(update={"cases": (dataset.manifest.cases[0], *cases[1:])})
+    assert check_dataset(dataset.model_copy(update={"manifest": one})).faults == ()

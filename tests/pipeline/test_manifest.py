@@ -91,7 +91,12 @@ def test_own_root_starts_at_the_manifest_and_a_given_root_wins(tmp_path: Path) -
         (("cases", 0, "label"), "x\\a.nii", "is not a path relative to the root, written with '/'"),
         (("cases", 0, "label"), "", "is not a path relative to the root"),
         (("cases", 0, "fold"), -1, "cases.0.fold"),
-        (("cases",), [], "cases: tuple should have at least 1 item"),
+        (("cases",), [], "two.json: has no cases; at least one is needed"),
+        (("channels",), [], "two.json: has no channels; at least one is needed"),
+        (("cases",), {}, "cases: expected a list, found {}"),
+        (("cases", 0), "a", "cases.0: expected an object, found 'a'"),
+        (("name",), 3, "name: expected text, found 3"),
+        (("labels", "labels"), [], "has no labels.labels; at least one is needed"),
         (("format",), "volseg-manifest-2", "found 'volseg-manifest-2'"),
         (("root",), "/data", "root is an absolute path"),
         (("labels", "labels", 0, "id"), 0, "labels.labels.0.id"),
@@ -106,6 +111,35 @@ def test_one_fault_is_told_once() -> None:
     document = deepcopy(DOCUMENT)
     document["cases"] = [{**document["cases"][0], "lable": "a.nii"}]
     assert message(document) == "two.json: unknown key 'cases.0.lable'; did you mean 'label'?"
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (["A", "B"], '["A", "B"]'),
+        ({"1": "A", "2": "B"}, '{"1": "A", "2": "B"}'),
+        ({"labels": {"1": "A"}}, '{"1": "A"}'),
+        ({"labels": ["A"]}, "'A'"),
+    ],
+)
+def test_labels_of_another_shape_are_told_once(labels: Any, found: str) -> None:
+    shape = '{"id": 1, "name": "A", "colour": [230, 159, 0]}'
+    assert message(changed("labels", to=labels)) == (
+        f'two.json: labels is an object with "labels": [{shape}], found {found}'
+    )
+    parse_manifest(changed("labels", to={"labels": [json.loads(shape)]}), source="what the message shows")
+
+
+def test_an_unknown_key_names_those_of_its_place() -> None:
+    assert message(changed("channels", 0, "xyz", to=1)).endswith("'channels.0.xyz'; known: name, modality, optional")
+    document = changed("labels", "labels", 0, "code", to={"value": "1", "scheme": "SCT", "meaning": "x", "qqq": 1})
+    assert message(document).endswith("known: value, meaning, scheme")
+
+
+def test_a_long_value_is_cut() -> None:
+    told = message(changed("labels", to=[f"structure {number}" for number in range(300)]))
+    assert told.endswith("...")
+    assert len(told) < 300
 
 
 def test_a_missing_key_is_named() -> None:
@@ -149,9 +183,10 @@ def test_wrong_paths_say_what_to_do(tmp_path: Path) -> None:
         load_dataset(tmp_path / "none.json")
     with pytest.raises(ManifestError, match=r"has no dataset.json"):
         load_dataset(tmp_path)
-    with pytest.raises(ManifestError, match=r"is not a folder; give the right one with --root"):
+    how = r"--set data\.root=FOLDER\), or give the right folder with --root$"
+    with pytest.raises(ManifestError, match=rf"is not a folder; .*{how}"):
         load_dataset(write(tmp_path, DOCUMENT), tmp_path / "none")
-    with pytest.raises(ManifestError, match=r"none of its 2 cases is below .* \(looked for a_t1.nii first\)"):
+    with pytest.raises(ManifestError, match=rf"none of its 2 cases is below .* \(looked for a_t1.nii first\); .*{how}"):
         load_dataset(write(tmp_path, DOCUMENT))
 
 

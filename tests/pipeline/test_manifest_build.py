@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
@@ -169,12 +172,74 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
         build_manifest(tmp_path / "none", None, name="x", channels=ONE, label_names=NAMES)
 
 
-def test_without_labels_they_must_be_named(tmp_path: Path, bundled: Path) -> None:
+def test_without_labels_it_is_for_prediction(tmp_path: Path, bundled: Path) -> None:
     link(bundled, tmp_path, "images/{case}.nii.gz")
-    with pytest.raises(ManifestError, match="no label is known; name them"):
-        build_manifest(tmp_path / "images", None, name="x", channels=ONE)
-    dataset = build_manifest(tmp_path / "images", None, name="x", channels=ONE, label_names=NAMES)
+    dataset = build_manifest(tmp_path / "images", None, name="x", channels=ONE)
     assert {case.label for case in dataset.manifest.cases} == {None}
+    assert dataset.manifest.labels.names == ("label_1",)
+    save_manifest(dataset, tmp_path / "x.json")
+    assert load_dataset(tmp_path / "x.json").manifest.cases == dataset.manifest.cases
+
+
+def test_label_maps_of_background_need_names(tmp_path: Path, bundled: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.nii.gz").symlink_to(bundled / "images/hippocampus_001.nii.gz")
+    label: Any = nib.load(bundled / "labels/hippocampus_001.nii.gz")  # type: ignore[attr-defined]
+    (tmp_path / "labels").mkdir()
+    empty = nib.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine)  # type: ignore[attr-defined]
+    nib.save(empty, tmp_path / "labels" / "a.nii.gz")  # type: ignore[attr-defined]
+    with pytest.raises(ManifestError, match="name them, as --label 1:liver, or give their folder with --labels"):
+        build_manifest(tmp_path / "images", tmp_path / "labels", name="x", channels=ONE)
+    assert build(tmp_path, ONE).manifest.labels.names == ("Anterior", "Posterior")
+
+
+@pytest.mark.parametrize("label_id", [0, -1, 65536])
+def test_ids_that_no_label_can_have(tmp_path: Path, bundled: Path, label_id: int) -> None:
+    link(bundled, tmp_path, "images/{case}.nii.gz")
+    told = rf"label {label_id} \(A\): a label's id is a whole number from 1 to 65535"
+    with pytest.raises(ManifestError, match=told):
+        build_manifest(
+            tmp_path / "images", tmp_path / "labels", name="x", channels=ONE, label_names={1: "B", label_id: "A"}
+        )
+
+
+@pytest.mark.parametrize(("images", "labels"), [("images", "labels"), ("imagesTr", "labelsTr")])
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_a_folder_of_images_and_labels_is_refused(
+    tmp_path: Path, bundled: Path, images: str, labels: str, with_labels: bool
+) -> None:
+    link(bundled, tmp_path, images + "/{case}.nii.gz", labels + "/{case}.nii.gz")
+    with pytest.raises(ManifestError) as caught:
+        build_manifest(tmp_path, tmp_path / labels if with_labels else None, name="x", channels=ONE)
+    assert str(caught.value).endswith(f"did you mean {tmp_path / images} --labels {tmp_path / labels}?")
+
+
+def test_a_channel_may_be_called_images(tmp_path: Path, bundled: Path) -> None:
+    link(bundled, tmp_path, "images/{case}.nii.gz")
+    dataset = build_manifest(tmp_path, tmp_path / "labels", name="x", channels=[Channel(name="images", modality="MR")])
+    assert [case.images["images"] for case in dataset.manifest.cases] == [f"images/{case}.nii.gz" for case in IDS]
+
+
+def test_a_folder_without_label_maps_is_named(tmp_path: Path, bundled: Path) -> None:
+    link(bundled, tmp_path, "images/{case}.nii.gz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError) as caught:
+        build_manifest(tmp_path / "images", tmp_path / "empty", name="x", channels=ONE, label_names=NAMES)
+    assert str(caught.value).startswith(f"{tmp_path / 'empty'}: no label map here")
+
+
+def test_a_file_is_no_folder(tmp_path: Path, bundled: Path) -> None:
+    link(bundled, tmp_path, "images/{case}.nii.gz")
+    (tmp_path / "file").touch()
+    for images, labels in ((tmp_path / "file", None), (tmp_path / "images", tmp_path / "file")):
+        with pytest.raises(ManifestError) as caught:
+            build_manifest(images, labels, name="x", channels=ONE)
+        assert str(caught.value) == f"{tmp_path / 'file'}: is a file; expected a folder"
+
+
+def test_one_series_is_not_a_folder_of_cases(data_dir: Path) -> None:
+    with pytest.raises(ManifestError, match="this is one DICOM series; give the folder above it"):
+        dicom_manifest(data_dir / "dicom_hippocrop")
 
 
 def test_patients_by_a_pattern(tmp_path: Path, bundled: Path) -> None:
@@ -205,7 +270,9 @@ def test_patients_by_a_table(tmp_path: Path, bundled: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("case,patient\na,b\n", "line 2 has no case_id or no patient_id"),
+        ("case,patient\na,b\n", "p.csv: expected the columns case_id,patient_id; found case,patient"),
+        ("case_id;patient_id\n", "expected the columns case_id,patient_id; found case_id;patient_id"),
+        ("", "expected the columns case_id,patient_id; found an empty file"),
         ("case_id,patient_id\na,p\na,q\n", "line 3 gives case 'a' a second patient"),
         ("case_id,patient_id\na,\n", "line 2 has no case_id or no patient_id"),
     ],
@@ -215,6 +282,16 @@ def test_tables_that_do_not_tell(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ManifestError) as caught:
         read_patient_table(tmp_path / "p.csv")
     assert told in str(caught.value)
+
+
+def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"p\.csv: no such file"):
+        read_patient_table(tmp_path / "p.csv")
+
+
+def test_spaces_in_a_table_mean_nothing(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("case_id, patient_id\na , p\n", encoding="utf-8")
+    assert read_patient_table(tmp_path / "p.csv") == {"a": "p"}
 
 
 def test_dicom_patients_are_hashes_with_a_salt(tmp_path: Path) -> None:
