@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.confidence import Asked, Confidence
@@ -59,14 +60,14 @@ def write_confidence(out: Path, name: str, found: Confidence, geometry: Geometry
     return files
 
 
-def discard_confidence(out: Path, name: str) -> None:
-    """Take away what lies there of a study: it may be another model's.
+def discard_confidence(out: Path, name: str, ours: Collection[str]) -> None:
+    """Take away what lies there of a study, which may be another model's, of the files that are called as in `ours`.
 
     Raises:
         RunError: the folder cannot be written.
     """
     of_study = (*(map_file(out, name, what) for what in DESCRIPTIONS), scores_file(out, name), quality_file(out, name))
-    for path in of_study:
+    for path in (path for path in of_study if path.name in ours):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -13,12 +13,21 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.confidence import answer_count
-from pipeline.confidence_files import discard_confidence, files_of, write_confidence
+from pipeline.confidence_files import MAPS, SCORES, discard_confidence, files_of, write_confidence
 from pipeline.console import Console
 from pipeline.errors import PlanError, RunError, VolsegError
-from pipeline.export import ExportedFile, Options, Source, check_formats, export
+from pipeline.export import (
+    ExportedFile,
+    Options,
+    Source,
+    check_formats,
+    discard_exports,
+    export,
+    path_of,
+    written_formats,
+)
 from pipeline.failures import Failure
-from pipeline.files import write_text
+from pipeline.files import remove_leftovers, write_text
 from pipeline.folder_lock import held
 from pipeline.free_memory import free_bytes, held_bytes
 from pipeline.kept_scores import kept_count
@@ -27,8 +36,8 @@ from pipeline.memory_plan import MemoryPlan
 from pipeline.overlap import Stages, one_at_a_time, overlapped
 from pipeline.postprocessing import described
 from pipeline.predict import FREE_SHARE, Model, PredictSettings, cleans_labels, explain, members_of, predict
-from pipeline.quality import write_quality_table
-from pipeline.record import Beside, Record, open_record, origin_of, recorded_quality
+from pipeline.quality import QUALITY, write_quality_table
+from pipeline.record import Beside, Origin, Record, open_record, origin_of, recorded_quality
 from pipeline.references import SCHEMA_FILE
 from pipeline.results import record_sources
 from pipeline.segmentation import Segmentation
@@ -87,7 +96,7 @@ def segment_studies(
         RunError: `out` holds another model's results, another process is at work there, or it cannot be written.
     """
     check_formats(settings.formats)
-    with held(out):
+    with held(out, required=False):
         results = _segmented_into(out, model, studies, settings, console)
     files = [file for result in results if isinstance(result, list) for file in result]
     return files, [result for result in results if isinstance(result, Failure)]
@@ -97,6 +106,8 @@ def _segmented_into(
     out: Path, model: Model, studies: Sequence[Study], settings: SegmentSettings, console: Console
 ) -> list[list[ExportedFile] | Failure]:
     """What became of each study."""
+    for folder in (out, *(out / name for name in (MAPS, SCORES, QUALITY))):
+        remove_leftovers(folder)
     record = _record(out, model, settings)
     _write_schema(record, model.schema)
     work = _Work(model, settings, record, console, len(studies))
@@ -111,7 +122,8 @@ def _segmented_into(
             stream = overlapped(wanted, stages)
             with quiet_warnings(), closing(stream) as ending:
                 outcomes |= {study.name: work.told(study, outcome) for study, outcome in ending}
-    write_quality_table(out, recorded_quality(out))
+    if record.owns_table:
+        write_quality_table(out, recorded_quality(out))
     return [outcome for outcome in outcomes.values() if outcome is not None]
 
 
@@ -149,6 +161,9 @@ class _Work:
         self._model, self._settings, self._record, self._console = model, settings, record, console
         self._study_count = study_count
         self._done = 0
+        self._options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
+        self._origins: dict[str, Origin] = {}
+        self._axes_told: set[str] = set()
         self._predicting = predict_settings(model, settings)
         self._disagrees = answer_count(members_of(model, self._predicting)) > 1
         if settings.uncertainty and not self._disagrees:
@@ -165,10 +180,15 @@ class _Work:
     def before(self, study: Study) -> list[ExportedFile] | Failure | None:
         """What is known of a study without reading it; None if it is to be segmented."""
         out, settings = self._record.out, self._settings
-        if self._record.is_of_another(study, self._origin(study)):
+        # Before a voxel is read: what comes into a folder later is not what was segmented.
+        origin = self._origins[study.name] = origin_of(
+            study, out, series=settings.series, resample_uneven=settings.resample_uneven
+        )
+        self._record.doubt(study, origin)
+        if self._record.is_of_another(study, origin):
             what = f"{out} holds the result of another input named {study.name}"
             return self.told(study, VolsegError(f"{study.paths[0]}: {what}; choose another --out, or give --force"))
-        if (obstacle := self._record.in_the_way(study, settings.formats)) is not None:
+        if (obstacle := self._record.in_the_way(study, self._files(study))) is not None:
             return self.told(study, VolsegError(obstacle))
         if self._record.holds(study, settings.formats, self._beside(study)):
             self._console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
@@ -218,23 +238,24 @@ class _Work:
 
     def write(self, study: Study, made: _Segmented) -> list[ExportedFile]:
         settings, out = self._settings, self._record.out
-        self._record.begin(study)
-        options = Options(smoothing=settings.smoothing, confidentiality=settings.confidentiality)
+        self._record.begin(study, self._files(study))
         files = export(
             made.segmentation,
             formats=settings.formats,
             out=out,
             name=study.name,
             source=made.source,
-            options=options,
+            options=self._options,
         )
         if not self._record.vouches_for(study):
-            discard_confidence(out, study.name)
+            ours = self._record.ours(study)
+            discard_exports(out, study.name, ours - {file.path.name for file in files})
+            discard_confidence(out, study.name, ours)
         labels = [file.format for file in files]
         if (beside := made.segmentation.confidence) is not None:
             found = write_confidence(out, study.name, beside, made.segmentation.geometry)
             files += [ExportedFile(BESIDE, path, None) for path in found]
-        self._record.add(study, labels, self._origin(study), self._beside(study))
+        self._record.add(study, labels, self._origins[study.name], self._beside(study))
         if settings.confidentiality is None:
             record_sources(out, study.name, study.paths)
         return files
@@ -256,6 +277,11 @@ class _Work:
         for series in (source.series for source in sources if source.series is not None):
             for finding in series.findings:
                 self._console.note(f"{study.name}: {finding}")
+        axes = sources[0].image.geometry.axis_codes
+        if self._model.plan.takes_stored_axes and axes not in self._axes_told:
+            self._axes_told.add(axes)
+            told = "as they are stored, and saw its training's so; stored otherwise it may see the patient mirrored"
+            self._console.note(f"{study.name}: axes are {axes}; this model takes them {told}")
 
     def _windows_of(self, study: Study) -> Progress:
         """Tells of a study's windows within the line or bar of all studies, which a long one would keep silent."""
@@ -271,8 +297,11 @@ class _Work:
         files = files_of(self._record.out, study.name, asked, disagrees=self._disagrees)
         return Beside(tuple(files), kept_count(self._model.schema, asked.keep_scores))
 
-    def _origin(self, study: Study) -> str:
-        return origin_of(study, series=self._settings.series, resample_uneven=self._settings.resample_uneven)
+    def _files(self, study: Study) -> list[Path]:
+        """All that is to be written of a study."""
+        formats = written_formats(self._settings.formats, self._options)
+        labels = [path_of(self._record.out, study.name, form) for form in formats]
+        return [*labels, *self._beside(study).files]
 
 
 def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
@@ -300,7 +329,7 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
 
 def _write_schema(record: Record, schema: LabelSchema) -> None:
     target, text = record.out / SCHEMA_FILE, schema.model_dump_json(indent=2) + "\n"
-    if target.name in record.foreign and not record.force and target.read_bytes() != text.encode():
+    if record.is_fresh and target.exists() and not record.force and target.read_bytes() != text.encode():
         raise RunError(f"{target} is of other label maps; choose another --out, or give --force")
     write_text(target, text)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ExportError
-from pipeline.files import atomic_folder, atomic_path, safe_name, write_json
+from pipeline.files import atomic_folder, atomic_path, explain_os_error, safe_name, write_json
 from pipeline.segmentation import Segmentation
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from pipeline.export.verify import Verification
     from transforms.dicom import DicomSeries
     from transforms.volume import Volume
+
+
+COPIES = "source"
+"""What de-identified copies of the source are called among formats; their folder's name ends in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +126,52 @@ def export(
     files: list[ExportedFile] = []
     for key, form in chosen.items():
         job = Job(segmentation, source, options or Options(), {file.format: file.path for file in files})
-        files.append(_write(key, form, out / (name + form.suffix), job))
-    _write_report(out / f"{name}.verification.json", files)
+        files.append(_write(key, form, path_of(out, name, key), job))
+    _write_report(_report_of(out, name), files)
     return files
+
+
+def written_formats(formats: Sequence[str], options: Options) -> tuple[str, ...]:
+    """All that `export` writes when these are asked for."""
+    copies = options.confidentiality is not None and options.confidentiality.copies_source
+    return (*dict.fromkeys(_with_referred(formats)), *([COPIES] if copies else []))
+
+
+def path_of(out: Path, name: str, form: str) -> Path:
+    """Where a result is in a format, or the copies of its source are."""
+    return out / (safe_name(name) + (f".{COPIES}" if form == COPIES else FORMATS[form].suffix))
+
+
+def discard_exports(out: Path, name: str, stale: Collection[str]) -> None:
+    """Take away the files of a result, of any format, that are called as in `stale`, and their figures.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    paths = (path_of(out, name, form) for form in (*FORMATS, COPIES))
+    for path in (path for path in paths if path.name in stale):
+        _remove(path)
+    report = _report_of(out, name)
+    if not stale or not report.exists():
+        return
+    if rows := _earlier(report):
+        write_json(report, {"files": rows})
+    else:
+        _remove(report)
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def _report_of(out: Path, name: str) -> Path:
+    return out / f"{safe_name(name)}.verification.json"
 
 
 def _with_referred(formats: Sequence[str]) -> Iterator[str]:

@@ -207,7 +207,7 @@ class TestFiles:
     def test_a_map_that_cannot_be_taken_away_is_told_in_a_line(self, tmp_path: Path) -> None:
         map_file(tmp_path, "x", "entropy").mkdir(parents=True)
         with pytest.raises(RunError, match="cannot write"):
-            discard_confidence(tmp_path, "x")
+            discard_confidence(tmp_path, "x", ["x_entropy.nii.gz"])
 
     def test_one_network_is_told_to_have_nobody_to_disagree_with(
         self, model: Model, images: Path, tmp_path: Path

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from pipeline.errors import RunError
 from pipeline.growing_json import change_object, fold_object, read_object
 from pipeline.line_file import read_lines
 from pipeline.quality import LabelEstimate, QualityEstimate, record_quality
-from pipeline.record import Beside, Record, open_record, recorded_quality
+from pipeline.record import Beside, Origin, Record, open_record, origin_of, recorded_quality
 from pipeline.results import RECORD, SOURCES, find_results, forget_sources, record_sources
 from pipeline.studies import Study
 
@@ -29,11 +31,16 @@ def study(name: str) -> Study:
     return Study(name, (Path(f"images/{name}.nii.gz"),))
 
 
+def origin(digest: str) -> Origin:
+    return Origin(digest, digest)
+
+
 def make(record: Record, name: str, beside: Beside | None = None) -> None:
     """All that is written of a study."""
-    record.begin(study(name))
-    (record.out / f"{name}.nii.gz").write_bytes(b"labels")
-    record.add(study(name), NIFTI, f"origin of {name}", beside or Beside())
+    labels = record.out / f"{name}.nii.gz"
+    record.begin(study(name), [labels, *(beside or Beside()).files])
+    labels.write_bytes(b"labels")
+    record.add(study(name), NIFTI, origin(f"origin of {name}"), beside or Beside())
     record_sources(record.out, name, [record.out.parent / f"{name}.nii.gz"])
 
 
@@ -52,7 +59,7 @@ def out(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_study_costs_a_line_however_many_there_are(tmp_path: Path) -> None:
+def test_a_study_costs_the_same_however_many_there_are(tmp_path: Path) -> None:
     record, sizes, written, whole_sources = opened(tmp_path), [], set(), set()
     for number in range(100):
         make(record, f"case_{number:02}")
@@ -81,7 +88,7 @@ def test_a_kill_loses_no_study_that_was_made(out: Path) -> None:
     assert recorded_quality(out) == {"x": estimate}
     again = opened(out)
     assert again.holds(study("x"), NIFTI, Beside())
-    assert again.is_of_another(study("x"), "another origin")
+    assert again.is_of_another(study("x"), origin("another"))
     assert again.value["beside"] == {"y": ["y.quality.json"]}
     assert again.value["kept_scores"] == {"y": 2}
     with again:
@@ -101,7 +108,7 @@ def test_a_line_that_was_cut_short_is_none(out: Path) -> None:
 def test_a_damaged_line_is_not_believed(out: Path) -> None:
     with (out / JOURNAL).open("ab") as stream:
         stream.write(b"nonsense\n")
-    with pytest.raises(RunError, match=rf"{JOURNAL}: line 3 is no JSON object"):
+    with pytest.raises(RunError, match=rf"{JOURNAL}: line 6 is no JSON object"):
         find_results(out)
     with pytest.raises(RunError, match="holds results of another model or setting"):
         opened(out)
@@ -113,7 +120,7 @@ def test_a_damaged_line_is_not_believed(out: Path) -> None:
 def test_lines_that_are_in_the_file_already_change_nothing(out: Path) -> None:
     """A kill after the file was written and before its journal was taken away."""
     record = opened(out, force=True)
-    record.begin(study("x"))
+    record.begin(study("x"), [])
     told, lines = read_object(out / RECORD), (out / JOURNAL).read_bytes()
     fold_object(out / RECORD)
     (out / JOURNAL).write_bytes(lines)
@@ -136,12 +143,12 @@ class TestMadeAgain:
 
     def test_by_the_same_model(self, out: Path) -> None:
         record = opened(out, force=True)
-        record.begin(study("x"))
+        record.begin(study("x"), [])
         assert names(out) == ["y"]
         assert list(read_object(out / SOURCES)) == ["y"]
         later = opened(out)
         assert not later.vouches_for(study("x"))
-        assert not later.is_of_another(study("x"), "another origin")
+        assert not later.is_of_another(study("x"), origin("another"))
         assert later.vouches_for(study("y"))
         make(record, "x")
         assert sorted(names(out)) == ["x", "y"]
@@ -153,17 +160,20 @@ class TestMadeAgain:
                 pass
         with pytest.raises(RunError, match="holds results of another model"):
             opened(out, model=["b"])
-        opened(out, model=["b"], force=True).begin(study("x"))
+        opened(out, model=["b"], force=True).begin(study("x"), [])
         assert read_object(out / RECORD)["studies"] == {}
         assert not opened(out, model=["b"]).vouches_for(study("y"))
         assert list(read_object(out / SOURCES)) == ["y"], "what lies there of x may be of another image now"
 
     def test_without_force_what_is_there_stays(self, out: Path) -> None:
         record = opened(out)
-        record.begin(study("y"))
+        record.begin(study("y"), [out / "y.seg.nrrd"])
         assert names(out) == ["x", "y"]
-        record.add(study("y"), NIFTI, "origin of y", Beside((out / "y_entropy.nii.gz",)))
+        assert opened(out).holds(study("y"), NIFTI, Beside())
+        record.add(study("y"), ("nrrd",), origin("origin of y"), Beside((out / "y_entropy.nii.gz",)))
         again = opened(out)
+        assert again.value["studies"]["y"] == ["nifti", "nrrd"]
+        assert again.value["begun"] == {}
         assert again.value["beside"] == {"y": ["y.quality.json", "y_entropy.nii.gz"]}
         assert again.value["kept_scores"] == {"y": 2}
 
@@ -196,3 +206,139 @@ def test_what_ended_the_work_is_told_and_not_that_the_journal_stays(out: Path) -
         raise KeyboardInterrupt
     with pytest.raises(RunError, match=f"{SOURCES}: not a JSON object"), opened(out) as record:
         make(record, "z")
+
+
+class TestOurs:
+    """Which of the files that lie in a folder are volseg's: of those alone is anything replaced or taken away."""
+
+    def test_what_was_begun_is_known_before_it_is_there(self, out: Path) -> None:
+        opened(out).begin(study("z"), [out / "z.nii.gz", out / "uncertainty" / "z_entropy.nii.gz"])
+        (out / "z.nii.gz").write_bytes(b"lab")
+        again = opened(out)
+        assert names(out) == ["x", "y"]
+        assert not again.vouches_for(study("z"))
+        assert again.ours(study("z")) == {"z.nii.gz", "z_entropy.nii.gz"}
+        assert again.in_the_way(study("z"), [out / "z.nii.gz"]) is None
+        make(again, "z")
+        assert again.ours(study("z")) == opened(out).ours(study("z")) == {"z.nii.gz"}
+
+    def test_what_is_not_recorded_is_not(self, out: Path) -> None:
+        own = {"z.nii.gz": "z", "x.seg.nrrd": "x", "z_entropy.nii.gz": "z"}
+        for file, name in own.items():
+            (out / file).write_bytes(b"drawn by hand")
+            assert str(opened(out).in_the_way(study(name), [out / file])).startswith(
+                f"{out / file} exists already and is no result of volseg; choose another --out"
+            )
+            assert opened(out, force=True).in_the_way(study(name), [out / file]) is None
+        assert opened(out).in_the_way(study("x"), [out / "x.nii.gz"]) is None
+
+    def test_what_another_model_made_is(self, out: Path) -> None:
+        opened(out, model=["b"], force=True).begin(study("x"), [out / "x.seg.nrrd"])
+        later = opened(out, model=["b"])
+        assert later.ours(study("x")) == {"x.nii.gz", "x.seg.nrrd"}
+        assert later.ours(study("y")) == {"y.nii.gz", "y.quality.json"}
+        make(later, "y")
+        assert later.ours(study("y")) == {"y.nii.gz"}
+
+    @pytest.mark.parametrize("is_told", [True, False])
+    def test_the_table_is_where_there_were_estimates(self, out: Path, *, is_told: bool) -> None:
+        (out / "quality.csv").write_text("x")
+        with opened(out):
+            pass
+        if not is_told:  # by an older version
+            value = json.loads((out / RECORD).read_text())
+            del value["table"], value["begun"]
+            (out / RECORD).write_text(json.dumps(value))
+        estimate = out / "quality" / "z.quality.json"
+        assert opened(out).in_the_way(study("z"), [estimate]) is None
+        assert opened(out).owns_table
+
+    def test_elsewhere_it_is_the_users(self, tmp_path: Path) -> None:
+        make(opened(tmp_path), "x")
+        (tmp_path / "quality.csv").write_text("x")
+        again = opened(tmp_path)
+        assert not again.owns_table
+        assert again.in_the_way(study("z"), [tmp_path / "z.nii.gz"]) is None
+        assert str(again.in_the_way(study("z"), [tmp_path / "quality" / "z.quality.json"])).startswith(
+            f"{tmp_path / 'quality.csv'} exists already and is no result of volseg"
+        )
+
+
+class TestOrigin:
+    """Of a folder it is what lies there, at any depth, and nothing that volseg writes."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "series" / "below").mkdir(parents=True)
+        for name in ("1.dcm", "2.dcm", "below/3.dcm"):
+            (tmp_path / "series" / name).write_bytes(b"slice")
+        return tmp_path / "series"
+
+    def origin(self, folder: Path, out: Path) -> Origin:
+        return origin_of(Study("series", (folder,)), out, series=None, resample_uneven=False)
+
+    def test_every_change_of_a_file_tells(self, folder: Path) -> None:
+        out = folder.parent / "out"
+        found = [self.origin(folder, out)]
+        (folder / "below" / "3.dcm").write_bytes(b"other")
+        os.utime(folder / "below" / "3.dcm", ns=(1, 1))
+        found.append(self.origin(folder, out))
+        (folder / "below" / "3.dcm").write_bytes(b"longer")
+        os.utime(folder / "below" / "3.dcm", ns=(1, 1))
+        found.append(self.origin(folder, out))
+        (folder / "below" / "3.dcm").rename(folder / "below" / "4.dcm")
+        found.append(self.origin(folder, out))
+        (folder / "below" / "4.dcm").rename(folder / "3.dcm")
+        found.append(self.origin(folder, out))
+        (folder / "3.dcm").unlink()
+        found.append(self.origin(folder, out))
+        assert len({origin.digest for origin in found}) == len(found)
+        assert len({origin.by_paths for origin in found}) == 1
+        assert self.origin(folder, out) == found[-1]
+
+    @pytest.mark.parametrize("below", [".", "below", "below/results"])
+    def test_results_are_no_part_of_it(self, folder: Path, below: str) -> None:
+        out = folder / below
+        before = self.origin(folder, out)
+        (out / "quality").mkdir(parents=True)
+        (out / "series.capture").mkdir()
+        for name in (
+            *("series.seg.dcm", "series.verification.json", "predictions.json", "sources.jsonl", "quality.csv"),
+            *("quality/series.quality.json", "series.capture/1.dcm", ".volseg.lock", ".writing-1-series.seg.dcm"),
+        ):
+            (out / name).write_bytes(b"result")
+        assert self.origin(folder, out) == before
+        assert self.origin(folder, folder.parent / "elsewhere") != before
+        (out / "5.dcm").write_bytes(b"slice")
+        assert self.origin(folder, out) != before
+
+    def test_a_file_alone_is_what_it_always_was(self, tmp_path: Path) -> None:
+        for name, content in (("x.nii", b"no volume"), ("x.nhdr", b"NRRD0004\n")):
+            (tmp_path / name).write_bytes(content)
+            found = origin_of(Study("x", (tmp_path / name,)), tmp_path, series=None, resample_uneven=False)
+            assert found.digest == found.by_paths
+
+    def test_a_folder_is_walked_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        walked, scandir = [], os.scandir
+
+        def counted(path: Path) -> Any:
+            walked.append(path)
+            return scandir(path)
+
+        monkeypatch.setattr("os.scandir", counted)
+        self.origin(folder, folder.parent / "out")
+        assert walked == [folder, folder / "below"]
+
+    def test_only_a_record_without_content_is_doubted(self, out: Path) -> None:
+        record, known = opened(out), Origin("with content", "origin of x")
+        assert record.is_of_another(study("x"), known)
+        record.doubt(study("x"), Origin("origin of x", "origin of x"))
+        assert record.holds(study("x"), NIFTI, Beside())
+        record.doubt(study("x"), known)
+        assert not record.is_of_another(study("x"), known)
+        assert not record.holds(study("x"), NIFTI, Beside())
+        record.begin(study("x"), [out / "x.nii.gz"])
+        assert names(out) == ["y"]
+        record.add(study("x"), NIFTI, known, Beside())
+        assert opened(out).holds(study("x"), NIFTI, Beside())
+        assert not opened(out).is_of_another(study("x"), known)

@@ -13,20 +13,24 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 from pydicom.uid import CTImageStorage, RTStructureSetStorage
 
 from pipeline.bundle import load_bundle
 from pipeline.cli_console import TerminalConsole
 from pipeline.console import Silence
 from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
+from pipeline.export.confidentiality import Confidentiality
 from pipeline.folder_lock import LOCK_NAME, held
 from pipeline.manifest import Dataset, save_manifest
 from pipeline.plan import ChannelPlan
 from pipeline.predict import Model
-from pipeline.record import Record
+from pipeline.record import Record, origin_of
+from pipeline.results import find_results
 from pipeline.segment import SegmentSettings, schema_for, segment_studies
 from pipeline.sources import read_source
 from pipeline.studies import Study, Wanted, find_studies
+from transforms.placing_spec import Placing
 from transforms.volume import read_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -472,6 +476,184 @@ class TestAgain:
             segment(model, [images], out)
 
 
+class TestContent:
+    """What lies in a folder, or beside a header, is what is segmented, though its path stays the same."""
+
+    @pytest.fixture
+    def series(self, data_dir: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(data_dir / "dicom_hippocrop", tmp_path / "series"))
+
+    @pytest.mark.parametrize("change", ["other pixels", "a slice less", "a slice more"])
+    def test_another_series_in_the_same_folder_is_another_input(
+        self, model: Model, series: Path, tmp_path: Path, change: str
+    ) -> None:
+        slices, out = sorted(series.glob("*.dcm"), key=lambda path: int(path.stem)), tmp_path / "out"
+        held_back = slices[-1].rename(tmp_path / "held_back") if change == "a slice more" else slices[-1]
+        assert segment(model, [series], out) == (["series.nii.gz"], {})
+        assert segment(model, [series], out) == ([], {})
+        if change == "other pixels":
+            for path in slices:
+                dataset = pydicom.dcmread(path)
+                dataset.PixelData, dataset.PatientID = dataset.pixel_array[::-1].tobytes(), "another"
+                dataset.save_as(path)
+        elif change == "a slice less":
+            slices[-1].unlink()
+        else:
+            held_back.rename(slices[-1])
+        written, reasons = segment(model, [series], out)
+        assert written == []
+        assert reasons == {
+            "series": f"{series}: {out} holds the result of another input named series; choose another --out, or give "
+            "--force"
+        }
+        assert segment(model, [series], out, force=True)[0] == ["series.nii.gz"]
+        assert segment(model, [series], out) == ([], {})
+
+    @pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+    def test_other_voxels_beside_the_same_header_are_another_input(
+        self, model: Model, images: Path, tmp_path: Path, suffix: str
+    ) -> None:
+        header = tmp_path / f"case{suffix}"
+        sitk.WriteImage(sitk.ReadImage(images / "hippocampus_001.nii.gz"), header)
+        assert len(segment(model, [header], tmp_path / "out")[0]) == 1
+        assert segment(model, [header], tmp_path / "out") == ([], {})
+        voxels = tmp_path / "case.raw"
+        voxels.write_bytes(voxels.read_bytes()[::-1])
+        assert "another input named case" in segment(model, [header], tmp_path / "out")[1]["case"]
+
+    def test_results_in_the_folder_of_the_images_are_none_of_them(self, model: Model, series: Path) -> None:
+        for out in (series, series / "out"):
+            wanted = {"formats": ("seg", "overlay"), "uncertainty": True}
+            assert len(segment(model, [series], out, **wanted)[0]) == 3
+            assert segment(model, [series], out, **wanted) == ([], {})
+            shutil.rmtree(series / "out", ignore_errors=True)
+
+    def test_a_record_that_does_not_tell_the_content_is_not_believed(
+        self, model: Model, series: Path, images: Path, tmp_path: Path
+    ) -> None:
+        """Nor is it a reason to refuse what may well be the same; what tells as much as ever is kept."""
+        out, record = tmp_path / "out", tmp_path / "out" / "predictions.json"
+        inputs = [series, images / "hippocampus_001.nii.gz"]
+        segment(model, inputs, out, formats=("nifti", "overlay"))
+        value = json.loads(record.read_text())
+        (study,) = find_studies([series], Wanted(model.plan.channels), console=Silence())
+        value["origins"]["series"] = origin_of(study, out, series=None, resample_uneven=False).by_paths
+        record.write_text(json.dumps(value))
+        assert segment(model, inputs, out) == (["series.nii.gz"], {})
+        assert not (out / "series.png").exists(), "it is of what lay in the folder then"
+        assert (out / "hippocampus_001.png").exists()
+        assert segment(model, inputs, out) == ([], {})
+
+    def test_of_a_tree_each_series_is_its_own_slices(
+        self, model: Model, series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = series / "other"
+        other.mkdir()
+        for path in sorted(series.glob("*.dcm")):
+            dataset = pydicom.dcmread(path)
+            dataset.SeriesInstanceUID, dataset.SOPInstanceUID = "1.2.3", f"{dataset.SOPInstanceUID[:50]}.1"
+            dataset.save_as(other / path.name)
+
+        def again() -> tuple[int, list[str]]:
+            studies = find_studies([series], Wanted(model.plan.channels, series="all"), console=Silence())
+            monkeypatch.setattr("pipeline.record._files_below", None)  # the tree is walked by its index alone
+            settings = replace(SETTINGS, series="all")
+            written, failures = segment_studies(model, studies, tmp_path / "out", settings=settings, console=Silence())
+            monkeypatch.undo()
+            return len(written), [failure.reason for failure in failures]
+
+        assert again() == (2, [])
+        assert again() == (0, [])
+        for path in other.iterdir():
+            dataset = pydicom.dcmread(path)
+            dataset.PixelData = dataset.pixel_array[::-1].tobytes()
+            dataset.save_as(path)
+        written, (reason,) = again()
+        assert written == 0
+        assert "holds the result of another input" in reason
+
+
+class TestOurs:
+    """What volseg made is replaced or goes; what it did not make stays."""
+
+    def test_made_again_nothing_is_left_of_what_was(self, model: Model, images: Path, tmp_path: Path) -> None:
+        one, name = images / "hippocampus_001.nii.gz", "hippocampus_001"
+        segment(model, [images], tmp_path, formats=("nifti", "stl", "gltf"))
+        (tmp_path / f"{name}.png").write_text("the user's own")
+        assert segment(Model(model.bundles * 2), [one], tmp_path, formats=("nrrd",), force=True)[1] == {}
+        assert {path.name for path in tmp_path.glob(f"{name}.*")} == {
+            *(f"{name}.seg.nrrd", f"{name}.verification.json", f"{name}.png")
+        }
+        report = json.loads((tmp_path / f"{name}.verification.json").read_text())
+        assert [row["format"] for row in report["files"]] == ["nrrd"]
+        with pytest.raises(RunError, match="holds no NIfTI label map"):
+            find_results(tmp_path)
+        # The other study's files are the first model's, and go when its turn comes, which needs no force.
+        written, failures = segment(Model(model.bundles * 2), [images], tmp_path, formats=("overlay",))
+        assert (written, set(failures)) == (["hippocampus_015.png"], {name})
+        assert [path.name for path in tmp_path.glob("hippocampus_015.*")] == ["hippocampus_015.png"]
+
+    def test_so_it_is_with_copies_of_the_source(self, model: Model, data_dir: Path, tmp_path: Path) -> None:
+        hidden = Confidentiality(bytes(range(32)), copies_source=True)
+        study = Study("case", (data_dir / "dicom_hippocrop",))
+        for confidentiality, ends in ((hidden, [".nii.gz", ".source"]), (None, [".nii.gz"])):
+            settings = replace(SETTINGS, confidentiality=confidentiality, force=True)
+            segment_studies(model, [study], tmp_path, settings=settings, console=Silence())
+            found = {path.name for path in tmp_path.glob("case.*")}
+            assert found == {"case.verification.json", *(f"case{end}" for end in ends)}
+
+    def test_another_format_of_the_same_model_takes_nothing_away(
+        self, model: Model, images: Path, tmp_path: Path
+    ) -> None:
+        one = images / "hippocampus_001.nii.gz"
+        for form in ("nifti", "nrrd"):
+            assert len(segment(model, [one], tmp_path, formats=(form,))[0]) == 1
+        assert segment(model, [one], tmp_path, formats=("nifti", "nrrd")) == ([], {})
+        report = json.loads((tmp_path / "hippocampus_001.verification.json").read_text())
+        assert [row["format"] for row in report["files"]] == ["nifti", "nrrd"]
+
+    def test_a_file_of_the_users_is_refused_in_a_folder_of_results_too(
+        self, model: Model, images: Path, tmp_path: Path
+    ) -> None:
+        out, own = tmp_path / "out", tmp_path / "out" / "hippocampus_015.nii.gz"
+        segment(model, [images / "hippocampus_001.nii.gz"], out)
+        own.write_text("drawn by hand")
+        map_of_another = out / "uncertainty" / "hippocampus_015_entropy.nii.gz"
+        touch(map_of_another.parent, map_of_another.name)
+        written, reasons = segment(model, [images], out)
+        assert written == []
+        assert reasons["hippocampus_015"].endswith(
+            f"{own} exists already and is no result of volseg; choose another --out, or give --force"
+        )
+        assert own.read_text() == "drawn by hand"
+        own.unlink()
+        assert segment(model, [images], out)[0] == [own.name]
+        assert map_of_another.read_text() == "x"
+
+    def test_a_table_of_the_users_stays(self, model: Model, images: Path, tmp_path: Path) -> None:
+        table = touch(tmp_path / "out", "quality.csv") / "quality.csv"
+        assert len(segment(model, [images], table.parent)[0]) == 2
+        assert table.read_text() == "x"
+        written, reasons = segment(model, [images], table.parent, uncertainty=True)
+        assert written == []
+        assert {reason.partition(": ")[2] for reason in reasons.values()} == {
+            f"{table} exists already and is no result of volseg; choose another --out, or give --force"
+        }
+        assert table.read_text() == "x"
+        assert len(segment(model, [images], table.parent, uncertainty=True, force=True)[0]) == 2 * 2
+        assert table.read_text().startswith("study,")
+        # From now on it is volseg's, and goes with the last estimate.
+        assert len(segment(model, [images], table.parent, force=True)[0]) == 2
+        assert not table.exists()
+
+    def test_what_a_kill_left_unfinished_goes(self, model: Model, images: Path, tmp_path: Path) -> None:
+        touch(tmp_path, ".writing-abc-x.nii.gz")
+        touch(tmp_path / "uncertainty", ".writing-abc-x_entropy.nii.gz")
+        (tmp_path / ".writing-folder").mkdir()
+        segment(model, [images / "hippocampus_001.nii.gz"], tmp_path)
+        assert list(tmp_path.rglob(".writing-*")) == []
+
+
 class TestSources:
     def test_a_dicom_source_has_its_series(self, data_dir: Path) -> None:
         source = read_source(data_dir / "dicom_hippocrop", series=None)
@@ -493,3 +675,17 @@ class TestSources:
         assert schema_for(images / "hippocampus_001.nii.gz", None) is None
         with pytest.raises(ManifestError):
             schema_for(labels, tmp_path / "missing.json")
+
+
+def test_a_model_that_takes_axes_as_stored_tells_each_kind_once(model: Model, images: Path, tmp_path: Path) -> None:
+    (bundle,) = model.bundles
+    plan = bundle.plan.model_copy(update={"placing": Placing()})
+    stored = replace(model, bundles=(replace(bundle, plan=plan),))
+    for number in range(2):
+        shutil.copy(images / "hippocampus_001.nii.gz", tmp_path / f"{number}.nii.gz")
+    flipped = nib.load(images / "hippocampus_001.nii.gz")
+    nib.save(flipped.slicer[::-1], tmp_path / "2.nii.gz")
+    listener = Listener()
+    studies = find_studies([tmp_path / f"{n}.nii.gz" for n in range(3)], Wanted(plan.channels), console=Silence())
+    segment_studies(stored, studies, tmp_path / "out", settings=SETTINGS, console=listener)
+    assert [note[: note.index(";")] for note in listener.notes] == ["0: axes are RAS", "2: axes are LAS"]

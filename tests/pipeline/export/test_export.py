@@ -16,7 +16,18 @@ import pytest
 
 from pipeline.cli import FORMAT_HELP
 from pipeline.errors import ExportError, RunError
-from pipeline.export import FORMATS, Source, check_formats, export
+from pipeline.export import (
+    COPIES,
+    FORMATS,
+    Options,
+    Source,
+    check_formats,
+    discard_exports,
+    export,
+    path_of,
+    written_formats,
+)
+from pipeline.export.confidential import SOURCE_FORMAT, SOURCE_SUFFIX
 from pipeline.export.nifti import write_nifti
 from pipeline.segmentation import Segmentation
 
@@ -62,6 +73,30 @@ def test_figures_of_earlier_formats_stay(phantom: Segmentation, source: Source, 
     report.write_text('{"files": [3]}')
     export(phantom, formats=["nifti"], out=tmp_path, name="x", source=source)
     assert [row["format"] for row in json.loads(report.read_text())["files"]] == ["nifti"]
+
+
+def test_what_is_taken_away_goes_with_its_figures(phantom: Segmentation, source: Source, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(phantom, formats=["nifti", "stl", "nrrd", "overlay"], out=out, name="x", source=source)
+    (out / "xy.nii.gz").write_bytes(b"of another")
+    report = out / "x.verification.json"
+    discard_exports(out, "x", ["x.meshes", "x.nii.gz", "x.seg.dcm", "xy.nii.gz", "x.verification.json"])
+    assert [row["format"] for row in json.loads(report.read_text())["files"]] == ["nrrd"]
+    assert {path.name for path in out.iterdir()} == {"x.seg.nrrd", "x.png", "xy.nii.gz", report.name}
+    discard_exports(out, "x", ["x.seg.nrrd"])
+    assert {path.name for path in out.iterdir()} == {"x.png", "xy.nii.gz"}
+
+
+def test_a_link_that_is_taken_away_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "x.meshes").symlink_to(tmp_path.parent, target_is_directory=True)
+    discard_exports(tmp_path, "x", ["x.meshes"])
+    assert list(tmp_path.iterdir()) == []
+    assert tmp_path.parent.is_dir()
+
+
+def test_what_comes_of_formats_is_known_beforehand(tmp_path: Path) -> None:
+    assert written_formats(["sr", "nifti", "seg"], Options()) == ("seg", "sr", "nifti")
+    assert (COPIES, path_of(tmp_path, "x", COPIES).name) == (SOURCE_FORMAT, f"x{SOURCE_SUFFIX}")
 
 
 def test_the_name_cannot_leave_the_folder(phantom: Segmentation, source: Source, tmp_path: Path) -> None:
