@@ -19,7 +19,7 @@ from pipeline.files import atomic_folder, atomic_path, refuse_foreign, sha256_of
 from pipeline.models.registry import build_network
 from pipeline.models.slices import as_volume_network
 from pipeline.plan import Plan
-from pipeline.postprocessing import PostProcessing, read_postprocessing
+from pipeline.postprocessing import PostProcessing, first_fault, read_postprocessing
 from transforms.labels import LabelSchema
 
 INDEX = "bundle.json"
@@ -319,8 +319,7 @@ def _read_index(folder: Path) -> BundleIndex:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(f"{folder / INDEX}: cannot be read ({type(error).__name__})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BundleError(f"{folder / INDEX}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise BundleError(f"{folder / INDEX}: not a volseg model bundle: {first_fault(error)}") from error
 
 
 def _missing(folder: Path, name: str) -> str:

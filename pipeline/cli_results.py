@@ -20,6 +20,9 @@ URI_HELP = (
 Uri = Annotated[str | None, typer.Option("--uri", help=URI_HELP)]
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
 
+RUNS = Path("runs")
+"""Where runs are looked for unless another folder is named."""
+
 RUN_PREFIX = "runs:/"
 
 
@@ -31,7 +34,7 @@ def compare_runs(
     ] = "dice",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison as JSON.")] = None,
     uri: Uri = None,
-    runs: RunsFolder = Path("runs"),
+    runs: RunsFolder = RUNS,
 ) -> None:
     """Say whether one of two evaluations of the same cases is better, by how much, and where."""
     from pipeline.cli_console import show_table
@@ -42,7 +45,7 @@ def compare_runs(
 
     if figure not in FIGURES:
         raise ConfigError(f"--figure: no figure '{figure}' to compare; there are {', '.join(FIGURES)}")
-    reports = [_report_of(text, uri, runs) for text in (a, b)]
+    reports = [_report_of(text, uri, _named_folder(runs)) for text in (a, b)]
     found = compare(*reports, figure=figure, settings=EvaluateConfig())
     show_table(f"{figure}, B minus A, {found.overall.n_cases} shared cases", _rows(found))
     show_table("cases that changed most", [
@@ -66,14 +69,14 @@ def promote_run(
         str | None, typer.Option("--model", metavar="NAME", help="Name in the registry; default: the dataset's.")
     ] = None,
     uri: Uri = None,
-    runs: RunsFolder = Path("runs"),
+    runs: RunsFolder = RUNS,
 ) -> None:
     """Give the alias `champion` to a run's model in MLflow's registry."""
     from pipeline.promote import promote
     from pipeline.tracking import without_password
     from pipeline.tracking.registry import open_registry
 
-    place, run_id = _tracked_run(run, uri, runs)
+    place, run_id = _tracked_run(run, uri, _named_folder(runs))
     with open_registry(place) as registry:
         outcome = promote(registry, run_id, alias=alias, model=model, if_better=if_better)
     print(outcome.told)
@@ -86,7 +89,7 @@ def promote_run(
 
 def list_tracked(
     uri: Uri = None,
-    runs: RunsFolder = Path("runs"),
+    runs: RunsFolder = RUNS,
     experiment: Annotated[str | None, typer.Option("--experiment", help="Only this experiment's.")] = None,
     sort: Annotated[str, typer.Option("--sort", help="started, minutes, name, or a metric's name.")] = "started",
     metric: Annotated[list[str] | None, typer.Option("--metric", help="A metric to show; may be repeated.")] = None,
@@ -95,9 +98,10 @@ def list_tracked(
 ) -> None:
     """List tracked runs, folds below their cross-validation, with their out-of-fold Dice; largest or newest first."""
     from pipeline.cli_console import show_table
-    from pipeline.cli_run_rows import in_order, row_of
+    from pipeline.cli_run_rows import in_order, require_metrics, row_of
 
-    found = _runs_in(uri, runs, experiment, offline=offline)
+    found = _runs_in(uri, _named_folder(runs), experiment, offline=offline)
+    require_metrics(found, metric or ())
     shown = metric or ["out_of_fold_dice/mean"]
     rows = in_order(found, sort)
     show_table("runs", [row_of(run, shown, offline=offline) for run in rows[:most]])
@@ -105,6 +109,15 @@ def list_tracked(
         print(f"{len(rows) - most} more; give --most")
     if not rows:
         print("no runs yet")
+
+
+def _named_folder(runs: Path) -> Path:
+    """The folder of the runs, which has to be there if it was named, even where RUN alone would have been enough."""
+    from pipeline.errors import RunError
+
+    if runs != RUNS and not runs.is_dir():
+        raise RunError(f"--runs {runs}: no such folder; expected the folder that holds the runs and their mlflow.db")
+    return runs
 
 
 def _runs_in(uri: str | None, runs: Path, experiment: str | None, *, offline: bool) -> list[TrackedRun]:

@@ -21,9 +21,8 @@ def in_order(runs: Sequence[TrackedRun], sort: str) -> list[TrackedRun]:
         ConfigError: no run has a metric of that name.
     """
     by_name = {"started", "minutes", "name"}
-    known = sorted({name for run in runs for name in run.metrics})
-    if runs and sort not in by_name and sort not in known:
-        raise ConfigError(f"--sort {sort}: no run has that metric; there are {', '.join([*sorted(by_name), *known])}")
+    if sort not in by_name:
+        _require_metric(runs, sort, option="--sort", beside=sorted(by_name))
     ids = {run.run_id for run in runs}
     folds: dict[str, list[TrackedRun]] = {}
     for run in runs:
@@ -43,6 +42,16 @@ def in_order(runs: Sequence[TrackedRun], sort: str) -> list[TrackedRun]:
     ]
 
 
+def require_metrics(runs: Sequence[TrackedRun], names: Sequence[str]) -> None:
+    """Refuse a column that would be empty.
+
+    Raises:
+        ConfigError: no run has a metric of one of these names.
+    """
+    for name in names:
+        _require_metric(runs, name, option="--metric")
+
+
 def row_of(run: TrackedRun, metrics: Sequence[str], *, offline: bool) -> dict[str, Any]:
     """One row of the table."""
     started = datetime.fromtimestamp(run.started_ms / 1000).astimezone()
@@ -57,6 +66,13 @@ def row_of(run: TrackedRun, metrics: Sequence[str], *, offline: bool) -> dict[st
         **last,
         "id": run.run_id,
     }
+
+
+def _require_metric(runs: Sequence[TrackedRun], name: str, *, option: str, beside: Sequence[str] = ()) -> None:
+    known = sorted({metric for run in runs for metric in run.metrics})
+    if runs and name not in known:
+        there = ", ".join([*beside, *known]) or "none"
+        raise ConfigError(f"{option} {name}: no run has that metric; there are {there}")
 
 
 def _key(run: TrackedRun, sort: str) -> Key:

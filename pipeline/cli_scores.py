@@ -90,7 +90,7 @@ def _formats(text: str) -> tuple[str, ...]:
     if unknown or not wanted:
         raise ConfigError(
             f"--as {text}: without the image there are {', '.join(FORMATS)}; "
-            "for others write nifti, and then: volseg export LABELS IMAGE --as FORMAT"
+            "for others write nifti, and then: volseg export LABELS --source IMAGE --as FORMAT --out FOLDER"
         )
     return wanted
 

@@ -27,6 +27,9 @@ from pipeline.errors import ConfigError
 ERRORS_SHOWN = 5
 """Faults of one config that are told at a time; the rest are counted."""
 
+KNOWN_HERE = "; known here: "
+"""Before the keys of a section, where an unknown one is near to none of them."""
+
 
 Channels = Annotated[int, Field(ge=1)]
 Distance = Annotated[float, Field(ge=0)]
@@ -197,8 +200,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: no such config file; see configs/ for examples") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: a folder; a config is a YAML file as in configs/") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({type(error).__name__})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from error
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise ConfigError(f"{path}: is not a config (YAML) but a binary file; see configs/ for examples") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
     except ValueError as error:
@@ -206,6 +211,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(document, dict):
         found = "nothing" if document is None else type(document).__name__
         raise ConfigError(f"{path}: a config is a mapping of sections, found {found}")
+    if MANIFEST_KEYS & document.keys() and "data" not in document:
+        raise ConfigError(f"{path}: this is a manifest, expected a config; a config names it: data.manifest: {path}")
     _anchor_paths(document, path.parent)
     alone = copy.deepcopy(document)
     for override in overrides:
@@ -263,6 +270,9 @@ def reference() -> str:
 
 
 DATA_PATHS = ("manifest", "root", "cache")
+
+MANIFEST_KEYS = {"cases", "channels", "channel_names", "modality", "training"}
+"""What a manifest, or the dataset.json of MSD or nnU-Net, says at its top, and a config never does."""
 
 MOVED = {"train.loss": "loss.terms"}
 """Keys that something else does now."""
@@ -341,13 +351,22 @@ def _apply(document: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> str:
     told = dict.fromkeys(_explain_one(e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors())
     more = len(told) - ERRORS_SHOWN
-    return "; ".join(list(told)[:ERRORS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    return "; ".join(_with_each_list_once(list(told)[:ERRORS_SHOWN])) + (f"; and {more} more" if more > 0 else "")
+
+
+def _with_each_list_once(lines: Sequence[str]) -> Iterator[str]:
+    """Several unknown keys of one section have the same known ones beside them."""
+    said = set()
+    for line in lines:
+        fault, _, known = line.partition(KNOWN_HERE)
+        yield fault if known in said else line
+        said.add(known)
 
 
 def _explain_one(location: tuple[int | str, ...], kind: str, message: str, found: Any) -> str:
     key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
-        return f"unknown key '{key}'; {_nearest(key)}"
+        return f"unknown key '{key}'{_nearest(key)}"
     if kind == "missing" and isinstance(location[-1], int):
         kinds = {name: _type_name(field.annotation) for name, field in _fields(Config)}
         key = key.rpartition(".")[0]
@@ -376,15 +395,15 @@ def _is_mixed(annotation: Any) -> bool:
 
 def _nearest(key: str) -> str:
     if key in MOVED:
-        return f"did you mean {MOVED[key]!r}?"
+        return f"; did you mean {MOVED[key]!r}?"
     known = [name for name, _ in _fields(Config)]
     known += sorted({name.rpartition(".")[0] for name in known if "." in name})
     elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     near = elsewhere or difflib.get_close_matches(key, known, n=2, cutoff=0.8)
     if near:
-        return f"did you mean {' or '.join(repr(name) for name in near)}?"
+        return f"; did you mean {' or '.join(repr(name) for name in near)}?"
     section = key.rpartition(".")[0]
-    return f"known here: {', '.join(name for name in known if name.rpartition('.')[0] == section)}"
+    return f"{KNOWN_HERE}{', '.join(name for name in known if name.rpartition('.')[0] == section)}"
 
 
 def _refuse_repeated_keys(node: yaml.Node | None) -> None:

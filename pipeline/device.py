@@ -67,7 +67,7 @@ def choose_hardware(settings: TrainConfig) -> Hardware:
     """
     there = torch.cuda.is_available()
     if settings.device == "cuda" and not there:
-        raise ConfigError("train.device: cuda is asked for but PyTorch sees no GPU; use auto or cpu")
+        raise ConfigError("--device / train.device: cuda is asked for but PyTorch sees no GPU; use auto or cpu")
     device: Literal["cpu", "cuda"] = "cuda" if there and settings.device != "cpu" else "cpu"
     if device == "cpu":
         return Hardware("cpu", _cpu_precision(settings))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from pipeline.bad_cases import bad_cases, explain_case
@@ -22,6 +23,7 @@ from pipeline.expectation import with_expected
 from pipeline.manifest import Dataset
 from pipeline.quality import read_quality
 from pipeline.references import (
+    SCHEMA_FILE,
     Reference,
     dataset_at,
     known_schema,
@@ -31,10 +33,16 @@ from pipeline.report_values import CaseExplanation, CaseFailure, CaseScores, Lab
 from pipeline.scores import CaseMeasures, label_scores, measure_ids, name_of_id, region_scores
 from pipeline.summary import some, summarise
 from transforms.labels import LabelSchema, schema_from_names
-from transforms.volume import read_label
+from transforms.volume import Volume, read_label
 
 Progress = Callable[[int, int], None]
 """Called with the number of cases done and the number of all cases."""
+
+MOST_NAMELESS = 255
+"""Labels that a map may hold of which nobody says what they are."""
+
+FEW_VALUES = 32
+"""A map with no more values than this is taken for one of labels, however they lie."""
 
 _MOST_THREADS = 4  # each holds a prediction and its reference
 
@@ -69,10 +77,11 @@ def evaluate_files(
 
     Files of two folders belong together when their names without the suffix are the same; those of a manifest
     by case id. The schema is the given one, else the dataset's, else `labels.json` beside the predictions,
-    else made from the ids that occur. Without a manifest each case counts as a patient of its own. One of
-    several cases that cannot be scored is set aside in `Report.failures`. A reference without a prediction is
-    refused unless `allow_missing`, because leaving out the hardest cases raises the mean. What the model expected
-    is compared with what was found where it lies beside the predictions (`quality.read_quality`).
+    else made from the ids that occur; only then is an image among the label maps refused for what it is. Without a
+    manifest each case counts as a patient of its own. One of several cases that cannot be scored is set aside in
+    `Report.failures`. A reference without a prediction is refused unless `allow_missing`, because leaving out the
+    hardest cases raises the mean. What the model expected is compared with what was found where it lies beside the
+    predictions (`quality.read_quality`).
 
     Raises:
         VolumeError: a path that is not there, names that do not match, or no case that can be scored.
@@ -132,9 +141,39 @@ def require_labels(settings: EvaluateConfig, schema: LabelSchema) -> None:
         ConfigError: as said.
     """
     known = [*schema.names, *(region.name for region in schema.regions)]
-    for key, names in (("tolerances_mm", settings.tolerances_mm or {}), ("lesions", settings.lesions)):
+    for place, names in (
+        ("--tolerance / evaluate.tolerances_mm", settings.tolerances_mm or {}),
+        ("--lesions / evaluate.lesions", settings.lesions),
+    ):
         if unknown := [name for name in names if name not in known]:
-            raise ConfigError(f"evaluate.{key}: {some(unknown)} is no label; the labels are {some(known)}")
+            raise ConfigError(f"{place}: {some(unknown)} is no label; the labels are {some(known)}")
+
+
+def require_nameless_labels(label_map: Volume, file: Path, *, advice: str) -> None:
+    """Refuse an image where a label map is expected and no schema says which values are labels.
+
+    Labels lie together: most neighbours of a labelled voxel have its value, and few neighbours of an image's voxel do.
+
+    Raises:
+        VolumeError: `file` holds more values than can be labels without a name, or they lie as those of an image do;
+            `advice` says how to give names.
+    """
+    voxels = label_map.voxels
+    if voxels.max(initial=0) <= FEW_VALUES:
+        return
+    count = int(np.count_nonzero(np.unique(voxels) > 0))
+    if count > MOST_NAMELESS or (count > FEW_VALUES and _share_of_equal_neighbours(voxels) < 0.5):
+        raise VolumeError(
+            f"{file}: looks like an image: {count} different values above 0, expected a label map; "
+            f"if they are labels, {advice}"
+        )
+
+
+def _share_of_equal_neighbours(voxels: npt.NDArray[Any]) -> float:
+    """Of all pairs of voxels above 0 along the first axis; 1 where there are none."""
+    before, after = voxels[:-1], voxels[1:]
+    is_pair = (before > 0) & (after > 0)
+    return float(np.mean(before[is_pair] == after[is_pair])) if is_pair.any() else 1.0
 
 
 @dataclass(frozen=True)
@@ -176,6 +215,9 @@ def _measure_case(pair: Pair, schema: LabelSchema | None, settings: EvaluateConf
                 f"{path} and its reference {reference.path} lie on different grids: {difference}; "
                 "bring both onto one grid first"
             )
+        if schema is None:
+            for label_map, file in ((predicted, path), (expected, reference.path)):
+                require_nameless_labels(label_map, file, advice=f"name them in {SCHEMA_FILE} beside the predictions")
         try:
             ids = expected.voxels if reference.annotation is None else reference.annotation.ids(expected.voxels)
             spacing_mm = expected.geometry.spacing_mm

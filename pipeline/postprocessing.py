@@ -171,11 +171,19 @@ def read_postprocessing(text: bytes, place: str, schema: LabelSchema) -> PostPro
         found = PostProcessing.model_validate_json(text)
         found.check_labels(schema)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BundleError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise BundleError(f"{place}: not a post-processing of volseg: {first_fault(error)}") from error
     except ValueError as error:
         raise BundleError(f"{place}: {error}") from error
     return found
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong with the content of a file, by its key."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"the key '{key}' is missing"
+    return f"{key}: {first['msg']}" if key else first["msg"]
 
 
 class Tried(BaseModel):

@@ -19,6 +19,8 @@ from typing import Any, TypeVar, cast
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
@@ -34,6 +36,9 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=2)
 """For the slowest process: one that preprocesses, or validates larger cases than the others."""
 
+THIS_MACHINE = "127.0.0.1"
+"""Where each machine looks for the first process if nothing says where that is: at itself."""
+
 SEEN_WITHIN_S = 60.0
 """A network disk may show one machine later what another one wrote (NFS keeps attributes for up to a minute)."""
 
@@ -42,6 +47,9 @@ def open_fabric(hardware: Hardware) -> Fabric:
     """Fabric for `hardware`, its processes joined: those of torchrun or SLURM, or started here.
 
     Processes that are started here run the same command again from its beginning.
+
+    Raises:
+        RunError: several machines are asked for and nothing says where they meet, or other numbers than were started.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     plugin: Precision = Precision()
@@ -61,8 +69,26 @@ def open_fabric(hardware: Hardware) -> Fabric:
         plugins=[plugin],
     )
     if hardware.processes > 1:
+        _require_launcher(fabric, hardware)
         fabric.launch()
     return fabric
+
+
+def _require_launcher(fabric: Fabric, hardware: Hardware) -> None:
+    """Refuse processes that would wait in vain for each other, until `LONGEST_WAIT` is over."""
+    launcher = cast("ClusterEnvironment", cast("DDPStrategy", fabric.strategy).cluster_environment)
+    if hardware.nodes > 1 and isinstance(launcher, LightningEnvironment) and launcher.main_address == THIS_MACHINE:
+        raise RunError(
+            f"--nodes {hardware.nodes}: start it on each machine by torchrun or srun "
+            f"(MASTER_ADDR is not set, or is {THIS_MACHINE})"
+        )
+    try:
+        launcher.validate_settings(hardware.devices, hardware.nodes)
+    except ValueError as error:
+        raise RunError(
+            f"--devices {hardware.devices} --nodes {hardware.nodes}: torchrun or srun started other numbers of "
+            "processes and machines; give the same ones to both"
+        ) from error
 
 
 def gradient_scaler(fabric: Fabric) -> torch.amp.GradScaler | None:

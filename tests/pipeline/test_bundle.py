@@ -114,9 +114,16 @@ class TestRefusals:
 
     def test_another_format(self, bundle: Path) -> None:
         change_index(bundle, lambda index: index.update(format="volseg-bundle-9"))
-        assert "bundle.json: format: Input should be 'volseg-bundle-1'" in refusal(bundle)
+        assert "bundle.json: not a volseg model bundle: format: Input should be 'volseg-bundle-1'" in refusal(bundle)
 
-    @pytest.mark.parametrize(("text", "says"), [("{", "JSONDecodeError"), ("[]", "valid dictionary")])
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("{", "JSONDecodeError"),
+            ("[]", "bundle.json: not a volseg model bundle: Input should be a valid dictionary"),
+            ("{}", "bundle.json: not a volseg model bundle: the key 'name' is missing"),
+        ],
+    )
     def test_an_index_that_is_none(self, bundle: Path, text: str, says: str) -> None:
         (bundle / "bundle.json").write_text(text)
         assert says in refusal(bundle)
@@ -181,7 +188,7 @@ class TestPostProcessing:
     @pytest.mark.parametrize(
         ("text", "says"),
         [
-            ("{}", "actions: Field required"),
+            ("{}", "postprocessing.json: not a post-processing of volseg: the key 'actions' is missing"),
             (
                 WANTED.model_dump_json().replace("Anterior", "Liver"),
                 "post-processing of Liver, which is no label of the model",

@@ -171,6 +171,12 @@ class TestRefusals:
     def test_a_key_that_is_like_none_is_told_all(self, path: Path) -> None:
         assert refusal(path, "folds.zebra=1").endswith("unknown key 'folds.zebra'; known here: folds.count, folds.seed")
 
+    def test_what_is_known_is_told_once(self, path: Path) -> None:
+        message = refusal(path, "folds.zebra=1", "folds.okapi=1", "plan.zebra=1")
+        assert message.count("known here: folds.count, folds.seed") == 1
+        assert message.count("known here: plan.") == 1
+        assert all(f"unknown key '{key}'" in message for key in ("folds.zebra", "folds.okapi", "plan.zebra"))
+
     def test_a_missing_key(self, path: Path) -> None:
         path.write_text("name: tiny\n")
         assert refusal(path) == f"{path}: the key 'data' is missing"
@@ -224,8 +230,19 @@ class TestRefusals:
     def test_a_file_that_is_not_there_or_no_text(self, path: Path, tmp_path: Path) -> None:
         assert "no such config file; see configs/" in refusal(tmp_path / "missing.yaml")
         assert "a folder; a config is a YAML file" in refusal(tmp_path)
-        path.write_bytes(b"\xff\xfe\x00")
-        assert "cannot be read as text (UnicodeDecodeError)" in refusal(path)
+        for content in (b"\xff\xfe\x00", b"\x5c\x01\x00\x00"):  # the second one is text to UTF-8, as a NIfTI header is
+            path.write_bytes(content)
+            assert refusal(path).startswith(f"{path}: is not a config (YAML) but a binary file")
+
+    @pytest.mark.parametrize(
+        "text",
+        ['{"format": "volseg-manifest-1", "name": "x", "cases": []}', '{"channel_names": {"0": "CT"}, "labels": {}}'],
+    )
+    def test_a_manifest_is_called_one(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        assert refusal(path) == (
+            f"{path}: this is a manifest, expected a config; a config names it: data.manifest: {path}"
+        )
 
     def test_code_in_yaml_is_not_run(self, path: Path, tmp_path: Path) -> None:
         path.write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")

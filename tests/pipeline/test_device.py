@@ -65,7 +65,7 @@ class TestWithoutGpu:
             choose_hardware(settings(precision="bf16"))
 
     def test_asking_for_a_gpu_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"^train.device: cuda is asked for but PyTorch sees no GPU"):
+        with pytest.raises(ConfigError, match=r"^--device / train.device: cuda is asked for but PyTorch sees no GPU"):
             choose_hardware(settings(device="cuda"))
 
 

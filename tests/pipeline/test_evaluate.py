@@ -483,7 +483,8 @@ class TestSettings:
     @pytest.mark.parametrize("settings", [{"tolerances_mm": {"Anterio": 1.0}}, {"lesions": ("Anterio",)}])
     def test_a_name_that_is_no_label_is_refused(self, tmp_path: Path, settings: dict[str, Any]) -> None:
         label_map = write_label(tmp_path / "a.nii", labels(_1=4))
-        message = "evaluate.*Anterio is no label; the labels are Anterior, Posterior"
+        option = "--lesions / evaluate.lesions" if "lesions" in settings else "--tolerance / evaluate.tolerances_mm"
+        message = f"^{option}: Anterio is no label; the labels are Anterior, Posterior"
         with pytest.raises(ConfigError, match=message):
             evaluate_files(label_map, label_map, SCHEMA, settings=EvaluateConfig(**settings))
         with pytest.raises(ConfigError, match="the labels are label 1"):

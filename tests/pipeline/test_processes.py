@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from pipeline import processes
 from pipeline.device import Hardware
+from pipeline.errors import RunError
 from pipeline.history import HISTORY
 from pipeline.plan import Plan
 from pipeline.processes import open_fabric, require_shared
@@ -127,3 +129,55 @@ def test_two_trainings_may_ask_of_one_folder_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(processes, "_comes_to_hold", another_asks_first)
     require_shared(fabric, tmp_path, within_s=0.5)
     assert not list(tmp_path.iterdir())
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "one", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0",
+         "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "2"}  # fmt: skip
+
+
+class TestTwoMachines:
+    """Whether they are waited for; the waiting itself is left out."""
+
+    @pytest.fixture
+    def launched(self, monkeypatch: pytest.MonkeyPatch) -> list[Fabric]:
+        for name in ("MASTER_PORT", "NODE_RANK", *TORCHRUN, *SLURM):
+            monkeypatch.delenv(name, raising=False)
+        launched: list[Fabric] = []
+        monkeypatch.setattr(Fabric, "launch", lambda fabric: launched.append(fabric))
+        return launched
+
+    @pytest.mark.parametrize(
+        "variables", [{}, {"WORLD_SIZE": "2", "NODE_RANK": "1"}, {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}]
+    )
+    def test_nobody_is_waited_for_who_cannot_come(
+        self, launched: list[Fabric], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RunError) as error:
+            open_fabric(Hardware("cpu", "32-true", nodes=2))
+        assert str(error.value) == (
+            "--nodes 2: start it on each machine by torchrun or srun (MASTER_ADDR is not set, or is 127.0.0.1)"
+        )
+        assert launched == []
+
+    @pytest.mark.parametrize(
+        "variables", [TORCHRUN, SLURM, {"MASTER_ADDR": "here", "MASTER_PORT": "29500", "NODE_RANK": "1"}]
+    )
+    def test_a_launcher_says_where_they_meet(
+        self, launched: list[Fabric], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert open_fabric(Hardware("cpu", "32-true", nodes=2)) in launched
+
+    @pytest.mark.parametrize("variables", [TORCHRUN, SLURM])
+    def test_other_numbers_than_were_started_are_refused(
+        self, launched: list[Fabric], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RunError, match=r"^--devices 2 --nodes 2: torchrun or srun started other numbers"):
+            open_fabric(Hardware("cpu", "32-true", devices=2, nodes=2))
+        assert launched == []

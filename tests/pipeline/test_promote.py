@@ -209,6 +209,13 @@ class TestCommand:
             assert reason in str(done.exception)
             assert "\n" not in str(done.exception)
 
+    def test_a_folder_of_runs_that_is_not_there_is_told_whatever_run_is(self, world: World, tmp_path: Path) -> None:
+        for run in (str(world.runs / "better"), world.ids["better"], "nowhere"):
+            done = CliRunner().invoke(app, ["promote", run, "--runs", str(tmp_path / "gone")])
+            assert isinstance(done.exception, RunError)
+            assert str(done.exception).startswith(f"--runs {tmp_path / 'gone'}: no such folder")
+        assert world.champion() == "plain"
+
     def test_a_server_that_is_away_is_told_in_one_line(self, world: World) -> None:
         for run in (str(world.runs / "better"), world.ids["better"]):
             done = command(world, run, "--uri", "http://me:secret@127.0.0.1:9")

@@ -155,6 +155,20 @@ class TestCommands:
             "--sort dise: no run has that metric; there are minutes, name, started, out_of_fold_dice/mean"
         )
 
+    def test_a_column_that_would_be_empty_is_refused(self, runs: Path) -> None:
+        command = ["runs", "--runs", str(runs), "--metric", "out_of_fold_dice/mean"]
+        assert CliRunner().invoke(app, command).exit_code == 0
+        done = CliRunner().invoke(app, [*command, "--metric", "dise"])
+        assert isinstance(done.exception, ConfigError)
+        assert str(done.exception) == "--metric dise: no run has that metric; there are out_of_fold_dice/mean"
+
+    @pytest.mark.parametrize("words", [["runs"], ["compare", "FIRST", "FIRST"]])
+    def test_a_folder_of_runs_that_was_named_is_there(self, runs: Path, tmp_path: Path, words: list[str]) -> None:
+        given = [str(runs / "first") if word == "FIRST" else word for word in words]
+        done = CliRunner().invoke(app, [*given, "--runs", str(tmp_path / "gone")])
+        assert isinstance(done.exception, RunError)
+        assert str(done.exception).startswith(f"--runs {tmp_path / 'gone'}: no such folder; expected the folder")
+
     def test_run_folders_know_the_same_without_mlflow(self, runs: Path, tmp_path: Path) -> None:
         told = {}
         for folder, options in ((runs, []), (runs, ["--offline"])):
