@@ -431,13 +431,10 @@ def _with(sets: Sequence[str] | None, checkpoint_every: float | None, inspect_ev
 
 def _require_label_map(labels: Path, source: Path, schema: Path | None) -> None:
     """Refuse an image that would be exported as labels; where nothing names the labels, say what they are called."""
-    from pipeline.errors import ConfigError
     from pipeline.evaluate import require_nameless_labels
     from pipeline.segment import schema_for
     from transforms.volume import read_label
 
-    if labels.exists() and source.exists() and labels.samefile(source):
-        raise ConfigError(f"{labels}: given as LABELS and as --source; expected a label map and the image it is of")
     if schema_for(labels, schema) is None:
         require_nameless_labels(read_label(labels), labels, advice="name them by --schema or labels.json beside LABELS")
         _console().note("no labels.json beside LABELS: labels are called by their numbers; give --schema")

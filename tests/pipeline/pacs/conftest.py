@@ -177,13 +177,15 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _search(self, names: list[str], query: dict[str, list[str]]) -> None:
-        level = {"studies": "StudyInstanceUID", "series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}[names[-1]]
+        levels = {"studies": "StudyInstanceUID", "series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}
+        level = levels[names[-1]]
+        above = {levels[name]: uid for name, uid in zip(names[:-1:2], names[1::2], strict=False)}
         offset = 0 if self.store.faults.forgets_offset else int(query.get("offset", ["0"])[0])
         limit = min(self.store.faults.page, int(query.get("limit", ["100"])[0]))
         found: dict[str, dict[str, Any]] = {}
         for dataset in self.store.headers():
             wanted = {key: values[0] for key, values in query.items() if key not in ("offset", "limit", "includefield")}
-            if all(str(dataset.get(key, "")) == value for key, value in wanted.items()):
+            if all(str(dataset.get(key, "")) == value for key, value in (wanted | above).items()):
                 found.setdefault(str(dataset[level].value), dataset.to_json_dict())
         self._answer(200, json.dumps(list(found.values())[offset : offset + limit]).encode())
 
