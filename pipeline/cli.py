@@ -314,10 +314,9 @@ def export(
     """Write a label map in other formats; each is read back and compared before it is called done."""
     from pipeline.cli_stages import Removal, export_labels
 
-    _require_label_map(labels, source, schema)
     export_labels(labels, source, out, formats=_names(formats), schema=schema, series=series,
                   resample_uneven=resample_uneven, smoothing=smooth,
-                  removal=Removal(deidentify, deidentify_source, key))  # fmt: skip
+                  removal=Removal(deidentify, deidentify_source, key), console=_console())  # fmt: skip
 
 
 @app.command()
@@ -427,17 +426,6 @@ def _with(sets: Sequence[str] | None, checkpoint_every: float | None, inspect_ev
     """The options are config values under names of their own."""
     named = {"checkpoint_minutes": checkpoint_every, "inspect_every": inspect_every}
     return [*(sets or ()), *(f"train.{key}={value}" for key, value in named.items() if value is not None)]
-
-
-def _require_label_map(labels: Path, source: Path, schema: Path | None) -> None:
-    """Refuse an image that would be exported as labels; where nothing names the labels, say what they are called."""
-    from pipeline.evaluate import require_nameless_labels
-    from pipeline.segment import schema_for
-    from transforms.volume import read_label
-
-    if schema_for(labels, schema) is None:
-        require_nameless_labels(read_label(labels), labels, advice="name them by --schema or labels.json beside LABELS")
-        _console().note("no labels.json beside LABELS: labels are called by their numbers; give --schema")
 
 
 def _names(text: str) -> list[str]:

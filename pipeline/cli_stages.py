@@ -309,10 +309,12 @@ def export_labels(
     resample_uneven: bool = False,
     removal: Removal = NO_REMOVAL,
     smoothing: int = 0,
+    console: Console,
 ) -> None:
     """`volseg export`."""
     import numpy as np
 
+    from pipeline.evaluate import require_nameless_labels
     from pipeline.export import Options, export
     from pipeline.manifest_formats import volume_stem
     from pipeline.segment import schema_for
@@ -324,6 +326,8 @@ def export_labels(
     found = read_label(labels)
     known = schema_for(labels, schema)
     if known is None:
+        require_nameless_labels(found, labels, advice="name them by --schema or labels.json beside LABELS")
+        console.note("no labels.json beside LABELS: labels are called by their numbers; give --schema")
         known = schema_from_names({int(i): f"label {i}" for i in np.unique(found.voxels) if i != 0} or {1: "label 1"})
     given = read_source(source, series=series, resample_uneven=resample_uneven)
     dtype = np.uint8 if max(known.ids) <= 255 else np.uint16

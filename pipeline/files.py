@@ -84,8 +84,9 @@ def refuse_foreign(target: Path, ours: Sequence[str], what: str) -> None:
     the files of `what`."""
     if not target.exists():
         return
+    # One at a time: it may be a whole disk that was named.
     found = (path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
-    names = sorted(found) if target.is_dir() else [target.name]
+    names = found if target.is_dir() else [target.name]
     foreign = next((name for name in names if not any(fnmatchcase(name, pattern) for pattern in ours)), None)
     if foreign is not None:
         raise RunError(f"{target}: holds {foreign}, so it is not {what} and not to be replaced; give another name")

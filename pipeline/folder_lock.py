@@ -23,10 +23,11 @@ OF_ANYONE = 0o666
 
 
 @contextmanager
-def held(folder: Path, *, wait_s: float = 0.0, required: bool = True) -> Iterator[None]:
+def held(folder: Path, *, wait_s: float = 0.0, required: bool = True) -> Iterator[bool]:
     """Keep other processes out of `folder`, which is made; it is let go however this process ends.
 
-    Where the file system knows no locks, what is not `required` goes on without one.
+    Where the file system knows no locks, what is not `required` goes on without one, and is given False: others may be
+    at work there.
 
     Raises:
         RunError: another holds it for longer than `wait_s`, or it cannot be written.
@@ -42,12 +43,12 @@ def held(folder: Path, *, wait_s: float = 0.0, required: bool = True) -> Iterato
         raise RunError(
             f"{folder}: another process is at work here; wait for its end, or choose another --out"
         ) from error
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter by filelock, of a call that the system does not have
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise explain_os_error(error, folder / LOCK_NAME) from error
         if required:
             raise RunError(f"{folder}: its file system knows no locks; choose a folder on another one") from error
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()

@@ -96,7 +96,9 @@ def segment_studies(
         RunError: `out` holds another model's results, another process is at work there, or it cannot be written.
     """
     check_formats(settings.formats)
-    with held(out, required=False):
+    with held(out, required=False) as alone:
+        for folder in (out, *(out / name for name in (MAPS, SCORES, QUALITY))) if alone else ():
+            remove_leftovers(folder)
         results = _segmented_into(out, model, studies, settings, console)
     files = [file for result in results if isinstance(result, list) for file in result]
     return files, [result for result in results if isinstance(result, Failure)]
@@ -106,8 +108,6 @@ def _segmented_into(
     out: Path, model: Model, studies: Sequence[Study], settings: SegmentSettings, console: Console
 ) -> list[list[ExportedFile] | Failure]:
     """What became of each study."""
-    for folder in (out, *(out / name for name in (MAPS, SCORES, QUALITY))):
-        remove_leftovers(folder)
     record = _record(out, model, settings)
     _write_schema(record, model.schema)
     work = _Work(model, settings, record, console, len(studies))

@@ -10,6 +10,7 @@ qform must be what is left without it.
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,9 +81,11 @@ def read_nifti(path: Path, *, labels: bool = False) -> tuple[npt.NDArray[Any], G
             header = _header(file, path)
             shape = _shape(header, path)
             geometry = _geometry(header, shape, path)
+            dtype = _stored_as(header, shape, path)
+            file.seek(int(header["vox_offset"]))
             if not labels:
-                return _image(file, header, shape, path), geometry
-            ((_, stored),) = _slabs(file, header, shape, path, planes=shape[2])
+                return _image(file, header, dtype, shape, path), geometry
+            ((_, stored),) = _slabs(file, dtype, shape, path, planes=shape[2])
     except _DAMAGED:
         raise VolumeError(f"{path}: the gzip data is cut short or damaged; fetch the file again") from None
     return integral_labels(_scaled(stored, header, path, exact=True), path), geometry
@@ -177,12 +180,32 @@ def _grid(name: str, form: Any, shape: tuple[int, int, int], path: Path) -> Geom
         raise VolumeError(f"{path}: {name}: {fault}; convert the file again from its source") from None
 
 
-def _image(file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Path) -> npt.NDArray[np.float32]:
+def _stored_as(header: Any, shape: tuple[int, int, int], path: Path) -> np.dtype[Any]:
+    """The type of the stored voxels, when the file can hold as many as the header promises: nothing is allocated for
+    a promise before that."""
+    try:
+        dtype: np.dtype[Any] = header.get_data_dtype()
+        plain = dtype.kind in "iuf"
+    except (HeaderDataError, KeyError):
+        plain = False
+    if not plain:
+        raise VolumeError(f"{path}: data type {int(header['datatype'])} is not one plain number a voxel")
+    start = float(header["vox_offset"])
+    if not header["sizeof_hdr"] <= start < MAX_VOXELS:
+        raise VolumeError(f"{path}: the header says that voxels begin at byte {start:g}; it is damaged")
+    needed = int(start) + math.prod(shape) * dtype.itemsize
+    refuse_short_file(needed, path.stat().st_size, path, packed=is_gzip(path))
+    return dtype
+
+
+def _image(
+    file: IO[bytes], header: Any, dtype: np.dtype[Any], shape: tuple[int, int, int], path: Path
+) -> npt.NDArray[np.float32]:
     """The voxels in float32; as they are stored, and scaled in float64, only a few planes exist at a time."""
     image = np.empty(shape, np.float32, order="F")
     bad = 0
     with np.errstate(over="ignore"):
-        for first, stored in _slabs(file, header, shape, path, planes=max(1, SLAB_VOXELS // (shape[0] * shape[1]))):
+        for first, stored in _slabs(file, dtype, shape, path, planes=max(1, SLAB_VOXELS // (shape[0] * shape[1]))):
             slab = image[:, :, first : first + stored.shape[2]]
             slab[...] = _scaled(stored, header, path, exact=False)
             bad += slab.size - int(np.count_nonzero(np.isfinite(slab)))
@@ -191,28 +214,15 @@ def _image(file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Path
 
 
 def _slabs(
-    file: IO[bytes], header: Any, shape: tuple[int, int, int], path: Path, *, planes: int
+    file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, int, int], path: Path, *, planes: int
 ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """The voxels as they are stored, so many planes at a time, each time with the number of the first."""
-    try:
-        dtype = header.get_data_dtype()
-        kind = "iuf".find(dtype.kind)
-    except (HeaderDataError, KeyError):
-        kind = -1
-    if kind < 0:
-        raise VolumeError(f"{path}: data type {int(header['datatype'])} is not one plain number a voxel")
+    """The voxels as they are stored from here on, so many planes at a time, each time with the number of the first."""
     plane = shape[0] * shape[1] * dtype.itemsize
-    needed = plane * shape[2]
-    start = float(header["vox_offset"])
-    if not header["sizeof_hdr"] <= start < MAX_VOXELS:
-        raise VolumeError(f"{path}: the header says that voxels begin at byte {start:g}; it is damaged")
-    refuse_short_file(int(start) + needed, path.stat().st_size, path, packed=is_gzip(path))
-    file.seek(int(start))
     for first in range(0, shape[2], planes):
         count = min(planes, shape[2] - first)
         content = file.read(count * plane)
         if len(content) < count * plane:
-            found = first * plane + len(content)
+            found, needed = first * plane + len(content), shape[2] * plane
             raise VolumeError(f"{path}: {found} of {needed} bytes of voxels; it is cut short: fetch it again")
         yield first, np.frombuffer(content, dtype=dtype).reshape((*shape[:2], count), order="F")
     # At the end of a gzip stream one more read checks its sum over all that came before.

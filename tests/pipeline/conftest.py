@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline.manifest import Dataset, load_dataset
 from pipeline.plan import Plan
+
+if TYPE_CHECKING:
+    from pipeline.predict import Model
 
 ROOT = Path(__file__).parents[2]
 SMALL_CASES = ("hippocampus_001", "hippocampus_015", "hippocampus_035", "hippocampus_041")
@@ -92,4 +96,23 @@ def small_bundle(small_dataset: Dataset, small_plan: Plan, tmp_path_factory: pyt
     )
     folder = tmp_path_factory.mktemp("model") / "bundle"
     save_bundle(folder, network.state_dict(), facts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(small_bundle: Path) -> Model:
+    """What was read from it."""
+    from pipeline.bundle import load_bundle
+    from pipeline.predict import Model
+
+    return Model((load_bundle(small_bundle),))
+
+
+@pytest.fixture
+def images(data_dir: Path, tmp_path: Path) -> Path:
+    """A folder with two volumes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("hippocampus_001", "hippocampus_015"):
+        shutil.copy(data_dir / "hippocampus" / "images" / f"{name}.nii.gz", folder)
     return folder

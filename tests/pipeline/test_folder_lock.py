@@ -33,8 +33,8 @@ def test_one_at_a_time_and_a_kill_lets_go(tmp_path: Path) -> None:
             pytest.fail("both hold it")
         other.kill()
     for _ in range(2):
-        with held(folder):
-            pass
+        with held(folder) as alone:
+            assert alone
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -57,9 +57,8 @@ def test_without_locks_goes_on_what_can_do_without(
         raise OSError(reason, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with held(tmp_path, required=False):
-        reached = True
-    assert reached
+    with held(tmp_path, required=False) as alone:
+        assert not alone
     with pytest.raises(RunError, match="its file system knows no locks; choose a folder"), held(tmp_path):
         pytest.fail("it is not held")
 

@@ -15,7 +15,6 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, RTStructureSetStorage
 
-from pipeline.bundle import load_bundle
 from pipeline.cli_console import TerminalConsole
 from pipeline.console import Silence
 from pipeline.errors import DicomError, ManifestError, RunError, VolumeError
@@ -42,21 +41,6 @@ class Listener(Silence):
 
     def note(self, message: str) -> None:
         self.notes.append(message)
-
-
-@pytest.fixture(scope="module")
-def model(small_bundle: Path) -> Model:
-    return Model((load_bundle(small_bundle),))
-
-
-@pytest.fixture
-def images(data_dir: Path, tmp_path: Path) -> Path:
-    """A folder with two volumes."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for name in ("hippocampus_001", "hippocampus_015"):
-        shutil.copy(data_dir / "hippocampus" / "images" / f"{name}.nii.gz", folder)
-    return folder
 
 
 def planned(count: int) -> list[ChannelPlan]:

@@ -12,7 +12,6 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
-from pipeline.bundle import load_bundle
 from pipeline.console import Silence
 from pipeline.errors import RunError
 from pipeline.export.confidentiality import Confidentiality
@@ -24,21 +23,6 @@ from pipeline.studies import Study, Wanted, find_studies
 from tests.pipeline.test_segment import SETTINGS, Listener, segment, touch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model(small_bundle: Path) -> Model:
-    return Model((load_bundle(small_bundle),))
-
-
-@pytest.fixture
-def images(data_dir: Path, tmp_path: Path) -> Path:
-    """A folder with two volumes."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for name in ("hippocampus_001", "hippocampus_015"):
-        shutil.copy(data_dir / "hippocampus" / "images" / f"{name}.nii.gz", folder)
-    return folder
 
 
 class TestAgain:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bundle import load_bundle
 from pipeline.console import Silence
 from pipeline.errors import RunError
 from pipeline.folder_lock import LOCK_NAME
@@ -24,11 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = SegmentSettings(formats=("nifti",), mirror=False, series=None, force=False)
 NAMES = ("hippocampus_001", "hippocampus_015", "hippocampus_035", "hippocampus_041")
-
-
-@pytest.fixture(scope="module")
-def model(small_bundle: Path) -> Model:
-    return Model((load_bundle(small_bundle),))
 
 
 @pytest.fixture

@@ -402,6 +402,7 @@ def test_the_command_line_s_options(phantom: Segmentation, known: Source, tmp_pa
         schema=None,
         series=None,
         removal=removal,
+        console=Silence(),
     )
     seg = pydicom.dcmread(tmp_path / "out" / "case.seg.dcm")
     assert seg.PatientID == Confidentiality(load_key(tmp_path / "key")).patient(pydicom.dcmread(known.series.paths[0]))
