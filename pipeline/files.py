@@ -18,7 +18,11 @@ from typing import Any
 from pipeline.errors import RunError
 
 _BLOCK_BYTES = 1 << 20
-_UNFINISHED = ".writing-"
+UNFINISHED = ".writing-"
+"""What names of files begin with that are being written, or were when a kill came."""
+
+_at_work: set[str] = set()
+"""Names of what this process has not finished."""
 
 # Asked once: the only way to read it changes it for a moment, which other threads would see.
 _UMASK = os.umask(0)
@@ -39,9 +43,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         # mkstemp keeps two writers of the same target apart; the whole name stays a suffix for format sniffing.
-        handle, name = tempfile.mkstemp(prefix=_UNFINISHED, suffix="-" + target.name, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=_unfinished(), suffix="-" + target.name, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
+        _at_work.add(temporary.name)
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)
         sync_file(temporary)
@@ -52,6 +57,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+            _at_work.discard(temporary.name)
 
 
 @contextmanager
@@ -62,21 +68,32 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not force:
         raise RunError(f"{target} exists already; give --force to replace it, or another name")
-    temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{target.name}-", dir=target.parent))
-        yield temporary
-        share_as_new(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-        _sync_folder(target.parent)
+        with unfinished_folder(target.parent, target.name) as temporary:
+            yield temporary
+            share_as_new(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.replace(target)
+            _sync_folder(target.parent)
     except OSError as error:
         raise explain_os_error(error, target) from error
+
+
+@contextmanager
+def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Give a temporary folder in `parent`, of which nothing stays but what is moved away; `name` is what it is for.
+
+    Raises OSError when it cannot be made.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=_unfinished(), suffix="-" + name, dir=parent))
+    _at_work.add(temporary.name)
+    try:
+        yield temporary
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _at_work.discard(temporary.name)
 
 
 def refuse_foreign(target: Path, ours: Sequence[str], what: str) -> None:
@@ -100,7 +117,17 @@ def write_text(target: Path, text: str) -> None:
 
 def write_json(target: Path, value: Any) -> None:
     """Write a JSON document atomically; keys keep their order, so equal values give equal bytes."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(target, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """A JSON value, in letters; only where a file name in it is no UTF-8 are all that are not ASCII escaped."""
+    text = json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, sort_keys=sort_keys)
+    return text
 
 
 def sha256_of_file(path: Path) -> str:
@@ -114,7 +141,7 @@ def sha256_of_file(path: Path) -> str:
 
 def sha256_of_json(value: Any) -> str:
     """Hex SHA-256 of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json_text(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of_folders(folders: Sequence[Path]) -> str:
@@ -164,12 +191,37 @@ def sync_file(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left of files that were being written; only where no one else is writing."""
-    for path in folder.glob(f"{_UNFINISHED}*"):
+    """Remove what a kill left of files that were being written, as far as it may be removed.
+
+    Only where no one else of this project writes from another machine; a process of this one that still runs keeps its
+    own, whichever command it is of.
+    """
+    for path in folder.glob(f"{UNFINISHED}*"):
+        process = path.name.removeprefix(UNFINISHED).partition("-")[0]
+        # Numbers of processes come again: in a container each command may have the same.
+        if path.name in _at_work or (process not in ("", str(os.getpid())) and _runs(process)):
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
+
+
+def _unfinished() -> str:
+    """What names of files begin with that this process has not finished."""
+    return f"{UNFINISHED}{os.getpid()}-"
+
+
+def _runs(process: str) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -32,7 +32,8 @@ def held(folder: Path, *, wait_s: float = 0.0, required: bool = True) -> Iterato
     Raises:
         RunError: another holds it for longer than `wait_s`, or it cannot be written.
     """
-    lock = FileLock(folder / LOCK_NAME, thread_local=False, mode=OF_ANYONE)
+    # A marker file in the place of a lock would outlive a kill.
+    lock = FileLock(folder / LOCK_NAME, thread_local=False, mode=OF_ANYONE, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.files import explain_os_error, write_json
+from pipeline.files import explain_os_error, json_text, write_json
 from pipeline.line_file import LineFile, read_lines
 
 
@@ -56,7 +56,7 @@ def change_object(file: Path, change: Mapping[str, Any]) -> int:
         RunError: the folder cannot be written.
     """
     lines = LineFile(journal_of(file))
-    lines.append(json.dumps(change, ensure_ascii=False).encode())
+    lines.append(json_text(change).encode())
     return lines.size_bytes
 
 

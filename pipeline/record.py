@@ -13,11 +13,12 @@ from typing import Any, Self
 from pipeline.confidence_files import MAPS, SCORES
 from pipeline.errors import RunError
 from pipeline.export import COPIES, FORMATS, path_of
-from pipeline.files import safe_name, sha256_of_json
+from pipeline.files import UNFINISHED, safe_name, sha256_of_json
 from pipeline.growing_json import change_object, fold_object, read_object, replace_object
 from pipeline.quality import QUALITY, QUALITY_CSV, QualityEstimate, quality_file, read_quality
 from pipeline.results import RECORD, SOURCES, forget_sources
 from pipeline.studies import Study
+from transforms.dicom_magic import is_dicom
 from transforms.errors import VolumeError
 
 Made = Mapping[str, bool | int | float | str]
@@ -107,6 +108,11 @@ class Record:
         """Names of the files of a study that volseg made, or was at when it was cut short, whatever made them."""
         return frozenset(_files_of(self.value, study.name))
 
+    def unvouched(self) -> list[str]:
+        """The studies of which files lie here that were made by another model, or by no one who finished."""
+        left = (name for name in self.value["begun"] if name not in self.value["studies"])
+        return [name for name in left if any((self.out / file).exists() for file in self.value["begun"][name])]
+
     def in_the_way(self, study: Study, files: Collection[Path]) -> str | None:
         """Why the files of a study cannot be written: one would replace what it is read from, which `force` does not
         change either, or a file that is no result."""
@@ -131,14 +137,18 @@ class Record:
 
     def is_of_another(self, study: Study, origin: Origin) -> bool:
         """Whether the folder holds a result of this name that was made from another input, and is to stay."""
-        return not self._is_again(study) and self.value["origins"].get(study.name, origin.digest) != origin.digest
+        if self._is_again(study) or study.name not in self.value["origins"]:
+            return False
+        # The same files, each as the image of another channel, are another input.
+        missing = self.value["missing"].get(study.name, [])
+        return bool(self.value["origins"][study.name] != origin.digest or list(study.missing) != missing)
 
     def vouches_for(self, study: Study) -> bool:
         """Whether what lies there of a study was made as the record says, and is to stay."""
         return not self._is_again(study) and study.name in self.value["studies"]
 
     def holds(self, study: Study, formats: Sequence[str], beside: Beside) -> bool:
-        """Recorded, not taken away since, and not to be made again."""
+        """Recorded in all that these formats mean, not taken away since, and not to be made again."""
         if self._is_again(study) or not set(formats) <= set(self.value["studies"].get(study.name, [])):
             return False
         if not {path.name for path in beside.files} <= set(self.value["beside"].get(study.name, [])):
@@ -275,14 +285,22 @@ def _content(study: Study, path: Path, out: Path) -> Iterator[_File]:
 
 def _files_below(folder: Path, out: Path) -> Iterator[Path]:
     """As a DICOM folder is searched: links to folders are not followed."""
-    is_out = out.exists() and folder.samefile(out)
-    entries: list[os.DirEntry[str]] = []
-    with suppress(OSError), os.scandir(folder) as found:
-        entries = [entry for entry in found if not (is_out and _is_result(entry.name))]
-    yield from (folder / entry.name for entry in entries if entry.is_file())
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(folder / entry.name, out)
+    folders: list[Path] = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        is_out = out.exists() and folder.samefile(out)
+        for entry in entries:
+            path = folder / entry.name
+            # A link may lead nowhere, or to itself.
+            with suppress(OSError):
+                if entry.name.startswith(UNFINISHED) or (is_out and _is_result(entry.name)):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                # What a desktop leaves in a folder that is looked at is no slice.
+                elif entry.is_file() and not (entry.name.startswith(".") and not is_dicom(path)):
+                    yield path
+    for path in folders:
+        yield from _files_below(path, out)
 
 
 def _is_result(name: str) -> bool:

@@ -109,7 +109,7 @@ def _segmented_into(
 ) -> list[list[ExportedFile] | Failure]:
     """What became of each study."""
     record = _record(out, model, settings)
-    _write_schema(record, model.schema)
+    _refuse_other_names(record, model.schema, [study.name for study in studies])
     work = _Work(model, settings, record, console, len(studies))
     outcomes = {study.name: work.before(study) for study in studies}
     wanted = [study for study in studies if outcomes[study.name] is None]
@@ -165,6 +165,9 @@ class _Work:
         self._origins: dict[str, Origin] = {}
         self._axes_told: set[str] = set()
         self._predicting = predict_settings(model, settings)
+        self._names_are_written = False
+        if not _names_otherwise(record.out, model.schema) or (record.is_on_disk and not record.unvouched()):
+            self._write_names()
         self._disagrees = answer_count(members_of(model, self._predicting)) > 1
         if settings.uncertainty and not self._disagrees:
             console.note(
@@ -190,7 +193,7 @@ class _Work:
             return self.told(study, VolsegError(f"{study.paths[0]}: {what}; choose another --out, or give --force"))
         if (obstacle := self._record.in_the_way(study, self._files(study))) is not None:
             return self.told(study, VolsegError(obstacle))
-        if self._record.holds(study, settings.formats, self._beside(study)):
+        if self._record.holds(study, written_formats(settings.formats, self._options), self._beside(study)):
             self._console.note(f"{study.name} was segmented by this model before, kept; give --force to do it again")
             return self.told(study, [])
         return None
@@ -239,6 +242,12 @@ class _Work:
     def write(self, study: Study, made: _Segmented) -> list[ExportedFile]:
         settings, out = self._settings, self._record.out
         self._record.begin(study, self._files(study))
+        if not self._names_are_written:
+            # Label maps that another model made must not be read by this one's names, even after a kill.
+            for name in self._record.unvouched():
+                discard_exports(out, name, self._record.value["begun"][name])
+                discard_confidence(out, name, self._record.value["begun"][name])
+            self._write_names()
         files = export(
             made.segmentation,
             formats=settings.formats,
@@ -292,6 +301,10 @@ class _Work:
 
         return tell
 
+    def _write_names(self) -> None:
+        write_text(self._record.out / SCHEMA_FILE, _schema_text(self._model.schema))
+        self._names_are_written = True
+
     def _beside(self, study: Study) -> Beside:
         asked = self._predicting.asked
         files = files_of(self._record.out, study.name, asked, disagrees=self._disagrees)
@@ -327,11 +340,34 @@ def _record(out: Path, model: Model, settings: SegmentSettings) -> Record:
     return open_record(out, [b.digest for b in model.bundles], made, usual=usual, force=settings.force)
 
 
-def _write_schema(record: Record, schema: LabelSchema) -> None:
-    target, text = record.out / SCHEMA_FILE, schema.model_dump_json(indent=2) + "\n"
-    if record.is_fresh and target.exists() and not record.force and target.read_bytes() != text.encode():
+def _refuse_other_names(record: Record, schema: LabelSchema, studies: Sequence[str]) -> None:
+    """Refuse to put `labels.json` in the place of one by which label maps are read that stay."""
+    target = record.out / SCHEMA_FILE
+    is_other = target.exists() and target.read_bytes() != _schema_text(schema).encode()
+    if record.is_fresh and is_other and not record.force:
         raise RunError(f"{target} is of other label maps; choose another --out, or give --force")
-    write_text(target, text)
+    staying = [name for name in record.unvouched() if name not in studies]
+    if staying and _names_otherwise(record.out, schema):
+        more = f" and {len(staying) - 1} more" if len(staying) > 1 else ""
+        raise RunError(
+            f"{record.out}: holds results of {staying[0]}{more} with labels of other names, which are not made again; "
+            "choose another --out, or take them away"
+        )
+
+
+def _names_otherwise(out: Path, schema: LabelSchema) -> bool:
+    """Whether the label maps of a folder are read by other names than this schema's."""
+    target = out / SCHEMA_FILE
+    if not target.exists():
+        return False
+    try:
+        return not LabelSchema.model_validate_json(target.read_bytes()).matches(schema)
+    except ValidationError:
+        return True
+
+
+def _schema_text(schema: LabelSchema) -> str:
+    return schema.model_dump_json(indent=2) + "\n"
 
 
 def predict_settings(model: Model, settings: SegmentSettings) -> PredictSettings:

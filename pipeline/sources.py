@@ -18,9 +18,9 @@ from transforms.volume import Volume, read_grid, read_volume
 if TYPE_CHECKING:
     from transforms.dicom import DicomSeries
 
-FILE_BYTES, DICOM_BYTES = 20, 6
-"""What reading a voxel takes at most: of NRRD and MetaImage twice as it is stored (up to 8 bytes each), and in float32
-(4). NIfTI takes 5, and DICOM, whose slices are scaled one by one, 6."""
+FILE_BYTES, DICOM_BYTES = 21, 6
+"""What reading a voxel takes at most: of NRRD and MetaImage twice as it is stored (up to 8 bytes each), in float32 (4)
+and whether it is finite (1). NIfTI takes 5, and DICOM, whose slices are scaled one by one, 6."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ the work is done.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pipeline.export import FORMATS, ExportedFile, Options, Source, export
 from pipeline.export.confidentiality import Confidentiality, Identity
 from pipeline.export.deidentify import deidentify_file, series_identity
 from pipeline.export.verify_deidentified import verify_deidentified, verify_plain
-from pipeline.files import atomic_folder, atomic_path, explain_os_error, safe_name
+from pipeline.files import atomic_folder, atomic_path, explain_os_error, safe_name, unfinished_folder
 from pipeline.segmentation import Segmentation
 from transforms.dicom import DicomSeries
 
@@ -55,10 +54,10 @@ def export_confidentially(
     plain = replace(options, confidentiality=None)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as folder:
-            files = export(segmentation, formats=formats, out=Path(folder), name=name, source=source, options=plain)
+        with unfinished_folder(out, name) as folder:
+            files = export(segmentation, formats=formats, out=folder, name=name, source=source, options=plain)
             done = [_finish(file, out, how, identity) for file in files]
-            report = Path(folder) / f"{name}.verification.json"
+            report = folder / f"{name}.verification.json"
             if report.exists():
                 _copy_plain(report, out / report.name, identity)
     except OSError as error:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from pipeline.files import (
     atomic_folder,
     atomic_path,
     explain_os_error,
+    json_text,
+    remove_leftovers,
     safe_name,
     sha256_of_file,
     sha256_of_json,
@@ -174,3 +178,43 @@ def test_what_the_system_refuses_is_one_line_that_says_what_to_do(code: int, say
     assert message.startswith("cannot write out/a.nii: ")
     assert says in message
     assert "\n" not in message
+
+
+class TestLeftovers:
+    def test_what_no_running_process_writes_goes(self, tmp_path: Path) -> None:
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        for process in (ended.pid, os.getpid(), "abc"):
+            (tmp_path / f".writing-{process}-x.nii.gz").touch()
+            (tmp_path / f".writing-{process}-folder").mkdir()
+        remove_leftovers(tmp_path)
+        assert left_over(tmp_path) == []
+
+    def test_what_a_running_process_writes_stays(self, tmp_path: Path) -> None:
+        other = tmp_path / f".writing-{os.getppid()}-x.nii.gz"
+        other.touch()
+        with atomic_path(tmp_path / "a.txt") as file, atomic_folder(tmp_path / "folder") as folder:
+            file.write_text("whole")
+            (folder / "b.txt").write_text("whole")
+            remove_leftovers(tmp_path)
+        assert (tmp_path / "a.txt").exists()
+        assert (tmp_path / "folder" / "b.txt").exists()
+        assert left_over(tmp_path) == [other.name]
+
+    def test_what_may_not_be_removed_is_no_matter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another user's, in a folder in which each may remove only their own."""
+
+        def refused(path: Path) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+        (tmp_path / ".writing-abc-x").touch()
+        monkeypatch.setattr(Path, "unlink", refused)
+        remove_leftovers(tmp_path)
+
+
+def test_names_of_files_that_are_no_utf_8_are_kept_in_json(tmp_path: Path) -> None:
+    value = {"paths": [os.fsdecode(b"\xfc.dcm"), "ü.dcm"]}
+    write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text()) == value
+    assert sha256_of_json(value) != sha256_of_json({"paths": ["?.dcm", "ü.dcm"]})
+    assert json_text({"name": "ü"}) == '{"name": "ü"}'

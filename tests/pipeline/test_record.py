@@ -312,6 +312,14 @@ class TestOrigin:
         (out / "5.dcm").write_bytes(b"slice")
         assert self.origin(folder, out) != before
 
+    def test_what_a_desktop_leaves_is_no_part_of_it_but_a_hidden_slice_is(self, folder: Path) -> None:
+        before = self.origin(folder, folder.parent)
+        (folder / ".DS_Store").write_bytes(b"where its window was")
+        (folder / ".writing-1-4.dcm").write_bytes(bytes(128) + b"DICM")
+        assert self.origin(folder, folder.parent) == before
+        (folder / ".4.dcm").write_bytes(bytes(128) + b"DICM")
+        assert self.origin(folder, folder.parent) != before
+
     def test_a_file_alone_is_what_it_always_was(self, tmp_path: Path) -> None:
         for name, content in (("x.nii", b"no volume"), ("x.nhdr", b"NRRD0004\n")):
             (tmp_path / name).write_bytes(content)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import SimpleITK as sitk
 
 from pipeline.console import Silence
-from pipeline.errors import RunError
+from pipeline.errors import RunError, VolumeError
 from pipeline.export.confidentiality import Confidentiality
 from pipeline.predict import Model
 from pipeline.record import Record, origin_of
@@ -21,6 +23,7 @@ from pipeline.results import find_results
 from pipeline.segment import segment_studies
 from pipeline.studies import Study, Wanted, find_studies
 from tests.pipeline.test_segment import SETTINGS, Listener, segment, touch
+from transforms.labels import schema_from_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -319,3 +322,93 @@ class TestOurs:
         (tmp_path / ".writing-folder").mkdir()
         segment(model, [images / "hippocampus_001.nii.gz"], tmp_path)
         assert list(tmp_path.rglob(".writing-*")) == []
+
+    def test_all_that_the_formats_mean_is_there_or_made(self, model: Model, data_dir: Path, tmp_path: Path) -> None:
+        """A report refers to a segmentation, and copies of the source may be wanted later."""
+        series, out = data_dir / "dicom_hippocrop", tmp_path / "out"
+        assert len(segment(model, [series], out, formats=("sr",))[0]) == 2
+        assert segment(model, [series], out, formats=("sr",)) == ([], {})
+        (out / "dicom_hippocrop.seg.dcm").unlink()
+        assert "dicom_hippocrop.seg.dcm" in segment(model, [series], out, formats=("sr",))[0]
+        hidden = tmp_path / "hidden"
+        for copies, count in ((False, 1), (True, 2), (True, 0)):
+            how = Confidentiality(b"k" * 32, copies_source=copies)
+            assert len(segment(model, [series], hidden, formats=("seg",), confidentiality=how)[0]) == count
+
+    def test_the_same_files_as_other_channels_are_another_input(
+        self, model: Model, images: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        segment(model, [images], out)
+        record = json.loads((out / "predictions.json").read_text())
+        record["missing"] = {"hippocampus_001": ["T2"]}
+        (out / "predictions.json").write_text(json.dumps(record))
+        assert list(segment(model, [images], out)[1]) == ["hippocampus_001"]
+
+
+class TestNames:
+    """Label maps are read by labels.json beside them, which has to be of the model that made them."""
+
+    @pytest.fixture
+    def other(self, model: Model) -> Model:
+        schema = schema_from_names({label.id: f"other {label.id}" for label in model.schema.labels})
+        return Model(tuple(replace(bundle, schema=schema) for bundle in model.bundles * 2))
+
+    @pytest.fixture
+    def out(self, model: Model, images: Path, tmp_path: Path) -> Path:
+        segment(model, [images], tmp_path / "out")
+        return tmp_path / "out"
+
+    def test_nothing_made_nothing_renamed(
+        self, other: Model, images: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused(*_: object, **__: object) -> None:
+            raise VolumeError("nothing to see")
+
+        before = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+        names = (out / "labels.json").read_text()
+        monkeypatch.setattr("pipeline.segment.predict", refused)
+        assert len(segment(other, [images], out, force=True)[1]) == 2
+        assert (out / "labels.json").read_text() == names
+        assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == before
+        monkeypatch.undo()
+        assert len(segment(other, [images], out, force=True)[0]) == 2
+        assert "other 1" in (out / "labels.json").read_text()
+
+    def test_what_is_not_made_again_is_not_renamed(self, other: Model, images: Path, out: Path) -> None:
+        with pytest.raises(RunError, match="holds results of hippocampus_015 with labels of other names, which are no"):
+            segment(other, [images / "hippocampus_001.nii.gz"], out, force=True)
+        (out / "hippocampus_015.nii.gz").unlink()
+        assert len(segment(other, [images / "hippocampus_001.nii.gz"], out, force=True)[0]) == 1
+
+    def test_what_cannot_be_made_again_goes(self, other: Model, images: Path, out: Path) -> None:
+        (images / "hippocampus_015.nii.gz").write_text("damaged")
+        written, failures = segment(other, [images], out, force=True)
+        assert (written, list(failures)) == (["hippocampus_001.nii.gz"], ["hippocampus_015"])
+        assert [path.name for path in out.glob("*.nii.gz")] == ["hippocampus_001.nii.gz"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_names_that_are_no_utf_8(model: Model, images: Path, data_dir: Path, tmp_path: Path) -> None:
+    """As an old CD has them, of an image and beside slices."""
+    series = Path(shutil.copytree(data_dir / "dicom_hippocrop", tmp_path / "series"))
+    odd = os.fsdecode(b"bericht_\xfc")
+    (series / f"{odd}.txt").write_text("x")
+    (images / "hippocampus_001.nii.gz").rename(images / f"{odd}.nii.gz")
+    out = tmp_path / "out"
+    assert len(segment(model, [series, images], out)[0]) == 3
+    assert segment(model, [series, images], out) == ([], {})
+    assert len(find_results(out)) == 3
+    (images / f"{odd}.nii.gz").write_text("damaged")
+    assert list(segment(model, [images], out, force=True)[1]) == ["bericht__"]
+
+
+def test_a_link_to_itself_is_that_study_s_fault_alone(
+    model: Model, images: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    series = Path(shutil.copytree(data_dir / "dicom_hippocrop", tmp_path / "series"))
+    (series / "loop").symlink_to(series / "loop")
+    written, failures = segment(model, [series, images], tmp_path / "out")
+    assert len(written) == 2
+    assert list(failures) == ["series"]
+    assert f"{series / 'loop'}: " in failures["series"]
