@@ -263,7 +263,7 @@ def predict(
     elif study or send:
         raise typer.BadParameter("only where INPUT is the address of an archive", param_hint="--study, --send")
     else:
-        done = predict_inputs(model, [Path(text) for text in inputs], out, wanted, _console())
+        done = predict_inputs(model, [Path(text) for text in inputs], out, wanted, _console()).is_complete
     if not done:
         raise typer.Exit(1)
 

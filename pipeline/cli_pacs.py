@@ -230,12 +230,12 @@ def predict_study(
             chosen, volume = choose_series(series_of_study(archive, study, effort=effort), wanted.series)
             fetched = fetch(archive, chosen, out / SOURCE_FOLDER, effort=effort, console=console)
         folders = [item.folder for item in fetched]
-        complete = predict_inputs(model, folders, out, replace(wanted, series=volume), console)
+        predicted = predict_inputs(model, folders, out, replace(wanted, series=volume), console)
         if sends:
-            results = verified_results(out, [folder.name for folder in folders], wanted.formats)
+            results = verified_results(out, predicted.done, wanted.formats)
             journal = out / f"sent-{access.node.key}.jsonl"
             send_paths(access, results, journal=journal, batch_mb=16.0, console=console)
-    return complete
+    return predicted.is_complete
 
 
 def _access(node: str, reach: Reach) -> Access:

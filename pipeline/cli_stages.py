@@ -219,10 +219,18 @@ class Prediction:
     skip_air: bool = True
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What became of the inputs: names of the studies that are done, written now or kept, and whether these are all."""
+
+    done: tuple[str, ...]
+    is_complete: bool
+
+
 def predict_inputs(
     model_path: Path, inputs: Sequence[Path], out: Path, wanted: Prediction, console: TerminalConsole
-) -> bool:
-    """`volseg predict`; True when no study was set aside."""
+) -> Predicted:
+    """`volseg predict`."""
     from pipeline.export import check_formats
     from pipeline.memory_size import bytes_of
     from pipeline.segment import SegmentSettings, explain_studies, segment_studies
@@ -258,7 +266,9 @@ def predict_inputs(
             from pipeline.cli_scores import tell_quality
 
             tell_quality(out)
-    return _tell_set_aside(failures, len(studies), "explained" if wanted.explain else "segmented", console)
+    is_complete = _tell_set_aside(failures, len(studies), "explained" if wanted.explain else "segmented", console)
+    aside = {failure.case_id for failure in failures}
+    return Predicted(tuple(study.name for study in studies if study.name not in aside), is_complete)
 
 
 def _load_model(path: Path, wanted: Prediction) -> Model:
@@ -320,17 +330,19 @@ def export_labels(
     from pipeline.segment import schema_for
     from pipeline.segmentation import Algorithm, Segmentation
     from pipeline.sources import read_source
-    from transforms.labels import schema_from_names
+    from transforms.labels import require_ids, schema_from_names
     from transforms.volume import read_label
 
     found = read_label(labels)
+    require_ids(found.voxels, labels)
     known = schema_for(labels, schema)
     if known is None:
         require_nameless_labels(found, labels, advice="name them by --schema or labels.json beside LABELS")
         console.note("no labels.json beside LABELS: labels are called by their numbers; give --schema")
         known = schema_from_names({int(i): f"label {i}" for i in np.unique(found.voxels) if i != 0} or {1: "label 1"})
     given = read_source(source, series=series, resample_uneven=resample_uneven)
-    dtype = np.uint8 if max(known.ids) <= 255 else np.uint16
+    # A value that the schema does not know is refused as it is, not as what is left of it in a byte.
+    dtype = np.uint8 if max(*known.ids, int(found.voxels.max())) <= 255 else np.uint16
     segmentation = Segmentation(
         found.voxels.astype(dtype), found.geometry, known, Algorithm("label map given to volseg export", "")
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import ExportError, RunError, VolumeError
 from pipeline.export import FORMATS
+from pipeline.files import safe_name
 from pipeline.pacs.archive import Match
 from pipeline.studies import EVERY_SERIES
 
@@ -58,29 +59,33 @@ def check_sendable(formats: Sequence[str]) -> None:
         raise ExportError(f"--send wants results in DICOM, and --as names none; add one of {dicom}")
 
 
-def verified_results(out: Path, sources: Sequence[str], formats: Sequence[str]) -> list[Path]:
-    """The DICOM results in `out` of the series folders `sources`, as far as they read back the same.
+def verified_results(out: Path, studies: Sequence[str], formats: Sequence[str]) -> list[Path]:
+    """The DICOM results in `out` of the studies that are called so, as far as they read back the same.
+
+    Those of other studies that lie there may be another model's, or of fewer slices.
 
     Raises:
         RunError: there are none.
     """
-    files = [file for source in sources for file in _verified(out, source, formats)]
+    files = [file for study in studies for file in _verified(out, study, formats)]
     if not files:
-        raise RunError(f"{out}: no verified DICOM result to send")
+        raise RunError(f"{out}: nothing was sent, as this run has no verified DICOM result")
     return files
 
 
-def _verified(out: Path, source: str, formats: Sequence[str]) -> Iterator[Path]:
-    for report in sorted(out.glob(f"{source}*{REPORT_SUFFIX}")):
-        try:
-            rows = json.loads(report.read_text(encoding="utf-8"))["files"]
-            names = [(str(row["format"]), str(row["file"])) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{report}: damaged; run the command again with --force") from None
-        for form, name in names:
-            wanted = form in formats or any(FORMATS[key].refers_to == form for key in formats)
-            if wanted and form in FORMATS and FORMATS[form].needs_dicom:
-                yield report.parent / Path(name).name
+def _verified(out: Path, study: str, formats: Sequence[str]) -> Iterator[Path]:
+    report = out / f"{safe_name(study)}{REPORT_SUFFIX}"
+    if not report.exists():
+        return
+    try:
+        rows = json.loads(report.read_text(encoding="utf-8"))["files"]
+        names = [(str(row["format"]), str(row["file"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{report}: damaged; run the command again with --force") from None
+    for form, name in names:
+        wanted = form in formats or any(FORMATS[key].refers_to == form for key in formats)
+        if wanted and form in FORMATS and FORMATS[form].needs_dicom:
+            yield report.parent / Path(name).name
 
 
 def _lines(images: Sequence[Match]) -> list[str]:

@@ -28,6 +28,8 @@ NAMED_STACKS = 3
 """So many volumes of one series are named one by one in a message."""
 
 _LISTED = 8
+# What names begin with as long as they are being written, or of a process that was killed: as in pipeline.files.
+_UNFINISHED = ".writing-"
 # What has rows and columns and is no image to segment: doses and other radiotherapy objects (PS3.4 B.5).
 _RADIOTHERAPY = "1.2.840.10008.5.1.4.1.1.481."
 
@@ -246,9 +248,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files in order, those of a folder before those of the folders in it; links to folders are not followed."""
+    """Files in order, those of a folder before those of the folders in it; links to folders are not followed.
+
+    What is unfinished is no part of a series: it comes whole under its own name, or is fetched again.
+    """
     with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+        finished = (entry for entry in found if not entry.name.startswith(_UNFINISHED))
+        entries = sorted(finished, key=lambda entry: entry.name)
     yield from (folder / entry.name for entry in entries if entry.is_file())
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -12,8 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from transforms.colours import PALETTE, distinct_colours
 from transforms.concepts import TISSUE, CodedConcept, concepts_of
+from transforms.errors import VolumeError
 
-__all__ = ["MAX_LABEL_ID", "PALETTE", "TISSUE", "CodedConcept", "Label", "LabelSchema", "Region", "schema_from_names"]
+__all__ = [
+    "MAX_LABEL_ID",
+    "PALETTE",
+    "TISSUE",
+    "CodedConcept",
+    "Label",
+    "LabelSchema",
+    "Region",
+    "require_ids",
+    "schema_from_names",
+]
 
 MAX_LABEL_ID = 65535
 """What unsigned 16-bit voxels hold (DICOM SEG, PS3.3 C.8.20)."""
@@ -202,6 +214,19 @@ def classes_of_values(label_map: npt.NDArray[Any], class_of: dict[int, int]) -> 
     table = np.zeros(highest + 1, dtype=np.uint8 if max(class_of.values()) <= 255 else np.uint16)
     table[list(class_of)] = list(class_of.values())
     return np.asarray(table[label_map])
+
+
+def require_ids(label_map: npt.NDArray[Any], file: Path) -> None:
+    """Refuse values that are no label ids, whatever they are called.
+
+    Raises:
+        VolumeError: a value of `file` is below 0 or above `MAX_LABEL_ID`.
+    """
+    low, high = int(label_map.min(initial=0)), int(label_map.max(initial=0))
+    if low < 0 or high > MAX_LABEL_ID:
+        raise VolumeError(
+            f"{file}: holds the value {low if low < 0 else high}; labels are 1 to {MAX_LABEL_ID}, the background is 0"
+        )
 
 
 def _shown(ids: list[int]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.console import Console
 from pipeline.errors import PacsError
-from pipeline.files import atomic_path
+from pipeline.files import atomic_path, remove_leftovers
 from pipeline.pacs.archive import Archive, Match, Unreachable, is_whole_file
 from pipeline.pacs.node import check_uid
 from pipeline.pacs.patience import Effort
@@ -62,6 +62,7 @@ def _fetch(archive: Archive, row: Match, out: Path, effort: Effort, console: Con
     study_uid = check_uid(row["StudyInstanceUID"], "a study of the archive")
     series_uid = check_uid(row["SeriesInstanceUID"], "a series of the archive")
     folder = out / folder_name(series_uid)
+    remove_leftovers(folder)
     held = effort.run(lambda: archive.instances(study_uid, series_uid))
     for uid in held:
         check_uid(uid, "an instance of the archive")

@@ -19,7 +19,7 @@ from pipeline.references import SCHEMA_FILE
 from pipeline.results import Result
 from transforms.dicom_header import is_dicom
 from transforms.geometry import Geometry
-from transforms.labels import Label, LabelSchema, schema_from_names
+from transforms.labels import Label, LabelSchema, require_ids, schema_from_names
 from transforms.volume import Volume, read_label, read_volume
 
 Array = npt.NDArray[Any]
@@ -210,6 +210,7 @@ def _image_of(geometry: Geometry, path: Path, series: str | None) -> Volume:
 def _schema(labels: Path, given: Path | None, label_map: Array) -> LabelSchema:
     path = given or labels.parent / SCHEMA_FILE
     if given is None and not path.is_file():
+        require_ids(label_map, labels)
         ids = [int(i) for i in np.unique(label_map) if i != 0]
         return schema_from_names({i: f"label {i}" for i in ids or [1]})
     try:

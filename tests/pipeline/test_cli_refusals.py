@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.errors import ConfigError, VolumeError
+from pipeline.errors import ConfigError, VolsegError, VolumeError
 from pipeline.evaluate import evaluate_files
 from transforms.labels import schema_from_names
 
@@ -47,6 +47,20 @@ def test_an_image_is_not_exported_as_the_labels_of_another(image: Path) -> None:
         f"{image}: looks like an image: 299 different values above 0, expected a label map; "
         "if they are labels, name them by --schema or labels.json beside LABELS"
     )
+    assert not (image.parent / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "is_named"), [(257, True), (-1, True), (70000, False), (-1, False)])
+def test_a_value_that_is_no_label_is_not_exported_as_one(image: Path, value: int, *, is_named: bool) -> None:
+    voxels = np.eye(3, dtype=np.int32)[:, :, None].repeat(10, 2)
+    voxels[0, 1] = value
+    labels = written(image.with_name("labels.nii.gz"), voxels)
+    source = written(image.with_name("source.nii.gz"), np.ones((3, 3, 10), np.int16))
+    if is_named:
+        (image.parent / "labels.json").write_text('{"labels": [{"id": 1, "name": "Liver", "colour": [1, 2, 3]}]}')
+    done = CliRunner().invoke(app, command(labels, source))
+    assert isinstance(done.exception, VolsegError)
+    assert str(value) in str(done.exception)
     assert not (image.parent / "out").exists()
 
 

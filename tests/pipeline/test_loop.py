@@ -62,8 +62,15 @@ class TestResults:
 
     def test_nothing_verified(self, tmp_path: Path) -> None:
         self.report(tmp_path, "series-a", "nifti")
-        with pytest.raises(RunError, match="no verified DICOM result"):
-            verified_results(tmp_path, ["series-a"], ["seg", "nifti"])
+        for studies in (["series-a"], []):
+            with pytest.raises(RunError, match="nothing was sent, as this run has no verified DICOM result"):
+                verified_results(tmp_path, studies, ["seg", "nifti"])
+
+    def test_a_study_whose_name_only_begins_so_is_another(self, tmp_path: Path) -> None:
+        for name in ("series-a", "series-a_CT_11", "series-a_CT_22"):
+            self.report(tmp_path, name, "seg")
+        for name in ("series-a", "series-a_CT_22"):
+            assert verified_results(tmp_path, [name], ["seg"]) == [tmp_path / f"{name}.seg.dcm"]
 
     @pytest.mark.parametrize("text", ["", "[]", '{"files": [{}]}'])
     def test_a_damaged_report(self, tmp_path: Path, text: str) -> None:

@@ -60,6 +60,18 @@ def test_what_is_set_aside(write_series: WriteSeries) -> None:
     assert series.problems == ()
 
 
+def test_what_is_unfinished_is_no_part_of_a_series(write_series: WriteSeries) -> None:
+    folder = write_series(GRID, VOXELS)
+    beginning = min(folder.iterdir()).read_bytes()[:300]
+    for path in (folder / "IM009", folder / ".writing-12-x" / "IM000", folder / ".writing-12-IM009"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(beginning)
+    assert [finding.name for finding in index_series(folder)[0].problems] == ["damaged-file"]
+    (folder / "IM009").unlink()
+    index = index_folder(folder)
+    assert (index.file_count, index.set_aside, index.series[0].problems) == (4, (), ())
+
+
 def test_progress_is_told(write_series: WriteSeries) -> None:
     geometry = Geometry.from_lps((2, 2, 150), GRID.affine_lps)
     told: list[tuple[int, int]] = []

@@ -15,6 +15,7 @@ from typing import Any
 import pydicom
 import pytest
 
+from pipeline.pacs.fetching import folder_name
 from pipeline.pacs.node import Node
 
 from .conftest import INSTANCE_COUNT, Store, free_port
@@ -143,6 +144,78 @@ def test_the_loop(call: Call, web: str, store: Store, data_dir: Path, small_bund
     assert {str(d.SOPInstanceUID): d for d in store.datasets()}[str(sent.SOPInstanceUID)] == sent
     code, out, err = call(*loop)
     assert (code, store.received[str(sent.SOPInstanceUID)]) == (0, 1)
+
+
+@pytest.mark.usefixtures("one_thread")
+class TestOnlyThisRunIsSent:
+    """Into a folder that holds what another run made and did not send."""
+
+    @pytest.fixture
+    def loop(self, web: str, store: Store, series: Path, small_bundle: Path, tmp_path: Path) -> tuple[Any, ...]:
+        """Predict both series of a study."""
+        for number, uid in (("1", "1.2.826.0.1"), ("2", "1.2.826.0.2")):
+            for file in sorted(series.glob("[1-5].dcm")):
+                store.take(content_of(file, series_uid=uid, number=number))
+        study = str(store.datasets()[0].StudyInstanceUID)
+        return ("predict", small_bundle, web, "--study", study, "--as", "seg", "--series", "all",
+                "--out", tmp_path / "out")  # fmt: skip
+
+    def test_a_series_that_fails_now(
+        self, call: Call, store: Store, loop: tuple[Any, ...], series: Path, tmp_path: Path
+    ) -> None:
+        assert call(*loop, "--no-mirror")[0] == 0
+        before = uids_in(tmp_path / "out")
+        spoil(tmp_path / "out" / "source" / folder_name("1.2.826.0.2"), series)
+        code, out, err = call(*loop, "--mirror", "--force", "--send")
+        assert code == 1
+        assert "1 of 2 studies were set aside" in err
+        assert "1 of 1 instances are in" in out
+        (sent,) = sent_to(store)
+        assert (sent in uids_in(tmp_path / "out"), sent in before, len(before)) == (True, False, 2)
+
+    def test_none_of_them_is_done_now(
+        self, call: Call, store: Store, loop: tuple[Any, ...], series: Path, tmp_path: Path
+    ) -> None:
+        assert call(*loop, "--no-mirror")[0] == 0
+        for uid in ("1.2.826.0.1", "1.2.826.0.2"):
+            spoil(tmp_path / "out" / "source" / folder_name(uid), series)
+        code, out, err = call(*loop, "--mirror", "--force", "--send")
+        assert (code, out, sent_to(store)) == (1, "", set())
+        assert err.splitlines()[-1].endswith("out: nothing was sent, as this run has no verified DICOM result")
+
+    def test_a_series_that_has_more_slices_now(
+        self, call: Call, store: Store, loop: tuple[Any, ...], series: Path, tmp_path: Path
+    ) -> None:
+        assert call(*loop, "--no-mirror")[0] == 0
+        before = uids_in(tmp_path / "out")
+        store.take(content_of(series / "6.dcm", series_uid="1.2.826.0.2", number="2"))
+        code, out, err = call(*loop, "--no-mirror", "--send")
+        assert code == 0, err
+        assert "2 of 2 instances are in" in out
+        # The result of the other series is kept, and of this run as well.
+        assert (len(uids_in(tmp_path / "out")), len(sent_to(store)), len(sent_to(store) & before)) == (3, 2, 1)
+
+
+def content_of(file: Path, *, series_uid: str, number: str) -> bytes:
+    """A slice as one of another series."""
+    dataset, content = pydicom.dcmread(file), io.BytesIO()
+    dataset.SeriesInstanceUID, dataset.SeriesNumber = series_uid, number
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"{series_uid}.{file.stem}"
+    dataset.save_as(content)
+    return content.getvalue()
+
+
+def spoil(fetched: Path, series: Path) -> None:
+    """Put half a slice beside what was fetched, so that the series is refused."""
+    (fetched / "half.dcm").write_bytes((series / "6.dcm").read_bytes()[:500])
+
+
+def uids_in(out: Path) -> set[str]:
+    return {str(pydicom.dcmread(file).SOPInstanceUID) for file in out.glob("*.seg.dcm")}
+
+
+def sent_to(store: Store) -> set[str]:
+    return {str(dataset.SOPInstanceUID) for dataset in store.datasets() if dataset.Modality == "SEG"}
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from pydicom.uid import RLELossless
 
 from pipeline.console import Silence
 from pipeline.errors import PacsError, RunError
+from pipeline.files import atomic_path
 from pipeline.pacs.archive import is_whole_file
 from pipeline.pacs.fetching import FetchedSeries, fetch, folder_name, series_of_study
 from pipeline.pacs.node import Node, parse_node
+from transforms.dicom_index import index_series
 
 from .conftest import INSTANCE_COUNT, Store, dimse_archive, effort, free_port, opened, web_archive
 
@@ -75,6 +77,27 @@ class TestWhole:
         for missing in (40, 200, len(content) - 400):
             (series / "1.dcm").write_bytes(content[:-missing])
             assert not is_whole_file(series / "1.dcm", uid)
+
+
+class TestUnfinished:
+    """A slice of which only the beginning is there, under the name that it has until it is whole."""
+
+    def test_what_a_kill_left_is_taken_away(self, node: Node, study: str, tmp_path: Path) -> None:
+        folder = fetch_study(node, study, tmp_path).folder
+        file = min(folder.iterdir())
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(file.read_bytes())
+        temporary.write_bytes(file.read_bytes()[:500])
+        file.unlink()
+        assert fetch_study(node, study, tmp_path).new_count == 1
+        assert (len(list(folder.iterdir())), temporary.exists()) == (N, False)
+
+    def test_what_another_process_fetches_is_no_slice_yet(self, series: Path) -> None:
+        with atomic_path(series / "7.dcm") as temporary:
+            temporary.write_bytes((series / "6.dcm").read_bytes()[:500])
+            (found,) = index_series(series)
+            temporary.write_bytes((series / "6.dcm").read_bytes())
+        assert (found.slice_count, found.problems) == (N, ())
 
 
 class TestRefusals:
