@@ -86,7 +86,7 @@ def _write_network(bundle: ModelBundle, named: MonaiNetwork | None, folder: Path
 def _config(bundle: ModelBundle, named: MonaiNetwork | None) -> dict[str, Any]:
     plan = bundle.plan
     before = before_network(plan)
-    after = after_network(bundle.schema, blends_logits=plan.inference.blend == "logits")
+    after = after_network(bundle.schema, plan.inference)
     keys = before[0]["keys"]
     several = isinstance(keys, list)
     files = ", ".join(f"'{key}': c.replace('_0000.', '_{n:04d}.')" for n, key in enumerate(keys))

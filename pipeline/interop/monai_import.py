@@ -20,6 +20,7 @@ from pipeline.interop.monai_config import MonaiConfig, read_metadata, read_monai
 from pipeline.interop.monai_meaning import channels_of, schema_of_outputs
 from pipeline.interop.monai_steps import Outputs, outputs_of, recipe_of
 from pipeline.interop.monai_transforms import AFTER, BEFORE, transforms_of
+from pipeline.interop.monai_way_back import way_back
 from pipeline.models.monai_networks import bound_arguments, filled_monai, fixed_sides, side_divisors
 from pipeline.models.monai_spec import MONAI_NETWORKS, MonaiNetwork
 from pipeline.models.spec import UNetSpec
@@ -35,6 +36,9 @@ WRAPPED = "$torch.nn.Sequential(@network_def, torch.nn.Softmax(dim=1)).to(@devic
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "network")
 """Under which a checkpoint holds the weights beside other things."""
+
+DIFFERENCE = "a difference from MONAI"
+"""In the provenance, of which `import` and `info` tell every line."""
 
 _INFERER_DEFAULTS: dict[str, Any] = {"overlap": 0.25, "mode": "constant", "sigma_scale": 0.125}
 _INFERER_KNOWN = {"padding_mode": "constant", "cval": 0.0}
@@ -79,7 +83,8 @@ def import_monai(folder: Path, out: Path, *, choices: ImportChoices | None = Non
     schema, order = schema_of_outputs(metadata, outputs, said.nested)
     network = network.model_copy(update={"output_order": order})
     plan = _plan(config, metadata, network, left_out, outputs)
-    ways = plan.inference.model_copy(update={"blend": blend})
+    back = way_back(outputs, plan.recipe or ())
+    ways = plan.inference.model_copy(update={"blend": blend, "restores": back.restores})
     plan = plan.model_copy(update={"inference": ways})
     _check_counts(network, plan, schema.output_count, metadata)
     module = filled_monai(network, read_weights(weights_file(folder, config)))
@@ -91,7 +96,7 @@ def import_monai(folder: Path, out: Path, *, choices: ImportChoices | None = Non
         plan=plan,
         schema=schema,
         config_yaml="# imported from a MONAI bundle: there is no config\n",
-        provenance=_provenance(metadata, said),
+        provenance=_provenance(metadata, said) | ({DIFFERENCE: back.difference} if back.difference else {}),
     )
     # Some of MONAI's networks have a layer under two names, which no file of safetensors holds as one.
     save_bundle(out, {name: tensor.clone() for name, tensor in module.state_dict().items()}, facts)
@@ -275,8 +280,6 @@ def _plan(
         memory_gb=0.0,
         patch_gflop=0.0,
         inference=InferenceConventions(
-            blend="logits",
-            restores="probabilities",
             weights="centred" if inferer["mode"] == "gaussian" else "even",
             tiles="stepped",
             padding="zero",

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import ExportError
 from pipeline.models.monai_spec import MonaiNetwork
-from pipeline.plan import ChannelPlan, Plan
+from pipeline.plan import ChannelPlan, InferenceConventions, Plan
 from transforms.labels import LabelSchema
 from transforms.recipe_spec import (
     CropForeground,
@@ -126,10 +126,10 @@ def wrapped(network: str, plan: Plan, schema: LabelSchema) -> str:
     return f"$torch.nn.Sequential({network}, torch.nn.{last}).to(@device)"
 
 
-def after_network(schema: LabelSchema, *, blends_logits: bool) -> list[Entry]:
+def after_network(schema: LabelSchema, ways: InferenceConventions) -> list[Entry]:
     """The transforms from what is blended to a label map on the study's own grid, under `pred`."""
     made = {"sigmoid": True} if schema.regions else {"softmax": True}
-    activated = [{**_plain("Activationsd", PREDICTION), **made}] if blends_logits else []
+    activated = [{**_plain("Activationsd", PREDICTION), **made}] if ways.blend == "logits" else []
     back: Entry = {
         **_plain("Invertd", PREDICTION),
         "transform": "@preprocessing",
@@ -137,13 +137,16 @@ def after_network(schema: LabelSchema, *, blends_logits: bool) -> list[Entry]:
         "nearest_interp": False,
         "to_tensor": True,
     }
+    # What was cut off comes back as 0: as a logit that is no region's, nor nothing's, but the background of labels.
+    is_last = ways.restores == "blended" and not schema.regions
+    scored = [back, *activated] if is_last else [*activated, back]
     if schema.regions:
         painted = _painting(schema)
         discrete: list[Entry] = [
             {**_plain("AsDiscreted", PREDICTION), "threshold": 0.5},
             {**_plain("Lambdad", PREDICTION), "func": f"$lambda x: {painted}"},
         ]
-        return [*activated, back, *discrete]
+        return [*scored, *discrete]
     discrete = [{**_plain("AsDiscreted", PREDICTION), "argmax": True}]
     if schema.ids != tuple(range(1, schema.class_count)):
         discrete.append(
@@ -153,7 +156,7 @@ def after_network(schema: LabelSchema, *, blends_logits: bool) -> list[Entry]:
                 "target_labels": [0, *schema.ids],
             }
         )
-    return [*activated, back, *discrete]
+    return [*scored, *discrete]
 
 
 def data_format(plan: Plan, schema: LabelSchema) -> Entry:

@@ -36,11 +36,24 @@ PASSED_OVER = {"keys", "allow_missing_keys", "dtype", "lazy", "_target_", "_desc
 """Arguments that every transform may have, and that change no result; of `dtype` only floating ones are such."""
 
 
+Stage = Literal["logits", "probabilities", "labels"]
+"""How far the transforms after the network have come."""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Invert: what it brings back to the study's grid, and whether by the nearest voxel (None where code says it)."""
+
+    of: Stage
+    nearest: bool | None
+
+
 @dataclass(frozen=True)
 class Outputs:
-    """What becomes of the network's outputs: exclusive classes, or a yes or no each."""
+    """What becomes of the network's outputs: exclusive classes, or a yes or no each; and how they are brought back."""
 
     activation: Literal["softmax", "sigmoid"]
+    inversion: Inversion | None = None
 
 
 def recipe_of(transforms: Sequence[Arguments], source: str, left_out: frozenset[str] = frozenset()) -> tuple[Step, ...]:
@@ -78,24 +91,29 @@ def outputs_of(transforms: Sequence[Arguments], source: str, left_out: frozenset
         BundleError: one that changes the result in a way that is not understood.
     """
     activation: Literal["softmax", "sigmoid"] = "softmax"
-    discrete = False
+    stage: Stage = "logits"
+    inversion = None
     for transform in transforms:
         name = transform_name(transform, source)
-        if name in ("Invert", "SaveImage") or name in left_out or is_disabled(transform):
+        if name == "SaveImage" or name in left_out or is_disabled(transform):
             continue
         if name in WITHOUT_EFFECT:
-            _check_outputs_type(transform, name, source, discrete=discrete)
+            _check_outputs_type(transform, name, source, discrete=stage == "labels")
+        elif name == "Invert":
+            inversion = inversion or _inversion(transform, stage)
         elif name == "Activations" and not transform.get("other"):
             activation = "sigmoid" if transform.get("sigmoid") else activation
+            activates = bool(transform.get("sigmoid") or transform.get("softmax"))
+            stage = "probabilities" if activates and stage == "logits" else stage
         elif name == "AsDiscrete":
             _check_discrete(transform, activation, source)
-            discrete = True
+            stage = "labels"
         else:
             raise BundleError(
                 f"{source}: the transform {name} after the network is not understood; known are Activations, "
                 f"AsDiscrete, Invert and SaveImage; --leave-out {name} takes it out, which changes the result"
             )
-    return Outputs(activation)
+    return Outputs(activation, inversion)
 
 
 def transform_name(transform: Any, source: str) -> str:
@@ -118,6 +136,11 @@ def is_disabled(transform: Arguments) -> bool:
 
 class _NotSaidError(Exception):
     """A transform's argument that no step can say."""
+
+
+def _inversion(transform: Arguments, stage: Stage) -> Inversion:
+    nearest = transform.get("nearest_interp", True)
+    return Inversion(stage, None if isinstance(nearest, str) else bool(nearest))
 
 
 def _check_discrete(transform: Arguments, activation: str, source: str) -> None:
@@ -232,12 +255,22 @@ def _pair(low: Any, high: Any) -> tuple[float, float] | None:
     return None if low is None or high is None else (float(low), float(high))
 
 
+def _target(said: Mapping[str, Any]) -> tuple[float, float] | None:
+    """`b_min` and `b_max`; MONAI clips at the one that is given alone, which no step says."""
+    low, high = said["b_min"], said["b_max"]
+    if (low is None) != (high is None):
+        raise _NotSaidError(f"b_min {low!r} with b_max {high!r} is not understood, expected both or neither")
+    if low is None and said["clip"]:
+        raise _NotSaidError(f"clip {said['clip']!r} without b_min and b_max is not understood, expected both of them")
+    return _pair(low, high)
+
+
 def _map_range(transform: Arguments) -> Step:
     said = _only(transform, {"a_min": None, "a_max": None, "b_min": None, "b_max": None, "clip": False})
     source = _pair(said["a_min"], said["a_max"])
     if source is None:
         raise _NotSaidError("a_min and a_max are needed")
-    return MapRange(source=source, target=_pair(said["b_min"], said["b_max"]), clip=bool(said["clip"]))
+    return MapRange(source=source, target=_target(said), clip=bool(said["clip"]))
 
 
 def _map_percentiles(transform: Arguments) -> Step:
@@ -246,7 +279,7 @@ def _map_percentiles(transform: Arguments) -> Step:
     percentiles = _pair(said["lower"], said["upper"])
     if percentiles is None:
         raise _NotSaidError("lower and upper are needed")
-    target, clip = _pair(said["b_min"], said["b_max"]), bool(said["clip"])
+    target, clip = _target(said), bool(said["clip"])
     return MapPercentiles(percentiles=percentiles, target=target, clip=clip, channel_wise=said["channel_wise"])
 
 

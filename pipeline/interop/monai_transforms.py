@@ -50,12 +50,12 @@ AFTER = Chain(
     nothing="where the outputs are classes that exclude each other (softmax)",
 )
 
-_NAME_ALONE = ("ToDevice", "Invert", "SaveImage", "Lambda")
+_NAME_ALONE = ("ToDevice", "SaveImage", "Lambda")
 """Transforms whose arguments say nothing here: devices, folders, or code."""
 
 _ONE_A_KEY = (
     "mode", "padding_mode", "align_corners", "scale_extent", "recompute_affine", "dtype", "sigmoid", "softmax", "other",
-    "argmax", "to_onehot", "threshold", "rounding",
+    "argmax", "to_onehot", "threshold", "rounding", "nearest_interp",
 )  # fmt: skip
 """Arguments that may be a list of one value for each of the transform's keys."""
 
@@ -84,7 +84,8 @@ class _Entry:
 def transforms_of(config: MonaiConfig, chain: Chain, left_out: frozenset[str] = frozenset()) -> list[Arguments]:
     """The transforms of the chain that are for its key, arguments of one value a key being those of that key.
 
-    Of those in `left_out` and of disabled ones nothing but name and keys is read.
+    Of those in `left_out` and of disabled ones nothing but name and keys is read. How Invert interpolates stays as it
+    is written where that is code.
 
     Raises:
         BundleError: the chain is not found or none of its transforms is for its key, or an argument needs code.
@@ -147,14 +148,32 @@ def _arguments(config: MonaiConfig, entry: _Entry, key: str, *, by_name_alone: b
     about = {k: config.resolve(v, f"{at}#{k}") for k, v in entry.said.items() if k in ("_target_", "_disabled_")}
     if by_name_alone or is_disabled(about):
         return about
-    said = {k: config.resolve(v, f"{at}#{k}") for k, v in entry.said.items() if k not in ("keys", "device")}
+    if entry.name == "Invert":
+        asked = {k: v for k, v in entry.said.items() if k == "nearest_interp"}
+        said = about | {k: _as_readable(config, v, f"{at}#{k}") for k, v in asked.items()}
+    else:
+        said = {k: config.resolve(v, f"{at}#{k}") for k, v in entry.said.items() if k not in ("keys", "device")}
+    return _of_key(config, entry, said, key)
+
+
+def _as_readable(config: MonaiConfig, value: Any, key: str) -> Any:
+    """A value with references followed, or as it is written where that cannot be read."""
+    if isinstance(value, list):
+        return [_as_readable(config, item, f"{key}#{number}") for number, item in enumerate(value)]
+    try:
+        return config.resolve(value, key)
+    except BundleError:
+        return value
+
+
+def _of_key(config: MonaiConfig, entry: _Entry, said: dict[str, Any], key: str) -> Arguments:
+    """Arguments, those of one value a key being those of `key`."""
     keys = entry.keys if entry.keys is not None and key in entry.keys else (key,)
     for name in said.keys() & set(_ONE_A_KEY):
         value = said[name]
         if isinstance(value, list | tuple):
             if len(value) != len(keys):
-                raise BundleError(
-                    f"{config.source}: {at}#{name} has {len(value)} values, expected one for each of {len(keys)} keys"
-                )
+                place = f"{config.source}: {entry.at}#{name}"
+                raise BundleError(f"{place} has {len(value)} values, expected one for each of {len(keys)} keys")
             said[name] = value[keys.index(key)]
     return said

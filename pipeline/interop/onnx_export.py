@@ -25,6 +25,7 @@ from pipeline.interop.network_graph import (
     quiet_recording,
     recording_shape,
 )
+from pipeline.plan import Plan
 
 OPSET = 18
 """Of the operators that the file asks for (December 2022): what runtimes of the last years all know."""
@@ -133,14 +134,23 @@ def require_same(found: Difference, out: Path) -> None:
 
 def told(out: Path, bundle: ModelBundle, found: Difference) -> list[str]:
     """What the command prints."""
-    sides = "x".join(map(str, bundle.plan.patch_shape))
-    if has_free_sides(bundle.plan):
-        sides += f", or any divisible by {'x'.join(map(str, bundle.plan.factor))}"
     return [
         f"{out}: logits differ by at most {found.largest:.2g} from the bundle's own (up to {found.peak:.2g})",
-        f"tiles: {sides}; any batch",
+        f"tiles: {_sides(bundle.plan)}; any batch",
         f"{card_path(out)}: how to prepare its input and read its output",
     ]
+
+
+def _sides(plan: Plan) -> str:
+    patch = "x".join(map(str, plan.patch_shape))
+    if not has_free_sides(plan):
+        return patch
+    free = [axis for axis in range(3) if axis != plan.slice_axis]
+    divisors = "x".join(str(plan.factor[axis]) for axis in free)
+    if plan.slice_axis is None:
+        return f"{patch}, or any divisible by {divisors}"
+    along = " and ".join("ijk"[axis] for axis in free)
+    return f"{patch}, or any divisible by {divisors} along {along}, always 1 along {'ijk'[plan.slice_axis]}"
 
 
 def _example(bundle: ModelBundle) -> Tensor:

@@ -18,7 +18,7 @@ from pipeline.errors import ExportError, RunError
 from pipeline.interop.exporting import export_model
 from pipeline.interop.monai_import import ImportChoices, import_monai
 from pipeline.interop.monai_layout import after_network, before_network, monai_network
-from pipeline.plan import Plan
+from pipeline.plan import InferenceConventions, Plan
 from pipeline.predict import Model, PredictSettings, predict
 from tests.pipeline.interop.network_choices import bundle_of
 from tests.pipeline.interop.test_monai_import import make, put
@@ -155,11 +155,23 @@ def test_regions_are_painted_in_order() -> None:
         Region(name="whole", labels=("edema", "core"), paints="edema"),
         Region(name="inner", labels=("core",), paints="core"),
     )
-    entries = after_network(LabelSchema(labels=schema.labels, regions=regions), blends_logits=True)
+    entries = after_network(LabelSchema(labels=schema.labels, regions=regions), InferenceConventions(blend="logits"))
     assert [entry["_target_"] for entry in entries] == ["Activationsd", "Invertd", "AsDiscreted", "Lambdad"]
     # The code is this module's own, written a moment ago.
     paint = entries[-1]["func"].removeprefix("$lambda x: ")
     assert paint == "torch.where(x[[1]] > 0, 4.0, torch.where(x[[0]] > 0, 1.0, torch.zeros_like(x[[0]])))"
+
+
+@pytest.mark.parametrize(
+    ("ways", "expected"),
+    [
+        (InferenceConventions(), ["Invertd", "AsDiscreted"]),
+        (InferenceConventions(blend="logits"), ["Invertd", "Activationsd", "AsDiscreted"]),
+        (InferenceConventions(blend="logits", restores="probabilities"), ["Activationsd", "Invertd", "AsDiscreted"]),
+    ],
+)
+def test_what_is_brought_back(ways: InferenceConventions, expected: list[str]) -> None:
+    assert [entry["_target_"] for entry in after_network(schema_from_names({1: "a"}), ways)] == expected
 
 
 def test_what_monai_cannot_say(small_plan: Plan) -> None:

@@ -191,6 +191,16 @@ def test_an_image_under_another_key_or_made_of_others_is_not_left_out(tmp_path: 
         ({"_target_": "Orientationd", "axcodes": "RAS", "labels": [["R", "L"], ["A", "P"], ["S", "I"]]},
          "Orientation: labels [['R', 'L'], ['A', 'P'], ['S', 'I']] are not understood, expected null or"),
         ({"_target_": "CropForegroundd", "source_key": "label"}, "CropForeground: source_key 'label' is not underst"),
+        ({"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 9, "b_min": 0, "clip": True},
+         "ScaleIntensityRange: b_min 0 with b_max None is not understood, expected both or neither"),
+        ({"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 9, "b_max": 1},
+         "ScaleIntensityRange: b_min None with b_max 1 is not understood"),
+        ({"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 9, "clip": True},
+         "ScaleIntensityRange: clip True without b_min and b_max is not understood"),
+        ({"_target_": "ScaleIntensityRangePercentilesd", "lower": 1, "upper": 99, "b_min": None, "b_max": 1,
+          "clip": True}, "ScaleIntensityRangePercentiles: b_min None with b_max 1 is not understood"),
+        ({"_target_": "ScaleIntensityRangePercentilesd", "lower": 1, "upper": 99, "b_min": None, "b_max": None,
+          "clip": True}, "ScaleIntensityRangePercentiles: clip True without b_min and b_max is not understood"),
     ],
 )  # fmt: skip
 def test_arguments_that_change_voxels_or_axes(tmp_path: Path, entry: dict[str, Any], told: str) -> None:
