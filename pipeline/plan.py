@@ -74,20 +74,21 @@ class Fingerprint(Frozen):
 class ChannelPlan(Frozen):
     """One input channel: what it is, how it is normalised, and the range that training saw (for refusing others).
 
-    An `optional` one may be missing; it is then 0 everywhere, the mean of what the network sees.
+    An `optional` one may be missing; it is then 0 everywhere, the mean of what the network sees. A maker elsewhere may
+    not tell the modality or the range: None is unknown, and nothing is refused for it.
     """
 
     name: str
-    modality: Modality
+    modality: Modality | None
     normalisation: Normalisation
-    lowest: float
-    highest: float
+    lowest: float | None
+    highest: float | None
     optional: bool = False
 
     @property
     def described(self) -> str:
         """Its name, and in brackets what it is."""
-        return f"{self.name} ({self.modality}{', optional' if self.optional else ''})"
+        return f"{self.name} ({self.modality or 'modality unknown'}{', optional' if self.optional else ''})"
 
 
 class InferenceConventions(Frozen):

@@ -322,12 +322,12 @@ def refuse_missing(missing: Sequence[str], plan: Plan) -> None:
 
 
 def refuse_modality(modality: str | None, channel: ChannelPlan) -> None:
-    """Refuse what a header says is another modality (DICOM's code) than the channel's; None says nothing.
+    """Refuse what a header says is another modality (DICOM's code) than the channel's; None on either side is unknown.
 
     Raises:
         VolumeError: as said.
     """
-    if modality is not None and modality != channel.modality:
+    if None not in (modality, channel.modality) and modality != channel.modality:
         raise VolumeError(
             f"the input is {modality}, the model's channel {channel.name} is {channel.modality}; "
             f"choose a model that was trained on {modality}"
@@ -335,6 +335,8 @@ def refuse_modality(modality: str | None, channel: ChannelPlan) -> None:
 
 
 def _check_intensities(volume: Volume, channel: ChannelPlan) -> None:
+    if channel.modality is None or channel.lowest is None:
+        return
     lowest, highest = float(volume.voxels.min()), float(volume.voxels.max())
     found = f"intensities from {lowest:g} to {highest:g}"
     if channel.modality == "CT" and channel.lowest < AIR_HU <= lowest:

@@ -162,14 +162,15 @@ def _cases_of(dataset: Dataset, wanted: Sequence[ChannelPlan], source: Path) -> 
 def _channel_order(found: Sequence[Channel], wanted: Sequence[ChannelPlan], source: Path) -> list[int | None]:
     """Where each of the model's channels stands in a manifest, if it does: by name, but a single one fits a single one.
 
-    A manifest may do without channels that the model can do without, but has no others.
+    A manifest may do without channels that the model can do without, but has no others. Where the model's modality is
+    unknown, any fits.
     """
     places: dict[str, int | None] = {channel.name.casefold(): n for n, channel in enumerate(found)}
     order = [places.get(channel.name.casefold()) for channel in wanted]
     if len(wanted) == len(found) == 1:
         order = [0]
     pairs = [(None if n is None else found[n], channel) for n, channel in zip(order, wanted, strict=True)]
-    fits = all(c.optional if f is None else f.modality == c.modality for f, c in pairs)
+    fits = all(c.optional if f is None else c.modality in (None, f.modality) for f, c in pairs)
     if not fits or len(found) > len({n for n in order if n is not None}):
         here = ", ".join(f"{c.name} ({c.modality})" for c in found)
         there = ", ".join(channel.described for channel in wanted)

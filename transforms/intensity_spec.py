@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 
 class Normalisation(BaseModel):
@@ -17,6 +17,9 @@ class Normalisation(BaseModel):
     Only models from elsewhere have the others (nnU-Net v2, preprocessing/normalization). `inside`: as `zscore`, but
     of what lies inside the body, the voxels that are not 0 in every channel and the holes among them; outside stays
     as it is. `unit`: to [0, 1] by the volume's own range. `byte`: divided by 255. `none`: as it is.
+
+    A channel whose own deviation or range is next to nothing is refused (None), or divided by `smallest_divisor`: one
+    value everywhere then becomes 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,9 +30,18 @@ class Normalisation(BaseModel):
     mean: float = 0.0
     deviation: float = 1.0
     nonzero: bool = False
+    smallest_divisor: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
         if self.kind == "window" and not (self.lower < self.upper and self.deviation > 0):
             raise ValueError(f"a window from {self.lower} to {self.upper} with deviation {self.deviation} is empty")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the divisor where there is none: plans and caches are known by the hash of what is written."""
+        fields: dict[str, Any] = written(self)
+        if self.smallest_divisor is None:
+            fields.pop("smallest_divisor", None)
+        return fields

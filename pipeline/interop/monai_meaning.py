@@ -35,13 +35,13 @@ def channels_of(metadata: MonaiConfig) -> tuple[ChannelPlan, ...]:
         modalities = [_modality(name, str(said.get("modality", "")), key, metadata) for name in names]
     return tuple(
         ChannelPlan.model_validate(
-            # What training saw is not told; nothing is refused for its intensities.
             {
                 "name": name,
                 "modality": modality,
                 "normalisation": Normalisation(kind="none"),
-                "lowest": 0.0,
-                "highest": 0.0,
+                # What training saw is not told.
+                "lowest": None,
+                "highest": None,
             }
         )
         for name, modality in zip(_unique(names), modalities, strict=True)

@@ -30,7 +30,7 @@ READERS = {"SimpleITKIO": False, "NibabelIO": False, "SimpleITKIOWithReorient": 
 """Its readers of volumes, and whether they reorient to RAS."""
 
 SMALLEST_DEVIATION = 1e-8
-"""By what it divides at least."""
+"""By what it divides at least: so a channel of one value, as of a sequence that is missing, becomes 0."""
 
 _PLANS_KEYS = {
     "dataset_name",
@@ -234,8 +234,8 @@ def _channels(plans: dict[str, Any], dataset: dict[str, Any], chosen: dict[str, 
             name=name,
             modality=_modality(plain, str(scheme), f"dataset.json: {key}.{n}"),
             normalisation=_normalisation(str(scheme), bool(mask), measured),
-            lowest=measured.get("min", 0.0),
-            highest=measured.get("max", 0.0),
+            lowest=measured.get("min"),
+            highest=measured.get("max"),
         )
         for n, (name, plain, scheme, mask, measured) in enumerate(
             zip(numbered_names(given), given, schemes, masks, _measured(plans, len(given)), strict=True)
@@ -259,10 +259,10 @@ def _measured(plans: dict[str, Any], count: int) -> list[dict[str, float]]:
     return found
 
 
-def _modality(name: str, scheme: str, source: str) -> Modality:
-    """As the manifest's reader knows the channel's name or its words, else CT for what is normalised as one, else MR.
+def _modality(name: str, scheme: str, source: str) -> Modality | None:
+    """As the manifest's reader knows the channel's name or its words, else CT for what is normalised as one, or None.
 
-    nnU-Net's names are free, and how the channel is normalised is not asked of them but said in the plans.
+    nnU-Net's names are free: some say a normalisation (zscore, noNorm), which the plans say too, and no modality.
     """
     said = known_modality(name)
     found = {said} if said else {known for word in re.split(r"[^\w*]|_", name) if (known := known_modality(word))}
@@ -271,7 +271,7 @@ def _modality(name: str, scheme: str, source: str) -> Modality:
             f"{source}: found '{name}', which is {' as well as '.join(sorted(found))}; expected one of "
             f"{', '.join(get_args(Modality))}; write there which one it is, as '{min(found)}'"
         )
-    return cast(Modality, found.pop() if found else "CT" if scheme == "CTNormalization" else "MR")
+    return cast(Modality | None, found.pop() if found else "CT" if scheme == "CTNormalization" else None)
 
 
 def _normalisation(scheme: str, masked: bool, measured: dict[str, Any]) -> Normalisation:
@@ -292,7 +292,10 @@ def _normalisation(scheme: str, masked: bool, measured: dict[str, Any]) -> Norma
         "RescaleTo01Normalization": "unit",
         "RGBTo01Normalization": "byte",
     }
-    return Normalisation(kind=cast(Any, _known(kinds, scheme, "normalization_schemes")))
+    kind = _known(kinds, scheme, "normalization_schemes")
+    return Normalisation(
+        kind=kind, smallest_divisor=SMALLEST_DEVIATION if kind in ("inside", "zscore", "unit") else None
+    )
 
 
 def _resizing(chosen: dict[str, Any], what: str) -> Resizing:

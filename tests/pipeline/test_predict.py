@@ -230,7 +230,7 @@ def study(*ranges: tuple[float, float], modality: str | None = None) -> list[Vol
     ]
 
 
-def with_channel(plan: Plan, modality: str, lowest: float, highest: float) -> Plan:
+def with_channel(plan: Plan, modality: str | None, lowest: float | None, highest: float | None) -> Plan:
     values = {"modality": modality, "lowest": lowest, "highest": highest}
     return plan.model_copy(update={"channels": tuple(c.model_copy(update=values) for c in plan.channels)})
 
@@ -268,6 +268,21 @@ class TestRefusals:
         check_input(with_channel(small_plan, "MR", -2000, 2000), study((-1500, 900)))
         # A CT that was cropped inside the body in training may come without air as well.
         check_input(with_channel(small_plan, "CT", -200, 900), study((-150, 900)))
+
+    @pytest.mark.parametrize("modality", ["CT", "MR", "PT", None])
+    def test_where_the_maker_tells_no_modality_any_passes(self, small_plan: Plan, modality: str | None) -> None:
+        for lowest in (None, 0.0, -1024.0):
+            unknown = with_channel(small_plan, None, lowest, 3000)
+            check_input(unknown, study((-1024, 2000), modality=modality))
+            check_input(unknown, study((0, 900), modality=modality))
+        assert "the model wants 1: T1 (modality unknown)" in refusal(unknown, study((0, 9), (0, 9)))
+
+    def test_where_the_maker_tells_no_range_the_modality_alone_counts(self, small_plan: Plan) -> None:
+        for modality in ("CT", "MR"):
+            unknown = with_channel(small_plan, modality, None, None)
+            check_input(unknown, study((-1024, 2000)))
+            check_input(unknown, study((0, 900), modality=modality))
+        assert "the input is CT, the model's channel T1 is MR" in refusal(unknown, study((0, 900), modality="CT"))
 
     def test_channels_on_two_grids(self, small_plan: Plan) -> None:
         two = small_plan.model_copy(update={"channels": small_plan.channels * 2})

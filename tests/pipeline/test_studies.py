@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pipeline.console import Silence
 from pipeline.errors import VolumeError
 from pipeline.plan import ChannelPlan
 from pipeline.studies import Wanted, find_studies
+from transforms.labels import schema_from_names
 
 
 def found(*inputs: Path, channels: int = 1) -> dict[str, list[str]]:
@@ -17,6 +19,26 @@ def found(*inputs: Path, channels: int = 1) -> dict[str, list[str]]:
     planned = [ChannelPlan.model_validate({"name": f"T{n + 1}", **facts}) for n in range(channels)]
     studies = find_studies(inputs, Wanted(planned), console=Silence())
     return {study.name: [path.name for path in study.paths] for study in studies}
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_a_manifest_of_any_modality_fits_a_channel_of_unknown_modality(tmp_path: Path, modality: str) -> None:
+    (path,) = touch(tmp_path, "one.nii.gz")
+    said = {
+        "name": "world",
+        "channels": [{"name": "a", "modality": modality}],
+        "labels": schema_from_names({1: "x"}).model_dump(mode="json"),
+        "cases": [{"case_id": "one", "patient_id": "one", "images": {"a": path.name}}],
+    }
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps(said))
+    facts = {"name": "zscore", "normalisation": {"kind": "zscore"}, "lowest": None, "highest": None}
+    unknown = ChannelPlan.model_validate({**facts, "modality": None})
+    (study,) = find_studies([manifest], Wanted([unknown]), console=Silence())
+    assert study.paths == (path,)
+    other = ChannelPlan.model_validate({**facts, "modality": "PT"})
+    with pytest.raises(VolumeError, match=rf"its channels are a \({modality}\), the model wants zscore \(PT\)"):
+        find_studies([manifest], Wanted([other]), console=Silence())
 
 
 def touch(folder: Path, *names: str) -> list[Path]:

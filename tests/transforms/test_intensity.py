@@ -14,13 +14,17 @@ from monai.transforms import NormalizeIntensity
 from pydantic import ValidationError
 from torch import Tensor
 
-from transforms.intensity import normalise
+from transforms.intensity import normalise, normalise_channels
 from transforms.intensity_spec import Normalisation
 from transforms.steps import NormaliseIntensityd
 
 CT = Normalisation(kind="window", lower=-100, upper=300, mean=50, deviation=100)
 MR = Normalisation(kind="zscore")
 MASKED = Normalisation(kind="zscore", nonzero=True)
+NNUNET: dict[str, Normalisation] = {
+    kind: Normalisation.model_validate({"kind": kind, "smallest_divisor": 1e-8})
+    for kind in ("zscore", "inside", "unit")
+}
 
 
 def line(*values: float) -> Tensor:
@@ -170,3 +174,72 @@ def test_what_is_no_byte_is_refused(values: tuple[float, float]) -> None:
 def test_a_constant_volume_has_no_range_of_its_own(kind: Literal["unit", "inside"]) -> None:
     with pytest.raises(ValueError, match="one value everywhere"):
         normalise(line(3, 3, 3), Normalisation(kind=kind), inside=torch.ones(3, 1, 1, dtype=torch.bool))
+
+
+EVERYWHERE = torch.ones(60, 50, 40, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, 1000.1, -1023.7])
+@pytest.mark.parametrize("kind", NNUNET)
+def test_with_a_smallest_divisor_one_value_becomes_0(kind: str, value: float) -> None:
+    """Also where the float32 mean of many equal values is not that value, as of 1000.1."""
+    found = normalise(torch.full((60, 50, 40), value), NNUNET[kind], inside=EVERYWHERE)
+    assert torch.equal(found, torch.zeros(60, 50, 40))
+
+
+@pytest.mark.parametrize(("spread", "factor"), [(4e-7, 1.0), (1e-7, 1.0), (2e-9, 0.2)])
+def test_a_smallest_divisor_by_hand(spread: float, factor: float) -> None:
+    """0 and the spread in equal numbers: the deviation is half of it, and 1e-8 divides where that is less."""
+    before, inside = line(0, spread, 0, spread), torch.ones(4, 1, 1, dtype=torch.bool)
+    smaller = spread / 2 / max(spread / 2, 1e-8)
+    for kind in ("zscore", "inside"):
+        found = normalise(before, NNUNET[kind], inside=inside)
+        assert found.flatten().tolist() == pytest.approx([-smaller, smaller, -smaller, smaller], rel=1e-4)
+    found = normalise(before, NNUNET["unit"])
+    assert found.flatten().tolist() == pytest.approx([0, factor, 0, factor], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", NNUNET)
+def test_a_smallest_divisor_changes_nothing_where_there_is_something_to_see(kind: str) -> None:
+    before, plain = volume(), NNUNET[kind].model_copy(update={"smallest_divisor": None})
+    inside = before > 300
+    assert torch.equal(normalise(before, NNUNET[kind], inside=inside), normalise(before, plain, inside=inside))
+
+
+def test_a_channel_that_was_filled_with_zeros_beside_one_with_an_image() -> None:
+    image = torch.stack([torch.zeros(12, 10, 9), volume()])
+    found = normalise_channels(image, [NNUNET["zscore"]] * 2)
+    assert torch.equal(found[0], image[0])
+    assert torch.equal(found[1], normalise(image[1], MR))
+    with pytest.raises(ValueError, match="one value everywhere"):
+        normalise_channels(image, [MR, MR])
+
+
+def test_where_every_channel_has_one_value_there_is_nothing_to_see() -> None:
+    flat = torch.stack([torch.zeros(4, 3, 2), torch.full((4, 3, 2), 5.0)])
+    with pytest.raises(ValueError, match="every channel has one value everywhere"):
+        normalise_channels(flat, [NNUNET["zscore"], NNUNET["unit"]])
+    with pytest.raises(ValueError, match="the volume has one value everywhere"):
+        normalise_channels(flat[1:], [NNUNET["zscore"]])
+    with pytest.raises(ValueError, match="the volume has one value everywhere"):
+        normalise(flat[0], NNUNET["inside"], inside=torch.zeros(4, 3, 2, dtype=torch.bool))
+
+
+def test_a_mean_that_was_rounded_hides_no_constant_volume() -> None:
+    with pytest.raises(ValueError, match="one value everywhere"):
+        normalise(torch.full((200, 200, 150), 1000.1), MR)
+
+
+def test_what_is_written_without_a_smallest_divisor_is_as_it_was_before_there_was_one() -> None:
+    written = {"kind": "zscore", "lower": 0.0, "upper": 0.0, "mean": 0.0, "deviation": 1.0, "nonzero": False}
+    assert MR.model_dump(mode="json") == written
+    assert Normalisation.model_validate(written) == MR
+    for how in (CT, MASKED, NNUNET["unit"]):
+        assert Normalisation.model_validate_json(how.model_dump_json()) == how
+    assert NNUNET["zscore"].model_dump() == {**written, "smallest_divisor": 1e-8}
+
+
+@pytest.mark.parametrize("wrong", [0, -1e-8])
+def test_a_smallest_divisor_is_above_0(wrong: float) -> None:
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Normalisation(kind="zscore", smallest_divisor=wrong)

@@ -21,6 +21,7 @@ from pipeline.interop.exporting import export_model
 from pipeline.interop.nnunet_checkpoint import read_checkpoint
 from pipeline.interop.nnunet_import import import_nnunet
 from pipeline.manifest import load_dataset
+from pipeline.predict import refuse_modality
 
 DATA = Path(__file__).parents[2] / "data" / "nnunet"
 CHECKPOINT = "checkpoint_final.pth"
@@ -189,6 +190,21 @@ def test_files_that_are_no_plans_are_told_in_one_line(text: str, tmp_path: Path)
     with pytest.raises(BundleError, match=r"plans.json: (cannot be read as JSON|found list)") as caught:
         import_nnunet(source, tmp_path / "bundle")
     assert "\n" not in str(caught.value)
+
+
+def test_a_channel_that_names_its_normalisation_takes_any_modality(tmp_path: Path) -> None:
+    """As nnU-Net tells its users to choose one; the bundle is read again, told, and refuses no CT."""
+    source = edited(copied("plain_3d", tmp_path / "source"), "dataset.json", name_by_normalisation)
+    (path,) = import_nnunet(source, tmp_path / "bundle")
+    _, channel = load_bundle(path).plan.channels
+    assert (channel.modality, channel.described) == (None, "zscore (modality unknown)")
+    refuse_modality("CT", channel)
+    told = CliRunner().invoke(app, ["info", str(path)])
+    assert (told.exit_code, "zscore (modality unknown)" in " ".join(told.output.split())) == (0, True), told.output
+
+
+def name_by_normalisation(dataset: Any) -> None:
+    dataset["channel_names"] = {"0": "CT", "1": "zscore"}
 
 
 def test_a_raw_folder_and_the_model_of_its_dataset_name_channels_alike(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.interop.nnunet_plan import (
     plan_of_nnunet,
     schema_of_nnunet,
 )
+from pipeline.plan import ChannelPlan
 from transforms.geometry import Geometry
 from transforms.placing import Placed, place, put_back
 from transforms.resample import move_argmax, move_regions
@@ -129,14 +130,72 @@ def test_readers_that_reorient() -> None:
         ("PET_SUV", "PT"),
         ("T1 MRI", "MR"),
         ("portal CT", "CT"),
-        ("noNorm", "MR"),
+        ("noNorm", None),
+        ("zscore", None),
+        ("rescale_to_0_1", None),
+        ("SUV", None),
+        ("channel 1", None),
     ],
 )
-def test_modalities_are_those_that_the_manifest_knows_by_name_or_word(name: str, modality: str) -> None:
+def test_modalities_are_those_that_the_manifest_knows_by_name_or_word(name: str, modality: str | None) -> None:
     plans, dataset, configuration = documents("last_axis_slices")
     dataset["channel_names"] = {"0": "MR", "1": name}
     assert plans["configurations"][configuration]["normalization_schemes"][1] == "ZScoreNormalization"
     assert plan_of_nnunet(plans, dataset, configuration)["channels"][1].modality == modality
+
+
+def test_a_channel_of_any_name_is_a_ct_if_it_is_normalised_as_one() -> None:
+    plans, dataset, configuration = documents("slices_double")
+    assert plans["configurations"][configuration]["normalization_schemes"][0] == "CTNormalization"
+    dataset["channel_names"] |= {"0": "channel 1"}
+    assert plan_of_nnunet(plans, dataset, configuration)["channels"][0].modality == "CT"
+
+
+def test_what_training_saw_is_unknown_where_the_plans_do_not_tell() -> None:
+    plans, dataset, configuration = documents("last_axis_slices")
+    plans[MEASURED] = {"0": {"min": 3, "max": 90}, "1": {"mean": 5}}
+    found = plan_of_nnunet(plans, dataset, configuration)["channels"]
+    assert [(channel.lowest, channel.highest) for channel in found] == [(3.0, 90.0), (None, None)]
+    dataset["channel_names"] = {"0": "zscore", "1": "noNorm"}
+    for channel in plan_of_nnunet(plans, dataset, configuration)["channels"]:
+        assert ChannelPlan.model_validate_json(channel.model_dump_json()) == channel
+
+
+@pytest.mark.parametrize(
+    ("scheme", "smallest"),
+    [
+        ("ZScoreNormalization", 1e-8),
+        ("RescaleTo01Normalization", 1e-8),
+        ("NoNormalization", None),
+        ("RGBTo01Normalization", None),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_by_what_nnunet_divides_at_least(scheme: str, masked: bool, smallest: float | None) -> None:
+    """Of nnunetv2/preprocessing/normalization/default_normalization_schemes.py."""
+    plans, dataset, configuration = documents("last_axis_slices")
+    chosen = plans["configurations"][configuration]
+    chosen |= {"normalization_schemes": [scheme] * 2, "use_mask_for_norm": [masked] * 2}
+    found = plan_of_nnunet(plans, dataset, configuration)["channels"]
+    assert [channel.normalisation.smallest_divisor for channel in found] == [smallest] * 2
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, _, dataset, _) in TOLD.items() if len(dataset["channel_names"]) > 1]
+)
+def test_a_sequence_that_was_filled_with_zeros_is_placed(name: str) -> None:
+    plans, dataset, configuration = documents(name)
+    fields = plan_of_nnunet(plans, dataset, configuration)
+    channels = torch.from_numpy(stored(name, "channels").astype(np.float32))
+    channels[1] = 0
+    k, j, i = TOLD[name][0]
+    source = Geometry((channels.shape[1], channels.shape[2], channels.shape[3]), np.diag([-i, -j, k, 1.0]))
+    hows = [channel.normalisation for channel in fields["channels"]]
+    grid = {"axis_codes": fields["axis_codes"], "spacing_mm": fields["spacing_mm"]}
+    placed = place(channels, source, fields["placing"], normalisations=hows, **grid)
+    assert placed.image.isfinite().all()
+    if hows[1].kind in ("inside", "zscore", "unit"):
+        assert not placed.image[1].any()
 
 
 def test_channels_of_one_name_are_numbered_as_the_manifest_does() -> None:
