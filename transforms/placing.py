@@ -59,29 +59,35 @@ def place(
     """Channels (C, I, J, K) on `source` as a network of nnU-Net's wants them.
 
     Raises:
-        ValueError: every voxel is 0, a channel cannot be normalised, or the grid cannot be reoriented.
+        ValueError: every voxel is 0, or a channel cannot be normalised.
     """
     turned = turned_grid(source, placing, axis_codes)
-    channels = move(channels, source, turned, order=3) if placing.reorients else channels
+    channels = move(channels, source, turned) if placing.reorients else channels
     start, shape = nonzero_box(channels)
     box = turned.window(start, shape)
     inside = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
     cropped = channels[(slice(None), *inside)]
     body = body_of(cropped) if any(how.kind == "inside" for how in normalisations) else None
     image = normalise_channels(cropped, normalisations, inside=body)
-    spacing_mm = kept_spacing(spacing_mm, box, placing)
+    own_mm, spacing_mm = header_spacing(box), kept_spacing(spacing_mm, box, placing)
     grid = box.reshaped(resized_shape(box, spacing_mm))
-    across = axis_across(placing.image, box.spacing_mm, spacing_mm)
+    across = axis_across(placing.image, own_mm, spacing_mm)
     return Placed(
         resize_as(image, grid.shape, placing.image, across=across),
         grid,
-        _field(box, grid, placing.scores, axis_across(placing.scores, spacing_mm, box.spacing_mm)),
+        _field(box, grid, placing.scores, axis_across(placing.scores, spacing_mm, own_mm)),
         box,
     )
 
 
 def put_back(classes: Tensor, field: Geometry, box: Geometry, source: Geometry) -> Tensor:
-    """Classes (1, I, J, K) on a `Placed.field` to the study's whole grid; what was cut off is class 0."""
+    """Classes (1, I, J, K) on a `Placed.field` to the study's whole grid; what was cut off is class 0.
+
+    Raises:
+        ValueError: the voxels of `box` are not some of those of `source`, so that classes would be averaged.
+    """
+    if not box.axis_map(source).is_exact:
+        raise ValueError(f"classes cannot be copied from {box.describe()} to {source.describe()}")
     for axis, (found, wanted) in enumerate(zip(field.shape, box.shape, strict=True)):
         if found != wanted:
             classes = classes.index_select(axis + 1, nearest_planes(found, wanted).to(classes.device))
@@ -95,13 +101,14 @@ def placed_grid(source: Geometry, placing: Placing, *, axis_codes: str, spacing_
 
 
 def turned_grid(source: Geometry, placing: Placing, axis_codes: str) -> Geometry:
-    """The study's grid with its axes in the network's order."""
-    return source.orthogonal().oriented(axis_codes) if placing.reorients else source
+    """The study's voxels with axes in the network's order; slices that lean stay so, as in nnU-Net's readers."""
+    return source.oriented(axis_codes) if placing.reorients else source
 
 
 def kept_spacing(spacing_mm: Spacing, box: Geometry, placing: Placing) -> Spacing:
     """The grid's spacing (about; sides are whole voxels), with the study's own along the axis that keeps it."""
-    i, j, k = (box.spacing_mm[a] if a == placing.kept_axis else spacing_mm[a] for a in range(3))
+    own_mm = header_spacing(box)
+    i, j, k = (own_mm[a] if a == placing.kept_axis else spacing_mm[a] for a in range(3))
     return i, j, k
 
 
@@ -141,8 +148,14 @@ def body_of(channels: Tensor) -> Tensor:
 
 def resized_shape(box: Geometry, spacing_mm: Spacing) -> Triple:
     """Whole voxels of about `spacing_mm` along each side of a box, halves to even, at least one."""
-    own_mm = [written_mm(mm) for mm in box.spacing_mm]
+    own_mm = header_spacing(box)
     i, j, k = (max(1, round(own / wanted * n)) for own, wanted, n in zip(own_mm, spacing_mm, box.shape, strict=True))
+    return i, j, k
+
+
+def header_spacing(box: Geometry) -> Spacing:
+    """A study's spacing as its file's header says it: what nnU-Net decides by."""
+    i, j, k = (written_mm(mm) for mm in box.spacing_mm)
     return i, j, k
 
 

@@ -29,9 +29,10 @@ class Resizing(BaseModel):
 class Placing(BaseModel):
     """What nnU-Net v2 does otherwise than we (its preprocessing/preprocessors/default_preprocessor.py).
 
-    Axes stay as they are stored unless it `reorients`. What is 0 in every channel all around is cut off, and the
-    field of view that remains has its sides rounded to whole voxels of about the plan's spacing; along `kept_axis` the
-    slices stay those of the study.
+    Axes stay as they are stored unless it `reorients`, which permutes and flips them; slices that lean (a tilted
+    gantry) are never set upright. What is 0 in every channel all around is cut off, and the field of view that remains
+    has its sides rounded to whole voxels of about the plan's spacing; along `kept_axis` the slices stay those of the
+    study.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

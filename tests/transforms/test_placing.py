@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import binary_fill_holes
+from scipy.spatial.transform import Rotation
 
 from transforms.geometry import Geometry
 from transforms.intensity_spec import Normalisation
 from transforms.placing import (
     axis_across,
     body_of,
+    kept_spacing,
     nearest_planes,
     nonzero_box,
     place,
@@ -164,3 +167,64 @@ def test_axes_are_stored_ones_unless_reoriented() -> None:
         assert torch.equal(placed.image, first)
         assert placed.grid.axis_codes == ("RAS" if reorients else "LPS")
         assert not placed.grid.difference(placed_grid(source, placing, axis_codes="RAS", spacing_mm=(1, 1, 3)))
+
+
+def leaning(codes: str) -> Geometry:
+    """Slices 3 mm apart that lean by 20 degrees, with axes along `codes`."""
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    affine[1, 2] = 3 * np.tan(np.deg2rad(20))
+    return Geometry((7, 6, 5), affine).oriented(codes)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAL", "PIR"])
+def test_slices_that_lean_are_turned_voxel_by_voxel_and_so_are_their_classes(codes: str) -> None:
+    """As nnU-Net's readers: nibabel turns the same voxels, and no class number comes out that did not go in."""
+    source = leaning(codes)
+    assert source.is_sheared
+    channels = torch.arange(1.0, 7 * 6 * 5 + 1).reshape(1, *source.shape)
+    image = nib.Nifti1Image(channels[0].numpy(), source.affine_ras)
+    turned = nib.funcs.as_closest_canonical(image)
+    spacing_mm = (1.0, 1.0, float(np.linalg.norm(turned.affine[:3, 2])))
+    placing = Placing(reorients=True)
+    placed = place(channels, source, placing, axis_codes="RAS", spacing_mm=spacing_mm, normalisations=[AS_IT_IS])
+    np.testing.assert_array_equal(placed.image[0], np.asarray(turned.dataobj))
+    np.testing.assert_allclose(placed.grid.affine_ras, turned.affine, atol=1e-9)
+    assert not placed.grid.difference(placed_grid(source, placing, axis_codes="RAS", spacing_mm=spacing_mm))
+    classes = (placed.image % 5).to(torch.uint8)
+    found = put_back(classes, placed.field, placed.box, source)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, (channels % 5).to(torch.uint8))
+
+
+def test_classes_are_never_averaged_on_the_way_back() -> None:
+    source = leaning("RAS")
+    upright = source.orthogonal()
+    with pytest.raises(ValueError, match="cannot be copied"):
+        put_back(torch.ones(1, *upright.shape, dtype=torch.uint8), upright, upright, source)
+
+
+@pytest.mark.parametrize("thin_mm", [0.4, 0.5, 0.7, 1.0, 2.0])
+def test_voxels_three_times_as_long_are_resized_as_their_header_says(thin_mm: float) -> None:
+    """A header's 3 mm are not more than three times its 1 mm, however the affine's single precision is turned."""
+    header_mm = np.array([thin_mm, thin_mm, 3 * thin_mm], dtype=np.float32).astype(np.float64)
+    expected = 2 if header_mm[2] / header_mm[0] > 3 else None
+    coarse_mm = (2 * thin_mm, 2 * thin_mm, 3 * thin_mm)
+    channels = torch.from_numpy(np.random.default_rng(0).random((1, 6, 6, 8)).astype(np.float32) + 1)
+    image = resize_as(channels, (3, 3, 8), Resizing(order=3), across=expected)
+    for direction in Rotation.random(40, rng=0).as_matrix():
+        affine = np.eye(4)
+        affine[:3, :3] = np.float32(direction * header_mm)
+        source = Geometry((6, 6, 8), affine)
+        placed = place(channels, source, Placing(), axis_codes="RAS", spacing_mm=coarse_mm, normalisations=[AS_IT_IS])
+        assert torch.equal(placed.image, image)
+        fine_mm = (thin_mm, thin_mm, 2 * thin_mm)
+        back = place(channels, source, Placing(), axis_codes="RAS", spacing_mm=fine_mm, normalisations=[AS_IT_IS])
+        assert back.field.shape == ((6, 6, 12) if expected == 2 else (6, 6, 8))
+
+
+def test_a_kept_axis_has_the_spacing_of_the_header() -> None:
+    for direction in Rotation.random(20, rng=1).as_matrix():
+        affine = np.eye(4)
+        affine[:3, :3] = np.float32(direction * (1.0, 1.0, 3.0))
+        found = kept_spacing((1.0, 1.0, 9.0), Geometry((4, 4, 4), affine), Placing(kept_axis=2))
+        assert found == (1.0, 1.0, 3.0)

@@ -6,6 +6,7 @@ labels that it finds with that made single are the ones to be found again; its o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from pipeline.bundle import load_bundle
 from pipeline.interop.nnunet_import import import_nnunet
 from pipeline.predict import Model, PredictSettings, predict
+from transforms.geometry import Geometry
 from transforms.volume import read_label, read_volume
 
 FOLDER = Path(__file__).parents[2] / "data" / "nnunet"
@@ -40,3 +42,30 @@ def test_labels_are_nnunets_own(models: dict[str, Model], name: str, mirror: boo
     assert len(np.unique(own)) == found.schema.class_count
     assert np.count_nonzero(found.label_map != single) <= 1e-4 * single.size
     assert np.count_nonzero(found.label_map != own) <= np.count_nonzero(single != own) + 1e-4 * single.size
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_slices_that_lean_are_seen_as_if_they_did_not(models: dict[str, Model]) -> None:
+    """nnU-Net's readers that reorient permute and flip voxels and never shift a slice, so the tilt changes nothing."""
+    bundle = models["study_3d"].bundles[0]
+    assert bundle.plan.placing is not None
+    placing = bundle.plan.placing.model_copy(update={"reorients": True})
+    model = Model((replace(bundle, plan=bundle.plan.model_copy(update={"placing": placing})),))
+    channels = [read_volume(FOLDER / f"study_{channel:04d}.nii.gz") for channel in range(2)]
+    upright = channels[0].geometry
+    affine = upright.affine_ras.copy()
+    lean = np.deg2rad(15.0)
+    affine[:3, 2] = np.cos(lean) * affine[:3, 2] + np.sin(lean) * upright.direction_ras[:, 1] * upright.spacing_mm[2]
+    leaning = Geometry(upright.shape, affine)
+    assert leaning.is_sheared
+    found = [
+        predict(
+            model,
+            [replace(channel, geometry=geometry) for channel in channels],
+            settings=PredictSettings(mirror=False),
+            device=torch.device("cpu"),
+        ).label_map
+        for geometry in (upright, leaning)
+    ]
+    assert len(np.unique(found[0])) == model.schema.class_count
+    np.testing.assert_array_equal(found[1], found[0])
