@@ -70,7 +70,8 @@ class Grids:
             if math.prod(getattr(grids, name).shape) > MAX_VOXELS:
                 raise ValueError(f"{name}: more than {MAX_VOXELS} voxels")
         SlabRestorer(grids.grid, grids.field, slab_axis(grids.grid, grids.field))
-        grids.box.axis_map(grids.source)
+        if not grids.box.axis_map(grids.source).is_exact:
+            raise ValueError("box: its voxels are not some of the source's")
         return grids
 
     def difference(self, other: Grids) -> str | None:

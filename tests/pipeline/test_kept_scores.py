@@ -69,6 +69,17 @@ def drawn(outputs: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     return torch.nn.functional.interpolate(3 * coarse, size=shape, mode="trilinear")[0].softmax(dim=0)
 
 
+def test_grids_whose_voxels_are_not_the_sources_are_refused() -> None:
+    """They would have to be averaged, and classes cannot be."""
+    grid = Geometry((6, 6, 6), np.eye(4))
+    value = Grids(grid, grid, grid, grid).to_json()
+    assert Grids.from_json(value).difference(Grids.from_json(value)) is None
+    between = np.eye(4)
+    between[:3, 3] = 0.5
+    with pytest.raises(ValueError, match="box: its voxels are not some of the source's"):
+        Grids.from_json({**value, "box": Grids(Geometry((5, 5, 5), between), *[grid] * 3).to_json()["grid"]})
+
+
 class TestByHand:
     def test_the_likeliest_and_their_levels(self) -> None:
         found = kept([[0.2, 1.0], [0.5, 0.0], [0.0, 0.0], [0.3, 0.0]], 2)
