@@ -108,10 +108,10 @@ class Record:
         """Names of the files of a study that volseg made, or was at when it was cut short, whatever made them."""
         return frozenset(_files_of(self.value, study.name))
 
-    def unvouched(self) -> list[str]:
-        """The studies of which files lie here that were made by another model, or by no one who finished."""
-        left = (name for name in self.value["begun"] if name not in self.value["studies"])
-        return [name for name in left if any((self.out / file).exists() for file in self.value["begun"][name])]
+    def unvouched(self) -> dict[str, list[str]]:
+        """By study, the files of those of which some lie here that another model made, or no one who finished."""
+        left = {name: files for name, files in self.value["begun"].items() if name not in self.value["studies"]}
+        return {name: files for name, files in left.items() if any((self.out / file).exists() for file in files)}
 
     def in_the_way(self, study: Study, files: Collection[Path]) -> str | None:
         """Why the files of a study cannot be written: one would replace what it is read from, which `force` does not

@@ -111,6 +111,7 @@ def _segmented_into(
     record = _record(out, model, settings)
     _refuse_other_names(record, model.schema, [study.name for study in studies])
     work = _Work(model, settings, record, console, len(studies))
+    work.begin()
     outcomes = {study.name: work.before(study) for study in studies}
     wanted = [study for study in studies if outcomes[study.name] is None]
     stages = Stages(work.open, reading_bytes, work.read, work.room, work.segment, work.write)
@@ -166,14 +167,19 @@ class _Work:
         self._axes_told: set[str] = set()
         self._predicting = predict_settings(model, settings)
         self._names_are_written = False
-        if not _names_otherwise(record.out, model.schema) or (record.is_on_disk and not record.unvouched()):
-            self._write_names()
         self._disagrees = answer_count(members_of(model, self._predicting)) > 1
         if settings.uncertainty and not self._disagrees:
             console.note(
                 "one network without mirrored passes has nothing to disagree with: no map of disagreement is written; "
                 "a run folder with several folds gives one"
             )
+
+    def begin(self) -> None:
+        """Have the labels' names in the folder, unless label maps lie there that are read by others: then they come
+        with the first result."""
+        record = self._record
+        if not _names_otherwise(record.out, self._model.schema) or (record.is_on_disk and not record.unvouched()):
+            self._write_names()
 
     def share_memory(self) -> None:
         """From now on other studies are in memory beside the one that is segmented."""
@@ -244,9 +250,9 @@ class _Work:
         self._record.begin(study, self._files(study))
         if not self._names_are_written:
             # Label maps that another model made must not be read by this one's names, even after a kill.
-            for name in self._record.unvouched():
-                discard_exports(out, name, self._record.value["begun"][name])
-                discard_confidence(out, name, self._record.value["begun"][name])
+            for name, stale in self._record.unvouched().items():
+                discard_exports(out, name, stale)
+                discard_confidence(out, name, stale)
             self._write_names()
         files = export(
             made.segmentation,
